@@ -1,0 +1,85 @@
+// BlockPattern: which blocks of the score matrix are computed. An immutable value, validated once when it is made,
+// cheap to copy (copies share storage), safe to read from many threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace tessera {
+
+// Sizes of a pattern. rows() x cols() blocks of block_q x block_k tokens; the last row and column may be ragged.
+struct PatternShape {
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  int block_q = 128;  // multiple of 16 in 16..256
+  int block_k = 128;  // multiple of 16 in 16..256
+  int64_t heads = 1;    // 1 (all heads share) or H
+  int64_t batches = 1;  // 1 (all batches share) or B
+
+  int64_t rows() const { return (seqlen_q + block_q - 1) / block_q; }
+  int64_t cols() const { return (seqlen_k + block_k - 1) / block_k; }
+  int64_t total_rows() const { return batches * heads * rows(); }
+  int64_t total_cols() const { return batches * heads * cols(); }
+  int bitmap_words() const { return (block_k + 63) / 64; }  // 64-bit words a token row of a bitmap
+  bool operator==(const PatternShape&) const = default;
+};
+
+// A pattern as plain pointers, for kernels. "Row" r of batch b, head h, block row i is (b * heads + h) * rows + i;
+// "column" likewise. An "entry" is a position in `indices`: one kept block pair.
+struct BlockPatternView {
+  PatternShape shape;
+  const int64_t* indptr = nullptr;        // [total_rows + 1] entries of row r: indptr[r] .. indptr[r + 1]
+  const int32_t* indices = nullptr;       // [entries] block column, ascending and unique inside a row
+  const int32_t* bitmap_index = nullptr;  // [entries] which bitmap, -1: full; nullptr when every block is full
+  const uint64_t* bitmaps = nullptr;      // [bitmaps, block_q, bitmap_words]; bit k % 64 of word k / 64 admits key k
+
+  int64_t row_id(int64_t b, int64_t h, int64_t i) const {
+    return ((shape.batches == 1 ? 0 : b) * shape.heads + (shape.heads == 1 ? 0 : h)) * shape.rows() + i;
+  }
+  int64_t col_id(int64_t b, int64_t h, int64_t j) const {
+    return ((shape.batches == 1 ? 0 : b) * shape.heads + (shape.heads == 1 ? 0 : h)) * shape.cols() + j;
+  }
+  // Bitmap of an entry, [block_q, bitmap_words], or nullptr when the block is full.
+  const uint64_t* bitmap(int64_t entry) const {
+    if (bitmap_index == nullptr || bitmap_index[entry] < 0) return nullptr;
+    return bitmaps + static_cast<int64_t>(bitmap_index[entry]) * shape.block_q * shape.bitmap_words();
+  }
+};
+
+// The same entries grouped by column (for gradients of keys and values).
+struct TransposedView {
+  const int64_t* indptr = nullptr;   // [total_cols + 1]
+  const int32_t* rows = nullptr;     // [entries] block row, ascending inside a column
+  const int64_t* entries = nullptr;  // [entries] position of the pair in BlockPatternView::indices
+};
+
+class BlockPattern {
+ public:
+  BlockPattern();  // no tokens, no blocks
+
+  // CSR: indptr [total_rows + 1] starting at 0, indices [indptr.back()] ascending and unique in each row.
+  // bitmap_index is empty or [entries] (-1: full); bitmaps [n, block_q, bitmap_words]. Bits beyond the ends of the
+  // sequences are ignored (cleared). Throws Error naming "indptr", "indices", "block_q", "bitmaps", ...
+  static BlockPattern from_csr(const PatternShape& shape, std::vector<int64_t> indptr, std::vector<int32_t> indices,
+                               std::vector<int32_t> bitmap_index = {}, std::vector<uint64_t> bitmaps = {});
+
+  const PatternShape& shape() const;
+  int64_t num_blocks() const;   // kept block pairs over all pattern heads and batches
+  int64_t num_bitmaps() const;  // distinct bitmaps
+  size_t bytes() const;         // memory held, transposed form included once it exists
+  uint64_t hash() const;        // of everything that defines the pattern; equal patterns have equal hashes
+
+  BlockPatternView view() const;
+  TransposedView transposed() const;  // built on first use, thread-safe
+
+  friend bool operator==(const BlockPattern& a, const BlockPattern& b);
+
+ private:
+  struct Storage;
+  explicit BlockPattern(std::shared_ptr<const Storage> storage);
+  std::shared_ptr<const Storage> storage_;
+};
+
+}  // namespace tessera

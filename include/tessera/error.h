@@ -1,0 +1,30 @@
+// Errors a caller can cause. Every public function of Tessera reports a mistake by throwing Error; nothing prints
+// or aborts.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace tessera {
+
+// `argument()` names what was wrong ("q", "density", "indices"); what() is a full sentence with what came and what
+// is allowed.
+class Error : public std::runtime_error {
+ public:
+  Error(std::string argument, const std::string& message)
+      : std::runtime_error(message), argument_(std::move(argument)) {}
+  const std::string& argument() const noexcept { return argument_; }
+
+ private:
+  std::string argument_;
+};
+
+// Throws Error("<argument>: got <got>; allowed: <allowed>").
+[[noreturn]] inline void fail(std::string_view argument, std::string_view got, std::string_view allowed) {
+  std::string message(argument);
+  message.append(": got ").append(got).append("; allowed: ").append(allowed);
+  throw Error(std::string(argument), message);
+}
+
+}  // namespace tessera

@@ -1,0 +1,21 @@
+// CPU backend: picks the kernel for ISA, dtype and shape, cuts the call into work units and runs them.
+#pragma once
+
+#include <span>
+
+#include "attention/problem.h"
+
+namespace tessera::cpu {
+
+// Runs all problems (several for varlen) as one pool of work units. dtype is f32, bf16 or f16; out_dtype == dtype.
+ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& executor);
+
+// Peaks measured on `threads` threads at the same time, best of several short runs.
+struct Peaks {
+  double fma_gflops = 0;       // fp32 FMA of the ISA, 2 flops each
+  double bf16_dot_gflops = 0;  // native bf16 dot, 0 where the ISA has none
+  double read_gbytes_per_second = 0;  // reading a buffer far larger than the caches
+};
+Peaks measure_peaks(Isa isa, int threads, Executor& executor, bool with_read_bandwidth);
+
+}  // namespace tessera::cpu
