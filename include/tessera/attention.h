@@ -101,8 +101,10 @@ struct VarlenForwardArgs {
 ForwardInfo forward_varlen(const VarlenForwardArgs& args, Executor& executor);
 
 // The same attention in fp64 throughout, by the plainest code there is: the oracle of the tests. `out` and `lse` of
-// args may be fp64 here whatever the inputs are. Single-threaded over rows if the executor has one thread.
-void reference_forward(const ForwardArgs& args, Executor& executor);
+// args may be fp64 here whatever the inputs are. out_bound [B, Sq, H, Dv] and lse_bound [B, H, Sq] (contiguous), if not
+// null, receive a bound on the error that forward() may have there: rounding alone, from epsilon and sum lengths.
+void reference_forward(const ForwardArgs& args, Executor& executor, float* out_bound = nullptr,
+                       float* lse_bound = nullptr);
 
 // Joins partial results over disjoint sets of keys: out [B, S, H, Dv], lse fp32 [B, H, S]. out may be out_a (in
 // place). A side with lse -inf contributes nothing; both -inf gives 0 and -inf.

@@ -49,6 +49,7 @@ struct Problem {
   const float* sinks = nullptr;  // of head h: sinks[h * sinks_head]
   int64_t sinks_head = 0;
   Dropout dropout;
+  int64_t batch_base = 0;  // number of batch 0 for dropout: a packed sequence is a problem of its own
 
   int64_t group() const { return heads / kv_heads; }  // query heads per kv head
 
@@ -69,6 +70,7 @@ struct Problem {
   // Positions that dropout hashes: global ones where offsets are given.
   int64_t dropout_q(int64_t q) const { return q + (q_offset_given ? q_offset : 0); }
   int64_t dropout_k(int64_t k) const { return k + k_offset; }
+  uint64_t dropout_stream(int64_t b, int64_t h) const { return static_cast<uint64_t>((batch_base + b) * heads + h); }
 
   // First key of block column j, for kv head h: rows follow at k.seq / v.seq.
   const char* k_block(int64_t b, int64_t j, int64_t h) const { return kv_block(k, b, j, h); }
@@ -86,7 +88,7 @@ struct Problem {
 Problem resolve(const ForwardArgs& args);
 
 // A random number in [0, 2^32) for one pair; the pair is dropped iff it is < drop_threshold(p). Counter: key
-// position / 4, query position, b * H + h, offset; word: key position % 4 (Philox 4x32-10).
+// position / 4, query position, batch_head = dropout_stream(b, h), offset; word: key position % 4 (philox.h).
 uint32_t dropout_random(const Dropout& dropout, uint64_t batch_head, int64_t q_position, int64_t k_position);
 inline uint32_t drop_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
 
