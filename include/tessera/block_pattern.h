@@ -61,7 +61,9 @@ class BlockPattern {
 
   // CSR: indptr [total_rows + 1] starting at 0, indices [indptr.back()] ascending and unique in each row.
   // bitmap_index is empty or [entries] (-1: full); bitmaps [n, block_q, bitmap_words]. Bits beyond the ends of the
-  // sequences are ignored (cleared). Throws Error naming "indptr", "indices", "block_q", "bitmaps", ...
+  // sequences are ignored (cleared). What is stored is canonical: a bitmap that admits every pair within the ends
+  // becomes "full", one that admits none drops its entry (so entries may move: read them from view()), equal bitmaps
+  // are stored once. Throws Error naming "indptr", "indices", "block_q", "bitmap_index", "bitmaps", ...
   static BlockPattern from_csr(const PatternShape& shape, std::vector<int64_t> indptr, std::vector<int32_t> indices,
                                std::vector<int32_t> bitmap_index = {}, std::vector<uint64_t> bitmaps = {});
 
@@ -69,7 +71,7 @@ class BlockPattern {
   int64_t num_blocks() const;   // kept block pairs over all pattern heads and batches
   int64_t num_bitmaps() const;  // distinct bitmaps
   size_t bytes() const;         // memory held, transposed form included once it exists
-  uint64_t hash() const;        // of everything that defines the pattern; equal patterns have equal hashes
+  uint64_t hash() const;        // of everything that defines the pattern; equal on every machine; computed once
 
   BlockPatternView view() const;
   TransposedView transposed() const;  // built on first use, thread-safe

@@ -5,6 +5,31 @@
 // (bottom-right alignment). Budget of a row for a density d: max(1, round(d * admissible in the row)); the diagonal
 // pair is always kept. Explicit geometry (window, global_tokens, stride) wins over density; statistics() reports the
 // density that was achieved.
+//
+// Where a row stands: its queries sit at key positions q + seqlen_k - seqlen_q, and its diagonal column d(i) is the
+// block column that holds the position of its last query, clamped to 0 (with causal: its last admissible column; with
+// seqlen_q == seqlen_k and block_q == block_k: i). "Nearest" means by |j - d(i)|, the past first among equals.
+// A row without an admissible pair (causal, seqlen_q > seqlen_k) stays empty.
+//
+// Options by kind (one that is required and missing, or given and not taken, is an Error that names it; heads, causal
+// and seed are taken by all, `seed` changes random and bigbird only):
+//   dense, causal     none
+//   local_window      window or density (required: one; both: window wins)
+//   dilated_sparse    density (required), dilation_rates. When every rate has run out the nearest pairs fill the budget
+//   global_local      global_tokens, window or density (required: one; both: window wins; density alone: after the
+//                     global columns the nearest pairs up to the budget)
+//   strided           stride or density (required: one; both: stride wins; density alone: the smallest stride whose
+//                     kept pairs do not exceed the budgets of all rows together)
+//   random            density (required)
+//   bigbird           density (required): random pairs up to the budget, after the global columns and the window.
+//                     global_tokens, window (not given: the diagonal column and its two neighbours, as in the paper)
+//   dilated_segments  segment_lengths, dilation_rates (required, equally many). Row i and column j share a segment if
+//                     some token of each lies in it, row tokens taken at their key positions (clamped to the keys)
+//   hierarchical      local_density, global_density, inter_node_density (`density` stands for those not given);
+//                     ranks, ranks_per_node. Row i belongs to rank i * ranks / rows, column j to rank j * ranks / cols.
+//                     Each part has its own budget from its own admissible pairs. Own rank: nearest pairs. Other ranks
+//                     of the node, and other nodes: columns evenly spread over those that the last row of the rank
+//                     admits, the same ones for all its rows
 #pragma once
 
 #include <cstdint>
@@ -44,20 +69,26 @@ struct PatternSpec {
   int64_t heads = 1;  // pattern heads: 1, or H where the pattern differs by head (random, dilated_segments)
   bool causal = false;
   std::optional<double> density;          // in (0, 1]: kept share of the admissible pairs
-  std::optional<int64_t> window;          // tokens, >= 1
-  std::vector<int64_t> dilation_rates;    // dilated_sparse: blocks, default 1,2,4,8,16; dilated_segments: one a segment
-  std::vector<int64_t> segment_lengths;   // dilated_segments: tokens
-  std::optional<int64_t> global_tokens;   // global_local, bigbird: tokens
+  std::optional<int64_t> window;          // tokens, >= 1; whole on the past side if causal, else half on either side
+  std::vector<int64_t> dilation_rates;    // blocks, each >= 1; dilated_sparse: default 1,2,4,8,16
+  std::vector<int64_t> segment_lengths;   // dilated_segments: tokens, each >= 1
+  std::optional<int64_t> global_tokens;   // global_local, bigbird: tokens, >= 0, default 64
   std::optional<int64_t> stride;          // strided: blocks, >= 1
-  uint64_t seed = 0;                      // random, bigbird
+  uint64_t seed = 0;                      // random, bigbird: every (seed, head, row) draws on its own
   int64_t ranks = 1;                      // hierarchical: equal contiguous shards of the sequence
-  int64_t ranks_per_node = 1;             // hierarchical
-  std::optional<double> local_density;       // hierarchical: inside a rank
-  std::optional<double> global_density;      // hierarchical: inside a node
-  std::optional<double> inter_node_density;  // hierarchical: across nodes
+  int64_t ranks_per_node = 1;             // hierarchical: the last node may have fewer
+  std::optional<double> local_density;       // hierarchical: inside a rank, in (0, 1]
+  std::optional<double> global_density;      // hierarchical: inside a node, in [0, 1]; 0 keeps none
+  std::optional<double> inter_node_density;  // hierarchical: across nodes, in [0, 1]; 0 keeps none
   bool operator==(const PatternSpec&) const = default;
 };
 
+// Error for an invalid value, a missing or a foreign option, or a pattern of more than 2^32 kept blocks.
 BlockPattern make_pattern(const PatternSpec& spec);
+
+// The terms that budgets are made of. Admissible columns of block row i are 0 .. admissible_cols(...) - 1.
+int64_t admissible_cols(const PatternShape& shape, bool causal, int64_t row);
+int64_t diagonal_col(const PatternShape& shape, int64_t row);   // d(i); needs seqlen_q, seqlen_k > 0
+int64_t row_budget(double density, int64_t admissible);         // max(1, round), halves up; 0 if none is admissible
 
 }  // namespace tessera
