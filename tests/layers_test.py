@@ -1,0 +1,158 @@
+"""The house rules that a compiler does not check: who may include whom, and what the library never does.
+
+    python3 tests/layers_test.py SOURCE_DIR
+
+Public headers and the folders of src/ are rooms; a room includes only those named beside it (and itself).
+"""
+
+import pathlib
+import re
+import sys
+
+# Room of each public header; one that is missing here is an error, so that a new header gets its place.
+HEADER_ROOMS = {
+    "error.h": "base", "dtype.h": "base", "tensor_view.h": "base", "executor.h": "base",
+    "block_pattern.h": "pattern", "patterns.h": "pattern", "pattern_custom.h": "pattern",
+    "pattern_statistics.h": "pattern",
+    "attention.h": "attention",
+    "io.h": "io",
+    "analysis.h": "analysis", "picture.h": "analysis",
+    "check.h": "check",
+}
+# What each room may include. attention and cpu know each other: attention/forward.cc is the device switch.
+ALLOWED = {
+    "base": set(),
+    "pattern": {"base"},
+    "attention": {"base", "pattern", "cpu"},
+    "cpu": {"base", "pattern", "attention"},
+    "io": {"base", "pattern"},
+    "check": {"base", "pattern", "attention", "cpu"},
+    "analysis": {"base", "pattern", "attention", "io"},
+}
+# Other people's headers: nowhere but here.
+LIBRARIES = {
+    "hwy": {"cpu", "attention", "analysis"},
+    "fmt": set(ALLOWED),
+    "nlohmann": {"io"},
+    "png.h": {"analysis"},
+}
+# A library neither prints, nor ends the program, nor reads its environment.
+FORBIDDEN_WORDS = re.compile(
+    r"\b(?:std::(?:cout|cerr|clog)|printf|fprintf|puts|fputs|putchar|perror|fmt::print|"
+    r"abort|_?exit|quick_exit|terminate|getenv|secure_getenv|setenv|putenv)\b\s*(?=[(<;])|\bstd::(?:cout|cerr|clog)\b")
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+
+
+def strip_comments_and_strings(text):
+    keep_lines = lambda m: re.sub(r"[^\n]", " ", m.group(0))
+    return re.sub(r'//[^\n]*|/\*.*?\*/|R"\((?:.|\n)*?\)"|"(?:\\.|[^"\\\n])*"', keep_lines, text, flags=re.S)
+
+
+def includes(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        match = INCLUDE.match(line)
+        if match:
+            yield number, match.group(1) == '"', match.group(2)
+
+
+def room_of_include(target, errors, where):
+    """Room of a quoted include, as seen from src/ or include/."""
+    if target.startswith("tessera/"):
+        name = target.removeprefix("tessera/")
+        if name not in HEADER_ROOMS:
+            errors.append(f"{where}: public header {target} has no room in tests/layers_test.py")
+            return None
+        return HEADER_ROOMS[name]
+    room = target.split("/")[0]
+    room = "base" if room == "core" else room
+    if "/" not in target or room not in ALLOWED:
+        errors.append(f'{where}: "{target}" is no header of a room of src/')
+        return None
+    return room
+
+
+def check_file(path, room, public, root, errors):
+    for number, quoted, target in includes(path):
+        where = f"{path.relative_to(root)}:{number}"
+        top = target.split("/")[0]
+        if quoted and top not in LIBRARIES:
+            if public and not target.startswith("tessera/"):
+                errors.append(f'{where}: a public header includes "{target}", which is not installed')
+                continue
+            other = room_of_include(target, errors, where)
+            if other is not None and other != room and other not in ALLOWED[room]:
+                errors.append(f'{where}: room {room} must not include "{target}" of room {other}')
+            continue
+        if top in LIBRARIES:
+            if public or room not in LIBRARIES[top]:
+                errors.append(f"{where}: <{target}> has no business in {'a public header' if public else 'room ' + room}")
+        elif "/" in target and top not in ("sys", "linux", "asm"):
+            errors.append(f"{where}: <{target}> is of no library that the core knows")
+        elif public and target.endswith(".h"):
+            errors.append(f"{where}: a public header includes <{target}>; only C++ standard headers are everywhere")
+    if not public:
+        for number, line in enumerate(strip_comments_and_strings(path.read_text()).splitlines(), 1):
+            match = FORBIDDEN_WORDS.search(line)
+            if match:
+                errors.append(f"{path.relative_to(root)}:{number}: the library must not use {match.group(0).strip()}")
+
+
+def check_tree(root):
+    errors = []
+    for path in sorted((root / "include/tessera").rglob("*")):
+        if path.suffix == ".h":
+            room = room_of_include(f"tessera/{path.name}", errors, path.relative_to(root))
+            if room is not None:
+                check_file(path, room, True, root, errors)
+    for path in sorted((root / "src").rglob("*")):
+        if path.suffix not in (".h", ".cc"):
+            continue
+        room = path.relative_to(root / "src").parts[0]
+        room = "base" if room == "core" else room
+        if room not in ALLOWED:
+            errors.append(f"{path.relative_to(root)}: src/{room} is no room of tests/layers_test.py")
+            continue
+        check_file(path, room, False, root, errors)
+    return errors
+
+
+def self_test(scratch):
+    """The rules bite: each file below breaks one."""
+    cases = {
+        "include/tessera/dtype.h": ('#include "cpu/attention.h"', "not installed"),
+        "include/tessera/error.h": ("#include <fmt/format.h>", "no business in a public header"),
+        "include/tessera/executor.h": ('#include "tessera/attention.h"', "must not include"),
+        "include/tessera/novel.h": ("#include <vector>", "has no room"),
+        "src/pattern/a.cc": ('#include "cpu/attention.h"', "must not include"),
+        "src/attention/b.cc": ("#include <torch/torch.h>", "no library that the core knows"),
+        "src/io/c.cc": ('void f() { std::cerr << 1; }', "must not use"),
+        "src/cpu/d.cc": ('int f() { return getenv ("A") != 0; }', "must not use"),
+        "src/base/e.cc": ('// getenv(, abort(\nauto x = "abort()"; void f() { snprintf(0, 0, ""); }', None),
+        "src/gpu/f.cc": ("", "no room"),
+    }
+    for name, (text, _) in cases.items():
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).write_text(text + "\n")
+    errors = check_tree(scratch)
+    for name, (_, expected) in cases.items():
+        found = [e for e in errors if e.startswith(name)]
+        if expected is None and found or expected is not None and not any(expected in e for e in found):
+            return f"self-test: {name}: expected {expected!r}, got {found}"
+    return None
+
+
+def main():
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        failure = self_test(pathlib.Path(scratch))
+    if failure:
+        sys.exit(failure)
+    errors = check_tree(pathlib.Path(sys.argv[1]).resolve())
+    if errors:
+        sys.exit("\n".join(errors))
+    print("include rules hold")
+
+
+if __name__ == "__main__":
+    main()
