@@ -1,0 +1,16 @@
+# Tessera as a folder of somebody else's build: configures, and brings along the library alone. (Building it again
+# would compile what the build tree already has.)
+include(${CMAKE_CURRENT_LIST_DIR}/common.cmake)
+set(work ${BUILD}/consumer-subdirectory)
+file(REMOVE_RECURSE ${work})
+
+run(${configure} -B ${work} -DTESSERA_FOLDER=${SOURCE})
+run(${CMAKE_COMMAND} --build ${work} --target help)
+foreach(target tessera_cli block_sparse public_headers)
+  if(output MATCHES "${target}")
+    message(FATAL_ERROR "target ${target} came along")
+  endif()
+endforeach()
+if(NOT output MATCHES "libtessera")
+  message(FATAL_ERROR "libtessera is not built by:\n${output}")
+endif()

@@ -1,0 +1,89 @@
+# Sourced by ./run and ./test: installs what is missing, configures and builds. Everything it says goes to stderr, so
+# that stdout belongs to the program. Needs $root, the source folder.
+set -euo pipefail
+export LC_ALL=C
+
+say() { printf 'tessera: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# Takes the lock named $1 on file descriptor $2 for as long as this process lives or until it closes the descriptor.
+# Two that start at once then do their set-up one after the other.
+take_lock() {
+  mkdir -p "$root/build"
+  eval "exec $2>>\"\$root/build/.$1.lock\""
+  flock -n "$2" || { say "waiting for another one in this folder"; flock "$2"; }
+}
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@" 2>/dev/null || sudo "$@"; fi
+}
+
+# Tools count by being there, whoever installed them; libraries by their package.
+missing_packages() {
+  command -v c++ >/dev/null || echo g++
+  command -v cmake >/dev/null || echo cmake
+  command -v ninja >/dev/null || echo ninja-build
+  command -v python3 >/dev/null || echo python3
+  dpkg-query -W -f='${Package} ${db:Status-Status}\n' "$@" 2>/dev/null | awk -v wanted="$*" '
+    $2 == "installed" { have[$1] = 1 }
+    END { n = split(wanted, names, " "); for (i = 1; i <= n; ++i) if (!(names[i] in have)) print names[i] }'
+}
+
+# Installs those of the named packages that are missing. apt takes back or completes what a broken run left.
+need_packages() {
+  command -v dpkg-query >/dev/null || { say "no Debian package manager here: trying with what is installed"; return; }
+  local missing
+  missing=$(missing_packages "$@" | tr '\n' ' ')
+  missing=${missing% }
+  [ -n "$missing" ] || return 0
+  if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
+    die "not root and no sudo; please install: apt-get install $missing"
+  fi
+  say "installing $missing"
+  local log="$root/build/install.log"
+  install_now() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 \
+      install -y --no-install-recommends $missing
+  }
+  # Package lists may be old or not there at all: then, and only then, fetch them and try again.
+  { as_root dpkg --configure -a && install_now; } </dev/null >"$log" 2>&1 ||
+    { as_root apt-get -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 update && install_now; } \
+      </dev/null >>"$log" 2>&1 ||
+    { tail -n 20 "$log" >&2; die "could not install: $missing (log: $log)"; }
+}
+
+cxx_packages=(libhwy-dev libcli11-dev libfmt-dev nlohmann-json3-dev libpng-dev libgtest-dev libbenchmark-dev)
+
+# configure PRESET [-DOPTION=VALUE...]: once; afterwards ninja itself sees what has changed.
+configure() {
+  local preset=$1 build="$root/build/$1"
+  shift
+  [ ! -e "$build/build.ninja" ] || [ -e "$build/.configuring" ] || return 0
+  say "configuring build/$preset"
+  mkdir -p "$build"
+  touch "$build/.configuring"  # gone only when all went well: a broken configure starts anew
+  cmake -S "$root" --preset "$preset" "$@" >"$build/configure.log" 2>&1 || {
+    tail -n 30 "$build/configure.log" >&2
+    die "could not configure build/$preset (log: $build/configure.log)"
+  }
+  rm "$build/.configuring"
+}
+
+# build PRESET [TARGET...]: says nothing when nothing is to be done; a counter on a terminal, else one line.
+build() {
+  local preset=$1 terminal=0
+  shift
+  if [ -t 2 ]; then terminal=1; fi
+  NINJA_STATUS='@%f %t ' ninja -C "$root/build/$preset" -j "$(nproc)" "$@" 2>&1 |
+    awk -v preset="$preset" -v terminal=$terminal '
+      /^ninja: (Entering directory|no work to do)/ || /Re-checking globbed|Re-running CMake/ || /^-- / { next }
+      /^@[0-9]+ [0-9]+ / {
+        if (terminal) printf "\r\033[Ktessera: building build/%s %d/%d", preset, substr($1, 2), $2
+        else if (!said) printf "tessera: building build/%s (%d steps)\n", preset, $2
+        said = 1
+        fflush()
+        next
+      }
+      { if (terminal && said) print ""; print; fflush(); said = 0 }
+      END { if (terminal && said) printf "\r\033[K" }' >&2
+}
