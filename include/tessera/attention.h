@@ -70,7 +70,7 @@ struct ForwardArgs {
   TensorView v;           // [B, Sk, Hkv, Dv]; with page_table [pages, block_k, Hkv, Dv]
   BlockPattern pattern;   // of (Sq, Sk)
   MutableTensorView out;  // [B, Sq, H, Dv], dtype of q; must not overlap an input
-  MutableTensorView lse;  // fp32 [B, H, Sq], natural log; may be undefined
+  MutableTensorView lse;  // fp32 [B, H, Sq] (fp64 inputs: or fp64), natural log; may be undefined
   std::optional<PageTable> page_table;
   AttentionOptions options;
   Isa isa = Isa::automatic;

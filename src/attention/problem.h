@@ -83,9 +83,15 @@ struct Problem {
   }
 };
 
+// What a call's out and lse must be. forward: dtype of q, and fp32. reference: these or fp64. weights: not used.
+enum class Purpose : uint8_t { forward, reference, weights };
+
 // Validates every field of a call (Error names the argument, what came, what is allowed) and resolves defaults.
 // The Problem borrows all pointers, and the pattern's arrays: args must outlive it.
-Problem resolve(const ForwardArgs& args);
+Problem resolve(const ForwardArgs& args, Purpose purpose = Purpose::forward);
+
+// The part of resolve that concerns masks alone; sets seqlens, pattern, causality, window, offsets and key lengths.
+Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& options, int64_t batch, int64_t heads);
 
 // A random number in [0, 2^32) for one pair; the pair is dropped iff it is < drop_threshold(p). Counter: key
 // position / 4, query position, batch_head = dropout_stream(b, h), offset; word: key position % 4 (philox.h).

@@ -1,0 +1,141 @@
+// Joins partial results by their log-sum-exp: with lse = log(e^lse_a + e^lse_b), out = e^(lse_a - lse) out_a +
+// e^(lse_b - lse) out_b (the final step of FlashDecoding; Dao et al. 2023).
+#include <fmt/format.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention/overlap.h"
+#include "attention/parallel.h"
+#include "attention/scores.h"
+#include "tessera/error.h"
+
+namespace tessera {
+
+namespace {
+
+void check(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, std::string_view dims) {
+  int i = 0;
+  bool good = t.rank == static_cast<int>(sizes.size());
+  for (const int64_t size : sizes) good = good && size >= 0 && t.sizes[i++] == size;
+  if (!good) {
+    std::string got = fmt::format("rank {}, sizes", t.rank), allowed(dims);
+    for (i = 0; i < t.rank; ++i) got += fmt::format(" {}", t.sizes[i]);
+    allowed += " of";
+    for (const int64_t size : sizes) allowed += fmt::format(" {}", size);
+    fail(name, got, allowed);
+  }
+  if (t.numel() > 0 && t.data == nullptr) fail(name, "a null pointer", dims);
+}
+
+bool same_place(const TensorView& a, const TensorView& b) {
+  if (a.data != b.data || a.dtype != b.dtype) return false;
+  for (int i = 0; i < a.rank; ++i) {
+    if (a.sizes[i] > 1 && a.strides[i] != b.strides[i]) return false;
+  }
+  return true;
+}
+
+void check_writable(const char* name, const TensorView& out, std::initializer_list<TensorView> inputs) {
+  if (overlaps_itself(out)) fail(name, "elements that overlap each other", "an output without stride 0");
+  for (const TensorView& in : inputs) {
+    if (shares_memory(out, in) && !same_place(out, in)) {
+      fail(name, "memory that overlaps an input", "an input itself (in place), or memory of its own");
+    }
+  }
+}
+
+int64_t offset3(const TensorView& t, int64_t i, int64_t j, int64_t k) {
+  return i * t.strides[0] + j * t.strides[1] + k * t.strides[2];
+}
+
+char* row(const TensorView& t, int64_t b, int64_t s, int64_t h) {
+  return static_cast<char*>(const_cast<void*>(t.data)) + offset3(t, b, s, h) * static_cast<int64_t>(size_of(t.dtype));
+}
+
+// Weights of two partial sums and the joint lse. A side at -inf weighs nothing.
+template <class T>
+struct Join {
+  T a = 0, b = 0, lse = -std::numeric_limits<T>::infinity();
+
+  Join(T lse_a, T lse_b) {
+    const T max = lse_a > lse_b || std::isnan(lse_a) ? lse_a : lse_b;  // NaN on either side stays NaN
+    if (max == lse) return;
+    a = std::exp(lse_a - max);
+    b = std::exp(lse_b - max);
+    const T sum = a + b;
+    lse = max + std::log(sum);
+    a /= sum;
+    b /= sum;
+  }
+};
+
+// T is float unless a tensor is fp64.
+template <class T>
+void merge_rows(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b, const TensorView& lse_b,
+                const MutableTensorView& out, const MutableTensorView& lse, Executor& executor) {
+  const int64_t seqlen = out.sizes[1], heads = out.sizes[2], dim = out.sizes[3];
+  constexpr int64_t kRowsPerUnit = 64;  // a few tens of microseconds of work
+  const int64_t chunks = (seqlen + kRowsPerUnit - 1) / kRowsPerUnit;
+  const auto unit_work = [&](std::vector<T>& buffer, int64_t unit) {
+    T* x = buffer.data();
+    T* y = x + dim;
+    const int64_t b = unit / chunks, begin = unit % chunks * kRowsPerUnit;
+    for (int64_t s = begin; s < std::min(seqlen, begin + kRowsPerUnit); ++s) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const Join<T> join(static_cast<T>(load_as_double(lse_a.data, lse_a.dtype, offset3(lse_a, b, h, s))),
+                           static_cast<T>(load_as_double(lse_b.data, lse_b.dtype, offset3(lse_b, b, h, s))));
+        // A side without weight is not read: it may hold anything.
+        if (join.a != 0) load_row(row(out_a, b, s, h), out_a.dtype, dim, x);
+        else std::fill(x, x + dim, T{0});
+        if (join.b != 0) load_row(row(out_b, b, s, h), out_b.dtype, dim, y);
+        else std::fill(y, y + dim, T{0});
+        for (int64_t i = 0; i < dim; ++i) x[i] = join.a * x[i] + join.b * y[i];
+        char* to = row(out, b, s, h);
+        switch (out.dtype) {
+          case DType::f64: std::copy(x, x + dim, reinterpret_cast<double*>(to)); break;
+          case DType::f32: std::copy(x, x + dim, reinterpret_cast<float*>(to)); break;
+          default:
+            for (int64_t i = 0; i < dim; ++i) store_from_double(to, out.dtype, i, x[i]);
+        }
+        store_from_double(lse.data, lse.dtype, offset3(lse, b, h, s), join.lse);
+      }
+    }
+  };
+  parallel_for(executor, out.sizes[0] * chunks, [&] { return std::vector<T>(2 * dim); }, unit_work);
+}
+
+}  // namespace
+
+void merge(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b, MutableTensorView out,
+           MutableTensorView lse, Executor& executor) {
+  if (out.rank != 4) fail("out", fmt::format("rank {}", out.rank), "[B, S, H, Dv]");
+  const int64_t b = out.sizes[0], s = out.sizes[1], h = out.sizes[2], d = out.sizes[3];
+  const std::pair<const char*, const TensorView> outs[] = {{"out", out}, {"out_a", out_a}, {"out_b", out_b}};
+  for (const auto& [name, t] : outs) {
+    check(name, t, {b, s, h, d}, "[B, S, H, Dv]");
+    if (!is_floating(t.dtype)) fail(name, name_of(t.dtype), "fp32, bf16, fp16 or fp64");
+    if (t.sizes[3] > 1 && t.strides[3] != 1) fail(name, fmt::format("last stride {}", t.strides[3]), "last stride 1");
+  }
+  const std::pair<const char*, const TensorView> lses[] = {{"lse", lse}, {"lse_a", lse_a}, {"lse_b", lse_b}};
+  bool wide = out.dtype == DType::f64 || out_a.dtype == DType::f64 || out_b.dtype == DType::f64;
+  for (const auto& [name, t] : lses) {
+    check(name, t, {b, h, s}, "[B, H, S]");
+    if (t.dtype != DType::f32 && t.dtype != DType::f64) fail(name, name_of(t.dtype), "fp32, or fp64");
+    wide = wide || t.dtype == DType::f64;
+  }
+  check_writable("out", out, {out_a, out_b});
+  check_writable("lse", lse, {lse_a, lse_b});
+  if (shares_memory(out, lse)) fail("lse", "memory that overlaps out", "memory of its own");
+  for (const TensorView& in : {lse_a, lse_b}) {
+    if (shares_memory(out, in)) fail("out", "memory that overlaps an lse", "memory disjoint from it");
+  }
+  for (const TensorView& in : {out_a, out_b}) {
+    if (shares_memory(lse, in)) fail("lse", "memory that overlaps an out", "memory disjoint from it");
+  }
+  if (wide) merge_rows<double>(out_a, lse_a, out_b, lse_b, out, lse, executor);
+  else merge_rows<float>(out_a, lse_a, out_b, lse_b, out, lse, executor);
+}
+
+}  // namespace tessera

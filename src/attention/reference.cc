@@ -1,0 +1,223 @@
+#include "attention/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention/parallel.h"
+#include "attention/scores.h"
+
+namespace tessera {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Error of a kernel that computes a row in fp32, first order in u, the unit roundoff of fp32, after Higham, Accuracy
+// and Stability of Numerical Algorithms, section 3.1 (sums of n terms in any order: relative error n u).
+//
+// The weight of a key is exp(s - max). Its relative error `weight_error` is the absolute error of s, plus that of the
+// exponential. Through the softmax an output gets sum p e |v| + |out| sum p e.
+struct ErrorBound {
+  static constexpr double u = 0x1p-24;
+  // exp2 as a polynomial in fp32, and the conversion of its argument to base 2.
+  static constexpr double kExpRoundings = 4;
+  // scale and softcap as fp32 numbers, their products, tanh by way of exp.
+  static constexpr double kScoreRoundings = 8;
+
+  static double weight_error(const Problem& p, double magnitude, double score, double max, double biases) {
+    const double capped = p.softcap > 0 ? p.softcap : 0;
+    const double error = u * ((static_cast<double>(p.head_dim) + kScoreRoundings) * magnitude +
+                              kScoreRoundings * capped + 4 * biases + 2 * std::abs(score) + 2 * std::abs(max) +
+                              2 * std::abs(score - max) + kExpRoundings);
+    return std::expm1(std::min(error, 700.0));
+  }
+  // What it gains when the max moves away by `distance`.
+  static double farther(double distance) { return 4 * u * distance; }
+};
+
+// Running softmax state of one query row: max, sum, weighted values; in fp64 rescaling costs no accuracy.
+struct RowState {
+  double max = -kInfinity;
+  double sum = 0;        // of exp(s - max)
+  double error = 0;      // of exp(s - max) * weight_error
+  int64_t keys = 0;
+  bool poisoned = false;  // a NaN or +inf score: the softmax of PyTorch is NaN then
+
+  // Makes `score` take part; returns by what the accumulators must be multiplied first.
+  double admit(double score) {
+    ++keys;
+    if (std::isnan(score) || score == kInfinity) poisoned = true;
+    if (poisoned || score <= max) return 1;
+    const double factor = std::exp(max - score);
+    if (factor > 0) error = factor * (error + ErrorBound::farther(score - max) * sum);
+    max = score;
+    sum *= factor;
+    return factor;
+  }
+};
+
+class Reference {
+ public:
+  Reference(const Problem& problem, float* out_bound, float* lse_bound)
+      : p_(problem), out_bound_(out_bound), lse_bound_(lse_bound) {
+    const PatternShape& s = p_.pattern.shape;
+    q_.resize(s.block_q * p_.head_dim);
+    k_.resize(s.block_k * p_.head_dim);
+    v_.resize(s.block_k * p_.head_dim_v);
+    loaded_.resize(s.block_k);
+    rows_.resize(s.block_q);
+    out_.resize(s.block_q * p_.head_dim_v);
+    magnitude_.resize(s.block_q * p_.head_dim_v);
+    error_.resize(s.block_q * p_.head_dim_v);
+  }
+
+  // Block row i of batch b, head h.
+  void run(int64_t b, int64_t h, int64_t i) {
+    const PatternShape& s = p_.pattern.shape;
+    const int64_t begin = i * s.block_q, end = std::min(p_.seqlen_q, begin + s.block_q);
+    const MaskGeometry mask = p_.mask(b);
+    std::fill(rows_.begin(), rows_.end(), RowState{});
+    std::fill(out_.begin(), out_.end(), 0.0);
+    std::fill(magnitude_.begin(), magnitude_.end(), 0.0);
+    std::fill(error_.begin(), error_.end(), 0.0);
+    for (int64_t q = begin; q < end; ++q) {
+      load_row(p_.q.at(b, q, h, size_of(p_.dtype)), p_.dtype, p_.head_dim, &q_[(q - begin) * p_.head_dim]);
+    }
+    const int64_t row = p_.pattern.row_id(b, h, i);
+    for (int64_t entry = p_.pattern.indptr[row]; entry < p_.pattern.indptr[row + 1]; ++entry) {
+      std::fill(loaded_.begin(), loaded_.end(), 0);
+      for (int64_t q = begin; q < end; ++q) {
+        const RowScores<double> scores(p_, b, h, q);
+        for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) { accumulate(b, h, q, q - begin, entry, k, scores); });
+      }
+    }
+    for (int64_t q = begin; q < end; ++q) finish(b, h, q, q - begin);
+  }
+
+ private:
+  void accumulate(int64_t b, int64_t h, int64_t q, int64_t r, int64_t entry, int64_t k,
+                  const RowScores<double>& scores) {
+    const int64_t d = p_.head_dim, dv = p_.head_dim_v;
+    const int64_t column = p_.pattern.indices[entry], slot = k - column * p_.pattern.shape.block_k;
+    double* key = &k_[slot * d];
+    double* value = &v_[slot * dv];
+    if (!loaded_[slot]) {  // only rows that some query admits are read
+      const int64_t offset = slot * static_cast<int64_t>(size_of(p_.dtype)), kv_head = h / p_.group();
+      load_row(p_.k_block(b, column, kv_head) + offset * p_.k.seq, p_.dtype, d, key);
+      load_row(p_.v_block(b, column, kv_head) + offset * p_.v.seq, p_.dtype, dv, value);
+      loaded_[slot] = 1;
+    }
+    const double* query = &q_[r * d];
+    double dot = 0;
+    for (int64_t i = 0; i < d; ++i) dot += query[i] * key[i];
+    RowState& state = rows_[r];
+    const double score = scores.score(dot, entry, k);
+    const double factor = state.admit(score);
+    if (state.poisoned || score == -kInfinity) return;  // -inf from a bias: a key that is not there
+    double* out = &out_[r * dv];
+    if (factor != 1) rescale(r, factor);
+    const double weight = std::exp(score - state.max);
+    const double kept = weight * keep_factor(b, h, q, k);
+    state.sum += weight;
+    for (int64_t i = 0; i < dv; ++i) out[i] += kept * value[i];
+    if (out_bound_ == nullptr && lse_bound_ == nullptr) return;
+    double magnitude = 0;
+    for (int64_t i = 0; i < d; ++i) magnitude += std::abs(query[i] * key[i]);
+    const double error = ErrorBound::weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max,
+                                                  scores.bias_magnitude(entry, k));
+    if (weight > 0) state.error += weight * error;
+    // Weights are stored in the dtype of the inputs before they meet V; below its smallest normal number in steps.
+    double rounding = std::numeric_limits<float>::min();
+    if (p_.dtype == DType::bf16) rounding += epsilon_of(p_.dtype) * kept;
+    if (p_.dtype == DType::f16) rounding += epsilon_of(p_.dtype) * kept + 0x1p-25;
+    for (int64_t i = 0; i < dv; ++i) {
+      magnitude_[r * dv + i] += kept * std::abs(value[i]);
+      error_[r * dv + i] += ((weight > 0 ? kept * error : 0) + rounding) * std::abs(value[i]);
+    }
+  }
+
+  void rescale(int64_t r, double factor) {
+    const int64_t dv = p_.head_dim_v;
+    const double farther = factor > 0 ? ErrorBound::farther(-std::log(factor)) : 0;
+    for (int64_t i = r * dv; i < (r + 1) * dv; ++i) {
+      out_[i] *= factor;
+      error_[i] = factor * (error_[i] + farther * magnitude_[i]);
+      magnitude_[i] *= factor;
+    }
+  }
+
+  double keep_factor(int64_t b, int64_t h, int64_t q, int64_t k) const {
+    if (p_.dropout.p == 0) return 1;
+    const uint32_t random = dropout_random(p_.dropout, p_.dropout_stream(b, h), p_.dropout_q(q), p_.dropout_k(k));
+    return random < drop_threshold(p_.dropout.p) ? 0 : 1 / (1 - p_.dropout.p);
+  }
+
+  void finish(int64_t b, int64_t h, int64_t q, int64_t r) {
+    RowState& state = rows_[r];
+    const int64_t dv = p_.head_dim_v;
+    const bool empty = !state.poisoned && state.max == -kInfinity;  // no key, or -inf for each
+    if (!empty && p_.sinks) {
+      const double sink = p_.sinks[h * p_.sinks_head];
+      const double factor = state.admit(sink);
+      --state.keys;
+      if (factor != 1) rescale(r, factor);
+      const double weight = std::exp(sink - state.max);
+      state.sum += weight;
+      if (weight > 0) state.error += weight * ErrorBound::weight_error(p_, 0, sink, state.max, 0);
+    }
+    const double poison = state.poisoned ? std::numeric_limits<double>::quiet_NaN() : 0;
+    const double lse = empty ? -kInfinity : state.max + std::log(state.sum) + poison;
+    if (p_.lse) {
+      store_from_double(p_.lse, p_.lse_dtype, b * p_.lse_batch + h * p_.lse_head + q * p_.lse_seq, lse);
+    }
+    char* out = p_.out.at(b, q, h, size_of(p_.out_dtype));
+    for (int64_t i = 0; i < dv; ++i) {
+      store_from_double(out, p_.out_dtype, i, empty ? 0 : out_[r * dv + i] / state.sum + poison);
+    }
+    const double error = empty ? 0 : state.error / state.sum;  // relative error of the sum of weights
+    const double summation = static_cast<double>(state.keys + p_.pattern.shape.block_k) * ErrorBound::u;
+    if (lse_bound_) {
+      lse_bound_[(b * p_.heads + h) * p_.seqlen_q + q] = static_cast<float>(
+          empty ? 0 : error + summation + 4 * ErrorBound::u * (1 + std::abs(lse) + std::abs(state.max)));
+    }
+    if (!out_bound_) return;
+    float* bound = out_bound_ + ((b * p_.seqlen_q + q) * p_.heads + h) * dv;
+    for (int64_t i = 0; i < dv; ++i) {
+      if (empty) {
+        bound[i] = 0;
+        continue;
+      }
+      const double value = std::abs(out_[r * dv + i] / state.sum);
+      const double sums = (error_[r * dv + i] + 2 * summation * magnitude_[r * dv + i]) / state.sum;
+      const double underflow = p_.dtype == DType::f16 ? 0x1p-24 : std::numeric_limits<float>::min();
+      bound[i] = static_cast<float>(sums + value * (error + epsilon_of(p_.dtype)) + underflow);
+    }
+  }
+
+  const Problem& p_;
+  float* out_bound_;
+  float* lse_bound_;
+  std::vector<double> q_, k_, v_;
+  std::vector<char> loaded_;  // rows of k_ and v_ that hold the current block's
+  std::vector<RowState> rows_;
+  std::vector<double> out_, magnitude_, error_;  // [block_q, Dv] sums of p v, p |v|, p e |v|
+};
+
+}  // namespace
+
+void reference_attention(const Problem& p, Executor& executor, float* out_bound, float* lse_bound) {
+  const int64_t rows = p.pattern.shape.rows();
+  parallel_for(
+      executor, p.batch * p.heads * rows, [&] { return Reference(p, out_bound, lse_bound); },
+      [&](Reference& reference, int64_t unit) {
+        reference.run(unit / rows / p.heads, unit / rows % p.heads, unit % rows);
+      });
+}
+
+void reference_forward(const ForwardArgs& args, Executor& executor, float* out_bound, float* lse_bound) {
+  reference_attention(resolve(args, Purpose::reference), executor, out_bound, lse_bound);
+}
+
+}  // namespace tessera

@@ -1,0 +1,385 @@
+// The only place that validates an attention call.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <string>
+
+#include "attention/overlap.h"
+#include "attention/problem.h"
+#include "tessera/error.h"
+
+namespace tessera {
+
+namespace {
+
+constexpr int64_t kMaxHeadDim = 4096;                  // rows of K and V panels are scratch of this width
+constexpr int64_t kMaxPosition = int64_t{1} << 48;     // so that differences of positions stay below kUnlimited
+constexpr int64_t kMaxBytes = std::numeric_limits<int64_t>::max();
+
+std::string shape_text(const TensorView& t) {
+  std::string text = "[";
+  for (int i = 0; i < t.rank; ++i) text += fmt::format("{}{}", i ? ", " : "", t.sizes[i]);
+  return text + "]";
+}
+
+std::string strides_text(const TensorView& t) {
+  std::string text = "strides [";
+  for (int i = 0; i < t.rank; ++i) text += fmt::format("{}{}", i ? ", " : "", t.strides[i]);
+  return text + "]";
+}
+
+// Sizes, strides and base of a view are usable: every element's address can be computed in 64 bits.
+void check_memory(const char* name, const TensorView& t) {
+  const int64_t element = static_cast<int64_t>(size_of(t.dtype));
+  bool empty = false;
+  __int128 elements = 1, low = 0, high = 0;
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.sizes[i] < 0) fail(name, "shape " + shape_text(t), "sizes >= 0");
+    empty = empty || t.sizes[i] == 0;
+  }
+  if (empty) return;
+  for (int i = 0; i < t.rank; ++i) {
+    elements *= t.sizes[i];
+    const __int128 reach = static_cast<__int128>(t.strides[i]) * (t.sizes[i] - 1) * element;
+    (reach < 0 ? low : high) += reach;
+    if (elements > kMaxBytes / element || low < -static_cast<__int128>(kMaxBytes) || high > kMaxBytes) {
+      fail(name, "shape " + shape_text(t) + ", " + strides_text(t), "offsets below 2^63 bytes");
+    }
+  }
+  if (t.data == nullptr) fail(name, "a null pointer", "memory for shape " + shape_text(t));
+  const uintptr_t base = reinterpret_cast<uintptr_t>(t.data);
+  if (base % static_cast<uintptr_t>(element) != 0) {
+    fail(name, "a base that is not a multiple of its element size",
+         fmt::format("{} aligned to {} bytes", name_of(t.dtype), element));
+  }
+  const __int128 first = static_cast<__int128>(base) + low, last = static_cast<__int128>(base) + high + element;
+  if (first < 0 || last > static_cast<__int128>(std::numeric_limits<uintptr_t>::max())) {
+    fail(name, strides_text(t), "elements inside the address space");
+  }
+}
+
+void check_rank(const char* name, const TensorView& t, int rank, std::string_view dims) {
+  if (t.rank != rank) fail(name, t.defined() ? fmt::format("rank {}", t.rank) : "no tensor", dims);
+}
+
+// A view whose sizes must be exactly these (or 1, where `broadcast`).
+void check_shape(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes, bool broadcast,
+                 std::string_view dims) {
+  check_rank(name, t, static_cast<int>(sizes.size()), dims);
+  std::string allowed;
+  bool good = true;
+  int i = 0;
+  for (const int64_t size : sizes) {
+    good = good && (t.sizes[i] == size || (broadcast && t.sizes[i] == 1));
+    allowed += fmt::format("{}{}", i++ ? ", " : "", size);
+  }
+  if (!good) {
+    fail(name, "shape " + shape_text(t), fmt::format("{} = [{}]{}", dims, allowed, broadcast ? ", or 1 for each" : ""));
+  }
+  check_memory(name, t);
+}
+
+void check_dtype(const char* name, const TensorView& t, DType dtype, std::string_view why) {
+  if (t.dtype != dtype) fail(name, name_of(t.dtype), fmt::format("{}{}", name_of(dtype), why));
+}
+
+void check_contiguous_last(const char* name, const TensorView& t) {
+  if (t.sizes[t.rank - 1] > 1 && t.strides[t.rank - 1] != 1) {
+    fail(name, strides_text(t), "last stride 1 (head_dim is contiguous)");
+  }
+}
+
+void check_output(const char* name, const TensorView& t) {
+  for (int i = 0; i < t.rank; ++i) {
+    if (t.sizes[i] > 1 && t.strides[i] == 0 && t.numel() > 0) {
+      fail(name, strides_text(t), "no stride 0 in an output where the size is above 1");
+    }
+  }
+  if (t.numel() > 0 && overlaps_itself(t)) fail(name, strides_text(t), "elements that do not overlap each other");
+}
+
+void check_disjoint(const char* name, const TensorView& output, const char* other_name, const TensorView& other) {
+  if (output.defined() && other.defined() && shares_memory(output, other)) {
+    fail(name, fmt::format("memory that overlaps {}", other_name), fmt::format("memory disjoint from {}", other_name));
+  }
+}
+
+// Stride that is safe to multiply with any index of the broadcast size.
+int64_t broadcast_stride(const TensorView& t, int dim) { return t.sizes[dim] == 1 ? 0 : t.strides[dim]; }
+
+Strided strided(const TensorView& t) {
+  const auto stride = [&](int dim) { return t.sizes[dim] <= 1 ? 0 : t.strides[dim]; };
+  return {static_cast<char*>(const_cast<void*>(t.data)), stride(0), stride(1), stride(2)};
+}
+
+// A caller's plain array as a view, for the overlap checks.
+template <class T>
+TensorView array_view(const T* data, int64_t n, DType dtype) {
+  return data == nullptr ? TensorView{} : make_view(static_cast<const void*>(data), dtype, {n});
+}
+
+void resolve_tensors(const ForwardArgs& args, Problem& p) {
+  const TensorView &q = args.q, &k = args.k, &v = args.v;
+  const bool paged = args.page_table.has_value();
+  const std::string_view kv_dims = paged ? "[pages, block_k, Hkv, D]" : "[B, Sk, Hkv, D]";
+  check_rank("q", q, 4, "[B, Sq, H, D]");
+  check_rank("k", k, 4, kv_dims);
+  check_rank("v", v, 4, kv_dims);
+  check_memory("q", q);
+  check_memory("k", k);
+  check_memory("v", v);
+  if (q.dtype != DType::f32 && q.dtype != DType::bf16 && q.dtype != DType::f16 && q.dtype != DType::f64) {
+    fail("q", name_of(q.dtype), "fp32, bf16, fp16 or fp64");
+  }
+  check_dtype("k", k, q.dtype, ", the dtype of q");
+  check_dtype("v", v, q.dtype, ", the dtype of q");
+  p.dtype = q.dtype;
+  p.batch = q.sizes[0];
+  p.seqlen_q = q.sizes[1];
+  p.heads = q.sizes[2];
+  p.head_dim = q.sizes[3];
+  p.kv_heads = k.sizes[2];
+  p.head_dim_v = v.sizes[3];
+  if (p.head_dim < 1 || p.head_dim > kMaxHeadDim) {
+    fail("q", fmt::format("head_dim {}", p.head_dim), fmt::format("1..{}", kMaxHeadDim));
+  }
+  if (p.head_dim_v < 1 || p.head_dim_v > kMaxHeadDim) {
+    fail("v", fmt::format("head_dim {}", p.head_dim_v), fmt::format("1..{}", kMaxHeadDim));
+  }
+  if (k.sizes[3] != p.head_dim) fail("k", fmt::format("head_dim {}", k.sizes[3]), fmt::format("{}, as q", p.head_dim));
+  const bool grouped = p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0;
+  if (!grouped) {
+    fail("k", fmt::format("{} kv heads for {} query heads", p.kv_heads, p.heads), "a divisor of the query heads");
+  }
+  if (v.sizes[2] != p.kv_heads) fail("v", fmt::format("{} heads", v.sizes[2]), fmt::format("{}, as k", p.kv_heads));
+  if (!paged) {
+    p.seqlen_k = k.sizes[1];
+    if (k.sizes[0] != p.batch) fail("k", fmt::format("batch {}", k.sizes[0]), fmt::format("{}, as q", p.batch));
+    if (v.sizes[0] != p.batch) fail("v", fmt::format("batch {}", v.sizes[0]), fmt::format("{}, as q", p.batch));
+    if (v.sizes[1] != p.seqlen_k) {
+      fail("v", fmt::format("{} rows", v.sizes[1]), fmt::format("{}, as k", p.seqlen_k));
+    }
+  } else {
+    p.seqlen_k = args.pattern.shape().seqlen_k;
+    if (v.sizes[0] != k.sizes[0]) fail("v", fmt::format("{} pages", v.sizes[0]), fmt::format("{}, as k", k.sizes[0]));
+  }
+  check_contiguous_last("q", q);
+  check_contiguous_last("k", k);
+  check_contiguous_last("v", v);
+  p.q = strided(q);
+  p.k = strided(k);
+  p.v = strided(v);
+}
+
+void resolve_pages(const ForwardArgs& args, Problem& p) {
+  const PageTable& table = *args.page_table;
+  const int64_t block_k = args.pattern.shape().block_k, pages = args.k.sizes[0];
+  if (args.k.sizes[1] != block_k) {
+    fail("k", fmt::format("pages of {} keys", args.k.sizes[1]), fmt::format("{}, the pattern's block_k", block_k));
+  }
+  if (args.v.sizes[1] != block_k) {
+    fail("v", fmt::format("pages of {} keys", args.v.sizes[1]), fmt::format("{}, the pattern's block_k", block_k));
+  }
+  const int64_t cols = args.pattern.shape().cols();
+  if (table.batch != p.batch || table.pages_per_batch != cols) {
+    fail("page_table", fmt::format("[{}, {}]", table.batch, table.pages_per_batch),
+         fmt::format("[B, ceil(Sk / block_k)] = [{}, {}]", p.batch, cols));
+  }
+  if (p.batch == 0 || cols == 0) return;
+  if (table.data == nullptr) fail("page_table", "a null pointer", fmt::format("[{}, {}] int32", p.batch, cols));
+  // Only entries that a kept block uses: a cache fills its table as it grows.
+  const BlockPatternView pattern = args.pattern.view();
+  const PatternShape& s = pattern.shape;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t keys = p.key_length(b);
+    for (int64_t h = 0; h < s.heads; ++h) {
+      const int64_t first = pattern.indptr[pattern.row_id(b, h, 0)];
+      const int64_t last = pattern.indptr[pattern.row_id(b, h, 0) + s.rows()];
+      for (int64_t e = first; e < last; ++e) {
+        const int64_t j = pattern.indices[e];
+        const int32_t page = table.data[b * cols + j];
+        if ((page < 0 || page >= pages) && j * block_k < keys) {
+          fail("page_table", fmt::format("page {} for batch {}, block {}", page, b, j),
+               fmt::format("0..{} where a kept block uses it", pages - 1));
+        }
+      }
+    }
+  }
+  p.page_table = table.data;
+  p.pages_per_batch = cols;
+}
+
+void resolve_numbers(const AttentionOptions& o, Problem& p) {
+  p.scale = o.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
+  if (!std::isfinite(p.scale) || std::abs(p.scale) > std::numeric_limits<float>::max()) {
+    fail("scale", fmt::format("{}", p.scale), "a finite fp32 number");
+  }
+  if (!(o.softcap >= 0) || o.softcap > std::numeric_limits<float>::max()) {
+    fail("softcap", fmt::format("{}", o.softcap), "a finite fp32 number > 0, or 0 for off");
+  }
+  p.softcap = o.softcap;
+  if (!(o.dropout.p >= 0 && o.dropout.p < 1)) fail("dropout", fmt::format("p = {}", o.dropout.p), "p in [0, 1)");
+  p.dropout = o.dropout;
+}
+
+void resolve_biases(const AttentionOptions& o, Problem& p) {
+  if (const TensorView& t = o.alibi_slopes; t.defined()) {
+    check_dtype("alibi_slopes", t, DType::f32, "");
+    if (t.rank == 1) {
+      check_shape("alibi_slopes", t, {p.heads}, false, "[H]");
+    } else {
+      check_shape("alibi_slopes", t, {p.batch, p.heads}, false, "[H] or [B, H]");
+      p.alibi_batch = broadcast_stride(t, 0);
+    }
+    p.alibi_head = broadcast_stride(t, t.rank - 1);
+    p.alibi = static_cast<const float*>(t.data);
+  }
+  if (const TensorView& t = o.block_bias; t.defined()) {
+    check_dtype("block_bias", t, DType::f32, "");
+    const int64_t entries = p.pattern.indptr[p.pattern.shape.total_rows()];
+    check_rank("block_bias", t, 3, "[B or 1, H or 1, entries]");
+    if (t.sizes[2] != entries) {
+      fail("block_bias", "shape " + shape_text(t), fmt::format("{} entries, the pattern's kept blocks", entries));
+    }
+    check_shape("block_bias", t, {p.batch, p.heads, entries}, true, "[B, H, entries]");
+    p.block_bias = static_cast<const float*>(t.data);
+    p.bias_batch = broadcast_stride(t, 0);
+    p.bias_head = broadcast_stride(t, 1);
+    p.bias_entry = broadcast_stride(t, 2);
+  }
+  if (const TensorView& t = o.attn_bias; t.defined()) {
+    if (!is_floating(t.dtype)) fail("attn_bias", name_of(t.dtype), "fp32, bf16, fp16 or fp64");
+    check_shape("attn_bias", t, {p.batch, p.heads, p.seqlen_q, p.seqlen_k}, true, "[B, H, Sq, Sk]");
+    p.attn_bias = static_cast<const char*>(t.data);
+    p.attn_bias_dtype = t.dtype;
+    for (int i = 0; i < 4; ++i) p.attn_bias_stride[i] = broadcast_stride(t, i);
+  }
+  if (const TensorView& t = o.sinks; t.defined()) {
+    check_dtype("sinks", t, DType::f32, "");
+    check_shape("sinks", t, {p.heads}, false, "[H]");
+    p.sinks = static_cast<const float*>(t.data);
+    p.sinks_head = broadcast_stride(t, 0);
+  }
+}
+
+void resolve_outputs(const ForwardArgs& args, Purpose purpose, Problem& p) {
+  const TensorView out = args.out, lse = args.lse;
+  check_shape("out", out, {p.batch, p.seqlen_q, p.heads, p.head_dim_v}, false, "[B, Sq, H, Dv]");
+  const bool fp64_out = purpose == Purpose::reference && out.dtype == DType::f64;
+  if (!fp64_out) check_dtype("out", out, p.dtype, ", the dtype of q");
+  check_contiguous_last("out", out);
+  check_output("out", out);
+  p.out = strided(out);
+  p.out_dtype = out.dtype;
+  if (lse.defined()) {
+    check_shape("lse", lse, {p.batch, p.heads, p.seqlen_q}, false, "[B, H, Sq]");
+    const bool fp64_lse = lse.dtype == DType::f64 && (purpose == Purpose::reference || p.dtype == DType::f64);
+    if (!fp64_lse) check_dtype("lse", lse, DType::f32, "");
+    check_output("lse", lse);
+    check_disjoint("lse", lse, "out", out);
+    p.lse = static_cast<char*>(args.lse.data);
+    p.lse_dtype = lse.dtype;
+    p.lse_batch = lse.strides[0];
+    p.lse_head = lse.strides[1];
+    p.lse_seq = lse.strides[2];
+  }
+  const AttentionOptions& o = args.options;
+  const PageTable table = args.page_table.value_or(PageTable{});
+  const struct {
+    const char* name;
+    TensorView view;
+  } inputs[] = {
+      {"q", args.q},
+      {"k", args.k},
+      {"v", args.v},
+      {"alibi_slopes", o.alibi_slopes},
+      {"block_bias", o.block_bias},
+      {"attn_bias", o.attn_bias},
+      {"sinks", o.sinks},
+      {"key_lengths", array_view(o.key_lengths.data(), static_cast<int64_t>(o.key_lengths.size()), DType::i64)},
+      {"page_table", array_view(table.data, table.batch * table.pages_per_batch, DType::i32)},
+  };
+  for (const auto& input : inputs) {
+    check_disjoint("out", out, input.name, input.view);
+    check_disjoint("lse", lse, input.name, input.view);
+  }
+}
+
+void check_position(const char* name, int64_t value) {
+  if (value < -kMaxPosition || value > kMaxPosition) fail(name, fmt::format("{}", value), "-2^48..2^48");
+}
+
+}  // namespace
+
+Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& o, int64_t batch, int64_t heads) {
+  Problem p;
+  p.batch = batch;
+  p.heads = heads;
+  p.pattern = pattern.view();
+  const PatternShape& s = p.pattern.shape;
+  p.seqlen_q = s.seqlen_q;
+  p.seqlen_k = s.seqlen_k;
+  if (s.heads != 1 && s.heads != heads) {
+    fail("pattern", fmt::format("{} heads", s.heads), fmt::format("1 or H = {}", heads));
+  }
+  if (s.batches != 1 && s.batches != batch) {
+    fail("pattern", fmt::format("{} batches", s.batches), fmt::format("1 or B = {}", batch));
+  }
+  p.causal = o.causal;
+  if (o.window_left) {
+    if (*o.window_left < 0) fail("window_left", fmt::format("{}", *o.window_left), ">= 0 tokens");
+    p.window_left = std::min(*o.window_left, MaskGeometry::kUnlimited);
+  }
+  if (o.window_right) {
+    if (*o.window_right < 0) fail("window_right", fmt::format("{}", *o.window_right), ">= 0 tokens");
+    p.window_right = std::min(*o.window_right, MaskGeometry::kUnlimited);
+  }
+  p.q_offset_given = o.q_offset.has_value();
+  p.q_offset = o.q_offset.value_or(0);
+  p.k_offset = o.k_offset;
+  check_position("q_offset", p.q_offset);
+  check_position("k_offset", p.k_offset);
+  if (!o.key_lengths.empty()) {
+    if (static_cast<int64_t>(o.key_lengths.size()) != batch) {
+      fail("key_lengths", fmt::format("{} numbers", o.key_lengths.size()), fmt::format("one a batch, B = {}", batch));
+    }
+    for (size_t b = 0; b < o.key_lengths.size(); ++b) {
+      if (o.key_lengths[b] < 0 || o.key_lengths[b] > s.seqlen_k) {
+        fail("key_lengths", fmt::format("{} for batch {}", o.key_lengths[b], b), fmt::format("0..Sk = {}", s.seqlen_k));
+      }
+    }
+    p.key_lengths = o.key_lengths.data();
+  }
+  p.align_to_key_lengths = o.align_to_key_lengths;
+  return p;
+}
+
+Problem resolve(const ForwardArgs& args, Purpose purpose) {
+  Problem shape;
+  resolve_tensors(args, shape);
+  const PatternShape& s = args.pattern.shape();
+  if (s.seqlen_q != shape.seqlen_q || s.seqlen_k != shape.seqlen_k) {
+    fail("pattern", fmt::format("a pattern of {} x {} tokens", s.seqlen_q, s.seqlen_k),
+         fmt::format("Sq x Sk = {} x {}", shape.seqlen_q, shape.seqlen_k));
+  }
+  check_position("q", shape.seqlen_q);
+  check_position("k", shape.seqlen_k);
+  Problem p = resolve_mask(args.pattern, args.options, shape.batch, shape.heads);
+  p.dtype = shape.dtype;
+  p.kv_heads = shape.kv_heads;
+  p.head_dim = shape.head_dim;
+  p.head_dim_v = shape.head_dim_v;
+  p.q = shape.q;
+  p.k = shape.k;
+  p.v = shape.v;
+  if (args.page_table) resolve_pages(args, p);
+  resolve_numbers(args.options, p);
+  resolve_biases(args.options, p);
+  if (purpose != Purpose::weights) resolve_outputs(args, purpose, p);
+  return p;
+}
+
+}  // namespace tessera
