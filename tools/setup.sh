@@ -15,7 +15,7 @@ take_lock() {
 }
 
 as_root() {
-  if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@" 2>/dev/null || sudo "$@"; fi
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
 # Tools count by being there, whoever installed them; libraries by their package.
@@ -24,7 +24,8 @@ missing_packages() {
   command -v cmake >/dev/null || echo cmake
   command -v ninja >/dev/null || echo ninja-build
   command -v python3 >/dev/null || echo python3
-  dpkg-query -W -f='${Package} ${db:Status-Status}\n' "$@" 2>/dev/null | awk -v wanted="$*" '
+  # dpkg-query fails when it knows one of the names not at all: that package is then missing, nothing more.
+  { dpkg-query -W -f='${Package} ${db:Status-Status}\n' "$@" 2>/dev/null || true; } | awk -v wanted="$*" '
     $2 == "installed" { have[$1] = 1 }
     END { n = split(wanted, names, " "); for (i = 1; i <= n; ++i) if (!(names[i] in have)) print names[i] }'
 }
@@ -54,11 +55,15 @@ need_packages() {
 
 cxx_packages=(libhwy-dev libcli11-dev libfmt-dev nlohmann-json3-dev libpng-dev libgtest-dev libbenchmark-dev)
 
-# configure PRESET [-DOPTION=VALUE...]: once; afterwards ninja itself sees what has changed.
+# configure PRESET [-DOPTION=VALUE...]: once; afterwards ninja itself sees what has changed, except in the presets.
 configure() {
   local preset=$1 build="$root/build/$1"
   shift
-  [ ! -e "$build/build.ninja" ] || [ -e "$build/.configuring" ] || return 0
+  if grep -qsFx "CMAKE_HOME_DIRECTORY:INTERNAL=$root" "$build/CMakeCache.txt"; then
+    [ ! "$build/build.ninja" -nt "$root/CMakePresets.json" ] || [ -e "$build/.configuring" ] || return 0
+  else
+    rm -rf "$build"  # of a source folder that has moved, if of any
+  fi
   say "configuring build/$preset"
   mkdir -p "$build"
   touch "$build/.configuring"  # gone only when all went well: a broken configure starts anew
