@@ -19,7 +19,7 @@
 //   global_local      global_tokens, window or density (required: one; both: window wins; density alone: after the
 //                     global columns the nearest pairs up to the budget)
 //   strided           stride or density (required: one; both: stride wins; density alone: the smallest stride whose
-//                     kept pairs do not exceed the budgets of all rows together)
+//                     kept pairs do not exceed the budgets of all rows together; neighbours are kept anyway)
 //   random            density (required)
 //   bigbird           density (required): random pairs up to the budget, after the global columns and the window.
 //                     global_tokens, window (not given: the diagonal column and its two neighbours, as in the paper)
