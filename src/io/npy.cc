@@ -199,7 +199,8 @@ std::string header_of(DType dtype, std::span<const int64_t> shape) {
   const auto* known = std::find_if(kDescrs.begin(), kDescrs.end(),
                                    [&](const DTypeDescr& candidate) { return candidate.dtype == dtype; });
   if (known == kDescrs.end()) {
-    fail("tensor", std::string(name_of(dtype)), "fp64, fp32, fp16, int64, int32, uint8, bool: npy has no bf16, use safetensors");
+    fail("tensor", std::string(name_of(dtype)),
+         "fp64, fp32, fp16, int64, int32, uint8, bool: npy has no bf16, use safetensors");
   }
   if (shape.size() > io::kMaxRank) fail("tensor", fmt::format("rank {}", shape.size()), "rank 0 to 32");
   std::string sizes;

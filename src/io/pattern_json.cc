@@ -90,9 +90,9 @@ void append_head(const json& entry, const std::string& where, const PatternShape
   if (csr.indptr.back() - base != count) {
     fail(where + ".indptr", fmt::format("{} last", csr.indptr.back() - base), fmt::format("the {} indices", count));
   }
+  const int64_t last_col = std::min<int64_t>(shape.cols() - 1, INT32_MAX);
   for (const json& value : indices) {
-    csr.indices.push_back(
-        static_cast<int32_t>(io::integer(value, where + ".indices", 0, std::min<int64_t>(shape.cols(), INT32_MAX) - 1)));
+    csr.indices.push_back(static_cast<int32_t>(io::integer(value, where + ".indices", 0, last_col)));
   }
   const auto bitmap_index = entry.find("bitmap_index");
   if (bitmap_index == entry.end()) {
@@ -100,7 +100,8 @@ void append_head(const json& entry, const std::string& where, const PatternShape
     return;
   }
   if (io::array(*bitmap_index, where + ".bitmap_index").size() != indices.size()) {
-    fail(where + ".bitmap_index", fmt::format("{} numbers", bitmap_index->size()), fmt::format("{}, one a block", count));
+    fail(where + ".bitmap_index", fmt::format("{} numbers", bitmap_index->size()),
+         fmt::format("{}, one a block", count));
   }
   csr.bitmap_index.resize(static_cast<size_t>(base), -1);
   for (const json& value : *bitmap_index) {
@@ -149,7 +150,8 @@ BlockPattern parse_pattern(std::string_view text) {
   if (root.contains("batches")) shape.batches = io::integer(root["batches"], "batches", 1, INT32_MAX);
   const auto entries = static_cast<int64_t>(heads.size());
   if (entries == 0 || entries % shape.batches != 0) {
-    fail("heads", fmt::format("{} entries", entries), fmt::format("a multiple of the {} batches, at least 1", shape.batches));
+    fail("heads", fmt::format("{} entries", entries),
+         fmt::format("a multiple of the {} batches, at least 1", shape.batches));
   }
   shape.heads = entries / shape.batches;
 

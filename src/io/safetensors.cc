@@ -73,7 +73,9 @@ TensorInfo parse_tensor(const ByteSource& source, const std::string& name, const
   }
 
   const json& offsets = io::array(io::member(entry, "data_offsets", where), where + ": data_offsets");
-  if (offsets.size() != 2) source.reject(fmt::format("{}: data_offsets: got {} numbers; allowed: 2", where, offsets.size()));
+  if (offsets.size() != 2) {
+    source.reject(fmt::format("{}: data_offsets: got {} numbers; allowed: 2", where, offsets.size()));
+  }
   const auto limit = static_cast<int64_t>(data_bytes);
   const int64_t begin = io::integer(offsets[0], where + ": data_offsets", 0, limit);
   const int64_t end = io::integer(offsets[1], where + ": data_offsets", begin, limit);
@@ -107,8 +109,8 @@ Header parse_header(const ByteSource& source) {
   for (size_t i = kLengthBytes; i-- > 0;) length = length << 8 | prefix[i];
   const uint64_t available = source.size() - kLengthBytes;
   if (length > kMaxHeader || length > available) {
-    source.reject(fmt::format("header length at byte 0: got {}; allowed: at most {} (the file) and {}", length, available,
-                              kMaxHeader));
+    source.reject(fmt::format("header length at byte 0: got {}; allowed: at most {} (the file) and {}", length,
+                              available, kMaxHeader));
   }
   std::string text(static_cast<size_t>(length), '\0');
   source.read(kLengthBytes, std::as_writable_bytes(std::span(text)));
@@ -145,7 +147,8 @@ Header parse_header(const ByteSource& source) {
     at += info.bytes;
   }
   if (static_cast<uint64_t>(at) != source.size()) {
-    source.reject(fmt::format("{} bytes after the last tensor, from byte {}", source.size() - static_cast<uint64_t>(at), at));
+    source.reject(fmt::format("{} bytes after the last tensor, from byte {}",
+                              source.size() - static_cast<uint64_t>(at), at));
   }
   return header;
 }
