@@ -146,10 +146,13 @@ def main():
         failure = self_test(pathlib.Path(scratch))
     if failure:
         sys.exit(failure)
-    errors = check_tree(pathlib.Path(sys.argv[1]).resolve())
+    root = pathlib.Path(sys.argv[1]).resolve()
+    errors = check_tree(root)
+    if (root / "examples/block_sparse.cc").read_text() not in (root / "README.md").read_text():
+        errors.append("README.md: the example is not that of examples/block_sparse.cc")
     if errors:
         sys.exit("\n".join(errors))
-    print("include rules hold")
+    print("the rules hold")
 
 
 if __name__ == "__main__":
