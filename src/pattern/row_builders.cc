@@ -275,7 +275,8 @@ class DilatedSegments final : public RowBuilder {
     const auto clamped = [&](int64_t key) { return std::clamp<int64_t>(key, 0, shape_.seqlen_k - 1); };
     set_.insert(row.diagonal);
     for (size_t n = 0; n < spec_.segment_lengths.size(); ++n) {
-      const int64_t length = std::min(spec_.segment_lengths[n], shape_.seqlen_k), rate = std::min(spec_.dilation_rates[n], kMaxSeqlen);
+      const int64_t length = std::min(spec_.segment_lengths[n], shape_.seqlen_k);
+      const int64_t rate = std::min(spec_.dilation_rates[n], kMaxSeqlen);
       const int64_t offset = head % rate;
       if (row.diagonal % rate != offset) continue;
       const int64_t first_key = clamped(row.first_key) / length * length;
