@@ -99,6 +99,10 @@ ForwardInfo forward(const ForwardArgs& args, Executor& executor) {
 }
 
 ForwardInfo forward_varlen(const VarlenForwardArgs& args, Executor& executor) {
+  return run(resolve_varlen(args), args.q.dtype, args.isa, executor);
+}
+
+std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args) {
   const AttentionOptions& o = args.options;
   if (!o.key_lengths.empty()) fail("key_lengths", "key lengths", "none for packed sequences");
   if (o.q_offset) fail("q_offset", fmt::format("{}", *o.q_offset), "none for packed sequences");
@@ -145,7 +149,7 @@ ForwardInfo forward_varlen(const VarlenForwardArgs& args, Executor& executor) {
     }
     problems.back().batch_base = i;
   }
-  return run(problems, args.q.dtype, args.isa, executor);
+  return problems;
 }
 
 int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& options, int64_t batch, int64_t heads) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "attention/mask.h"
 #include "tessera/attention.h"
@@ -89,6 +90,9 @@ enum class Purpose : uint8_t { forward, reference, weights };
 // Validates every field of a call (Error names the argument, what came, what is allowed) and resolves defaults.
 // The Problem borrows all pointers, and the pattern's arrays: args must outlive it.
 Problem resolve(const ForwardArgs& args, Purpose purpose = Purpose::forward);
+
+// The same for packed sequences: one Problem each, in order.
+std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args);
 
 // The part of resolve that concerns masks alone; sets seqlens, pattern, causality, window, offsets and key lengths.
 Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& options, int64_t batch, int64_t heads);

@@ -1,0 +1,71 @@
+#include <limits>
+
+#include "attention/scores.h"
+#include "check/cases.h"
+
+namespace tessera::check {
+
+void plain_attention(const Problem& p, double* out) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const auto round = [&](double x) {
+    uint64_t bits = 0;
+    store_from_double(&bits, p.dtype, 0, x);
+    return load_as_double(&bits, p.dtype, 0);
+  };
+  const int64_t element = static_cast<int64_t>(size_of(p.dtype)), block_k = p.pattern.shape.block_k;
+  std::vector<double> query(p.head_dim), keys, values, weights;
+  std::vector<char> loaded;
+  std::vector<int64_t> seen;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const MaskGeometry mask = p.mask(b);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      keys.assign(p.seqlen_k * p.head_dim, 0);
+      values.assign(p.seqlen_k * p.head_dim_v, 0);
+      loaded.assign(p.seqlen_k, 0);
+      for (int64_t q = 0; q < p.seqlen_q; ++q) {
+        const RowScores<double> scores(p, b, h, q);
+        load_row(p.q.at(b, q, h, element), p.dtype, p.head_dim, query.data());
+        weights.clear();
+        seen.clear();
+        double max = -kInfinity;
+        const int64_t row = p.pattern.row_id(b, h, q / p.pattern.shape.block_q);
+        for (int64_t entry = p.pattern.indptr[row]; entry < p.pattern.indptr[row + 1]; ++entry) {
+          for_each_admitted_key(p, mask, q, entry, [&](int64_t k) {
+            double* key = &keys[k * p.head_dim];
+            if (!loaded[k]) {
+              const int64_t column = k / block_k, offset = k % block_k * element, kv_head = h / p.group();
+              load_row(p.k_block(b, column, kv_head) + offset * p.k.seq, p.dtype, p.head_dim, key);
+              load_row(p.v_block(b, column, kv_head) + offset * p.v.seq, p.dtype, p.head_dim_v,
+                       &values[k * p.head_dim_v]);
+              loaded[k] = 1;
+            }
+            double dot = 0;
+            for (int64_t i = 0; i < p.head_dim; ++i) dot += query[i] * key[i];
+            const double score = scores.score(dot, entry, k, round);
+            if (!(score <= max)) max = score;
+            weights.push_back(score);
+            seen.push_back(k);
+          });
+        }
+        double* to = out + ((b * p.seqlen_q + q) * p.heads + h) * p.head_dim_v;
+        std::fill(to, to + p.head_dim_v, 0.0);
+        if (max == -kInfinity) continue;
+        double sum = p.sinks ? std::exp(p.sinks[h * p.sinks_head] - max) : 0;
+        for (double& w : weights) sum += w = std::exp(w - max);
+        for (size_t n = 0; n < seen.size(); ++n) {
+          double w = weights[n] / sum;
+          if (p.dropout.p > 0) {
+            const uint32_t random =
+                dropout_random(p.dropout, p.dropout_stream(b, h), p.dropout_q(q), p.dropout_k(seen[n]));
+            w = random < drop_threshold(p.dropout.p) ? 0 : w / (1 - p.dropout.p);
+          }
+          w = round(w);
+          for (int64_t i = 0; i < p.head_dim_v; ++i) to[i] += w * values[seen[n] * p.head_dim_v + i];
+        }
+        for (int64_t i = 0; i < p.head_dim_v; ++i) to[i] = round(to[i]);
+      }
+    }
+  }
+}
+
+}  // namespace tessera::check
