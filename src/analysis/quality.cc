@@ -83,7 +83,7 @@ QualityFigures figures_of(std::vector<float>& coverage, const Sums& sums, const 
   }
   if (f.density > 0) f.efficiency = f.coverage / f.density;
   if (f.oracle_coverage > 0) f.oracle_ratio = f.coverage / f.oracle_coverage;
-  if (has_v) f.output_error = sums.squared_norm > 0 ? std::sqrt(sums.squared_error / sums.squared_norm) : 0.0;
+  if (has_v) f.output_error = sums.squared_norm == 0 ? 0.0 : std::sqrt(sums.squared_error / sums.squared_norm);
   return f;
 }
 

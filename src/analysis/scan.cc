@@ -311,11 +311,10 @@ class RowScanner {
     for (int64_t x = 0; x < problem_.head_dim_v; ++x) norm += dense[x] / dense_sum * (dense[x] / dense_sum);
     for (size_t p = 0; p < plan_.patterns.size(); ++p) {
       const double kept_sum = denominator(r, share(p)[r]);
-      const double inverse = kept_sum > 0 ? 1 / kept_sum : 0;
       const float* kept = sparse(p) + r * value_dim_;
       double error = 0;
       for (int64_t x = 0; x < problem_.head_dim_v; ++x) {
-        const double difference = kept[x] * inverse - dense[x] / dense_sum;
+        const double difference = (kept_sum > 0 ? kept[x] / kept_sum : 0.0) - dense[x] / dense_sum;
         error += difference * difference;
       }
       kept_[p].squared_error += error;
