@@ -93,9 +93,12 @@ Coverage coverage_of(const MassMap& mass, const BlockPattern& pattern);
 // The best pattern: in each row of blocks of each head and batch the max(1, round(density * admissible)) blocks of
 // most mass (ties: the lower column). Heads H, batches B.
 BlockPattern oracle_pattern(const MassMap& mass, double density);
-// Best coverage at the per-row budgets of `density`, and the cheapest density whose oracle reaches `coverage`.
+// Its coverage, and the (achieved) density of the cheapest such pattern that reaches `coverage`.
 double oracle_coverage(const MassMap& mass, double density);
 double oracle_density(const MassMap& mass, double coverage);
+// Density of the smallest set of blocks, chosen freely over all rows, heads and batches, that reaches `coverage`: no
+// pattern of whole blocks does with less.
+double bound_density(const MassMap& mass, double coverage);
 
 struct OptimizeOptions {
   double target_coverage = 0.9;     // in (0, 1]: mean over rows, heads and batches
@@ -113,7 +116,8 @@ struct OptimizeResult {
   };
   Candidate best;                     // cheapest of all that reach the target (if none: of most coverage)
   std::vector<Candidate> candidates;  // the best of each kind, in the order of `kinds`
-  double oracle_density = 0;          // no pattern with equal budgets a row can reach the target below this
+  double oracle_density = 0;          // of the cheapest oracle_pattern that reaches the target
+  double bound_density = 0;           // no pattern whatever reaches the target below this
   int64_t evaluated = 0;              // patterns that were built and judged
 };
 

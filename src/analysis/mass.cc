@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <string>
 
@@ -55,12 +57,22 @@ std::vector<std::vector<double>> best_sums(const MassMap& mass) {
   return rows;
 }
 
-double oracle_coverage_of(const std::vector<std::vector<double>>& best, double density, double tokens) {
+Coverage oracle_of(const std::vector<std::vector<double>>& best, double density, double tokens) {
   double sum = 0;
+  int64_t kept = 0, admissible = 0;
   for (const std::vector<double>& row : best) {
-    sum += row[static_cast<size_t>(row_budget(density, static_cast<int64_t>(row.size()) - 1))];
+    const int64_t columns = static_cast<int64_t>(row.size()) - 1;
+    const int64_t budget = row_budget(density, columns);
+    sum += row[static_cast<size_t>(budget)];
+    kept += budget;
+    admissible += columns;
   }
-  return tokens > 0 ? sum / tokens : 0;
+  return {.coverage = tokens > 0 ? sum / tokens : 0,
+          .density = admissible > 0 ? static_cast<double>(kept) / static_cast<double>(admissible) : 0};
+}
+
+void check_coverage(double coverage) {
+  if (!(coverage > 0 && coverage <= 1)) fail("coverage", std::to_string(coverage), "a number in (0, 1]");
 }
 
 }  // namespace
@@ -182,20 +194,65 @@ BlockPattern oracle_pattern(const MassMap& mass, double density) {
 
 double oracle_coverage(const MassMap& mass, double density) {
   check_density(density);
-  return oracle_coverage_of(best_sums(mass), density, total_tokens(mass));
+  return oracle_of(best_sums(mass), density, total_tokens(mass)).coverage;
 }
 
 double oracle_density(const MassMap& mass, double coverage) {
-  if (!(coverage > 0 && coverage <= 1)) fail("coverage", std::to_string(coverage), "a number in (0, 1]");
+  check_coverage(coverage);
   const std::vector<std::vector<double>> best = best_sums(mass);
   const double tokens = total_tokens(mass);
   double low = 0, high = 1;  // coverage grows with density: bisection to far below one block of the longest row
   const double step = 1 / (64.0 * static_cast<double>(std::max<int64_t>(1, mass.shape.cols())));
   while (high - low > step) {
     const double middle = (low + high) / 2;
-    (analysis::reaches(oracle_coverage_of(best, middle, tokens), coverage) ? high : low) = middle;
+    (analysis::reaches(oracle_of(best, middle, tokens).coverage, coverage) ? high : low) = middle;
   }
-  return high;
+  return oracle_of(best, high, tokens).density;
+}
+
+double bound_density(const MassMap& mass, double coverage) {
+  check_coverage(coverage);
+  // Blocks at or above a mass: non-negative floats order as their bits, so bisecting the bits finds the highest
+  // threshold that reaches the target, in at most 32 walks over the map and no memory.
+  struct Above {
+    double sum = 0;
+    int64_t blocks = 0, admissible = 0;
+  };
+  const auto above = [&mass](uint32_t bits) {
+    const float threshold = std::bit_cast<float>(bits);
+    Above a;
+    for (int64_t r = 0; r < mass.shape.total_rows(); ++r) {
+      const MapRow row = row_of(mass, r);
+      a.admissible += row.columns.size();
+      for (int64_t c = 0; c < row.columns.size(); ++c) {
+        const float tokens_mass = row.values[c] * static_cast<float>(row.tokens);
+        if (!(tokens_mass >= threshold)) continue;
+        a.sum += tokens_mass;
+        ++a.blocks;
+      }
+    }
+    return a;
+  };
+  const double tokens = total_tokens(mass);
+  const double target = coverage * tokens;
+  uint32_t low = 0, high = std::bit_cast<uint32_t>(257.0f);  // no row of blocks has more tokens than 256
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    (analysis::reaches(above(middle).sum, target) ? low : high) = middle;
+  }
+  const Above reached = above(low);
+  if (reached.admissible == 0 || tokens == 0) return 0;
+  // Of blocks exactly at the threshold only as many as it takes.
+  const Above strictly = above(low + 1);
+  int64_t blocks = reached.blocks;
+  const double threshold = std::bit_cast<float>(low);
+  if (threshold > 0) {
+    const double missing = std::max(0.0, target * (1 - epsilon_of(DType::f32)) - strictly.sum);
+    blocks = std::min(blocks, strictly.blocks + static_cast<int64_t>(std::ceil(missing / threshold)));
+  } else {
+    blocks = strictly.blocks;  // what is left holds nothing
+  }
+  return static_cast<double>(blocks) / static_cast<double>(reached.admissible);
 }
 
 }  // namespace tessera

@@ -187,6 +187,7 @@ OptimizeResult optimize(const MassMap& mass, bool causal, const OptimizeOptions&
     if (better(candidate, result.best)) result.best = candidate;
   }
   result.oracle_density = oracle_density(mass, options.target_coverage);
+  result.bound_density = bound_density(mass, options.target_coverage);
   result.evaluated = search.evaluated();
   return result;
 }
