@@ -3,12 +3,13 @@
 // ends, block_q != block_k, more rows than one register tile and remainders of every kind, so that empty, full and
 // partial tiles, bitmaps and empty pattern rows all occur.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <random>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -599,6 +600,39 @@ TEST(MassMap, AgainstNaive) {
   }
   EXPECT_THROW(attention_mass(c.input, 16, 32, pool, 100), Error);
   EXPECT_THROW(attention_mass(c.input, 17, 32, pool), Error);
+}
+
+// Lengths, blocks and batches that differ, causal or not: every kind is searched, and what comes out is what it says.
+TEST(Optimize, EveryKindOnUnequalShapes) {
+  const std::span<const PatternKind> all = all_pattern_kinds();
+  for (const auto& [sq, sk] : {std::pair<int64_t, int64_t>{75, 190}, {190, 75}, {1, 40}}) {
+    for (const bool causal : {false, true}) {
+      SCOPED_TRACE(std::to_string(sq) + " x " + std::to_string(sk) + (causal ? " causal" : ""));
+      Case c;
+      c.sizes.seqlen_q = sq;
+      c.sizes.seqlen_k = sk;
+      make_case(c, 27);
+      c.input.options.causal = causal;
+      InlineExecutor executor;
+      OptimizeOptions options;
+      options.target_coverage = 0.7;
+      options.kinds.assign(all.begin(), all.end());
+      const OptimizeResult r = optimize(c.input, 16, 32, options, executor);
+      ASSERT_EQ(r.candidates.size(), all.size());
+      EXPECT_TRUE(r.best.reached);  // dense is among them
+      for (size_t n = 0; n < all.size(); ++n) {
+        SCOPED_TRACE(std::string(name_of(all[n])));
+        const OptimizeResult::Candidate& candidate = r.candidates[n];
+        EXPECT_EQ(candidate.spec.kind, all[n]);
+        EXPECT_EQ(candidate.reached, candidate.coverage >= 0.7 * (1 - 1e-6));
+        EXPECT_LE(r.bound_density, candidate.reached ? candidate.density : 1.0);
+        const Quality f = quality(c.input, make_pattern(candidate.spec), executor);
+        EXPECT_NEAR(f.coverage, candidate.coverage, 1e-6);
+        EXPECT_NEAR(f.density, candidate.density, 1e-12);
+        EXPECT_LE(f.coverage, f.oracle_coverage + 1e-6);
+      }
+    }
+  }
 }
 
 }  // namespace
