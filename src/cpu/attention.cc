@@ -1,0 +1,219 @@
+// The CPU backend: cuts calls into work units, gives each thread its scratch, and runs them.
+//
+// A unit owns its output rows, so results do not depend on threads. Units are taken dynamically, heads in order (those
+// that share K and V are neighbours), the longest rows of a head first.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/row_end.h"
+#include "cpu/scratch.h"
+#include "tessera/error.h"
+
+namespace tessera::cpu {
+
+namespace {
+
+constexpr int64_t kDecodeQueries = 16;  // up to here a call takes the decode schedule
+
+// Decode units of about this many keys: enough to drown the join, few enough for many threads.
+constexpr int64_t kDecodeSplitKeys = 512;
+
+struct AlignedFree {
+  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(Scratch::kAlign)); }
+};
+using AlignedBytes = std::unique_ptr<std::byte, AlignedFree>;
+
+AlignedBytes allocate(size_t bytes, const char* what) {
+  void* p = ::operator new(std::max<size_t>(bytes, 1), std::align_val_t(Scratch::kAlign), std::nothrow);
+  if (p == nullptr) {
+    throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
+  }
+  return AlignedBytes(static_cast<std::byte*>(p));
+}
+
+// Rows of one pattern head, longest first: a permutation of 0 .. rows - 1.
+std::vector<int32_t> longest_first(const BlockPatternView& pattern, int64_t first_row) {
+  const int64_t rows = pattern.shape.rows();
+  std::vector<int32_t> order(static_cast<size_t>(rows));
+  std::iota(order.begin(), order.end(), 0);
+  const int64_t* indptr = pattern.indptr + first_row;
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return indptr[a + 1] - indptr[a] > indptr[b + 1] - indptr[b];
+  });
+  return order;
+}
+
+// Panel units of one problem, numbered: batch, kv head, row (longest first), head of the group.
+class PanelUnits {
+ public:
+  explicit PanelUnits(const Problem& p) : p_(p), rows_(p.pattern.shape.rows()) {
+    const PatternShape& s = p.pattern.shape;
+    for (int64_t i = 0; i < s.batches * s.heads; ++i) orders_.push_back(longest_first(p.pattern, i * rows_));
+  }
+  int64_t count() const { return p_.batch * p_.heads * rows_; }
+
+  void run(int64_t unit, const KernelTable& kernels, std::byte* scratch) const {
+    const int64_t group = p_.group();
+    const int64_t member = unit % group;
+    const int64_t place = unit / group % rows_;
+    const int64_t kv = unit / (group * rows_) % p_.kv_heads;
+    const int64_t b = unit / (group * rows_ * p_.kv_heads);
+    const int64_t h = kv * group + member;
+    const PatternShape& s = p_.pattern.shape;
+    const auto& order = orders_[(s.batches == 1 ? 0 : b) * s.heads + (s.heads == 1 ? 0 : h)];
+    kernels.forward_row(p_, b, h, order[place], scratch);
+  }
+
+ private:
+  const Problem& p_;
+  int64_t rows_;
+  std::vector<std::vector<int32_t>> orders_;
+};
+
+// Decode units of one problem and their partial results. Heads that share a pattern row go together, so that K and V
+// rows which lie side by side are read side by side.
+class DecodeUnits {
+ public:
+  explicit DecodeUnits(const Problem& p) : p_(p) {
+    const PatternShape& s = p.pattern.shape;
+    // With [B, S, H, D] in memory all heads of a key are neighbours; otherwise each kv head streams by itself.
+    const bool interleaved = p.kv_heads > 1 && std::abs(p.k.seq) >= p.kv_heads * p.head_dim;
+    const int64_t together = s.heads > 1 ? 1 : interleaved ? p.heads : p.group();
+    const int64_t split = std::max<int64_t>(1, kDecodeSplitKeys / s.block_k);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t h = 0; h < p.heads; h += together) {
+        const int64_t row = p.pattern.row_id(b, h, 0);
+        heads_.push_back({b, h, h + together, static_cast<int64_t>(units_.size()), 0});
+        const int64_t end = p.pattern.indptr[row + 1];
+        for (int64_t e = p.pattern.indptr[row]; e < end; e += split) {
+          units_.push_back({b, h, h + together, e, std::min(e + split, end)});
+        }
+        heads_.back().unit_end = static_cast<int64_t>(units_.size());
+      }
+    }
+    rows_ = together * p.seqlen_q;
+    bytes_ = static_cast<size_t>(units_.size()) * rows_ * (p.head_dim_v + 2) * sizeof(float);
+    partials_ = allocate(bytes_, "partial results of decode");
+  }
+  int64_t count() const { return static_cast<int64_t>(units_.size()); }
+  size_t bytes() const { return bytes_; }
+
+  void run(int64_t unit, const KernelTable& kernels, std::byte* scratch) const {
+    kernels.decode(p_, units_[unit], partial(unit), scratch);
+  }
+
+  // Joins the partials of each row in the order of keys and writes out and lse.
+  void join() const {
+    std::vector<double> out(static_cast<size_t>(p_.head_dim_v));
+    for (const HeadRange& range : heads_) {
+      for (int64_t r = 0; r < rows_; ++r) join_row(range, r, out);
+    }
+  }
+
+ private:
+  struct HeadRange {
+    int64_t b, head_begin, head_end, unit_begin, unit_end;
+  };
+
+  DecodePartial partial(int64_t unit) const {
+    float* at = reinterpret_cast<float*>(partials_.get()) + unit * rows_ * (p_.head_dim_v + 2);
+    return {at, at + rows_ * p_.head_dim_v, at + rows_ * (p_.head_dim_v + 1)};
+  }
+
+  void join_row(const HeadRange& range, int64_t r, std::vector<double>& out) const {
+    const int64_t h = range.head_begin + r / p_.seqlen_q, q = r % p_.seqlen_q, dims = p_.head_dim_v;
+    float top = std::numeric_limits<float>::lowest();
+    for (int64_t u = range.unit_begin; u < range.unit_end; ++u) {
+      if (partial(u).sum[r] != 0.0f) top = std::max(top, partial(u).max[r]);
+    }
+    double sum = 0;
+    std::fill(out.begin(), out.end(), 0.0);
+    for (int64_t u = range.unit_begin; u < range.unit_end; ++u) {
+      const DecodePartial part = partial(u);
+      if (part.sum[r] == 0.0f) continue;  // saw no key
+      const double weight = std::exp2(static_cast<double>(part.max[r]) - top);
+      sum += weight * part.sum[r];
+      for (int64_t c = 0; c < dims; ++c) out[c] += weight * part.out[r * dims + c];
+    }
+    const RowEnd end = EndOfRow(p_, h, top, static_cast<float>(sum));
+    const double factor = end.factor / (1.0 - p_.dropout.p);
+    char* row = p_.out.at(range.b, q, h, size_of(p_.dtype));
+    for (int64_t c = 0; c < dims; ++c) store_from_double(row, p_.dtype, c, factor == 0 ? 0.0 : out[c] * factor);
+    StoreLse(p_, range.b, h, q, end.lse);
+  }
+
+  const Problem& p_;
+  std::vector<DecodeUnit> units_;
+  std::vector<HeadRange> heads_;
+  int64_t rows_ = 0;  // of a unit
+  size_t bytes_ = 0;
+  AlignedBytes partials_;
+};
+
+// Runs `run(unit, scratch)` for all units on the executor's threads, each with `scratch_bytes` of its own.
+template <class Run>
+size_t run_units(int64_t units, size_t scratch_bytes, Executor& executor, const Run& run) {
+  if (units == 0) return 0;
+  const int threads = static_cast<int>(std::clamp<int64_t>(units, 1, std::max(1, executor.num_threads())));
+  std::vector<AlignedBytes> scratch;
+  for (int i = 0; i < threads; ++i) scratch.push_back(allocate(scratch_bytes, "scratch"));
+  std::atomic<int64_t> next{0};
+  executor.run(threads, [&](int thread) {
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+      run(unit, scratch[thread].get());
+    }
+  });
+  return scratch_bytes * threads;
+}
+
+}  // namespace
+
+ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& executor) {
+  ForwardInfo info;
+  info.isa = resolve_isa(isa);
+  const KernelTable& kernels = kernels_of(info.isa);
+
+  std::vector<PanelUnits> panels;
+  std::vector<DecodeUnits> decodes;
+  std::vector<int64_t> panel_begin{0}, decode_begin{0};
+  size_t panel_scratch = 0, decode_scratch = 0;
+  for (const Problem& p : problems) {
+    if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) continue;
+    if (p.seqlen_q <= kDecodeQueries && p.pattern.shape.rows() == 1) {
+      decodes.emplace_back(p);
+      decode_begin.push_back(decode_begin.back() + decodes.back().count());
+      decode_scratch = std::max(decode_scratch, kernels.decode_scratch(p));
+    } else {
+      panels.emplace_back(p);
+      panel_begin.push_back(panel_begin.back() + panels.back().count());
+      panel_scratch = std::max(panel_scratch, kernels.forward_scratch(p));
+    }
+  }
+  const auto owner = [](const std::vector<int64_t>& begin, int64_t unit) {
+    return std::upper_bound(begin.begin(), begin.end(), unit) - begin.begin() - 1;
+  };
+  info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, [&](int64_t unit, std::byte* scratch) {
+    const auto i = owner(panel_begin, unit);
+    panels[i].run(unit - panel_begin[i], kernels, scratch);
+  });
+  size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, [&](int64_t unit, std::byte* scratch) {
+    const auto i = owner(decode_begin, unit);
+    decodes[i].run(unit - decode_begin[i], kernels, scratch);
+  });
+  for (const DecodeUnits& d : decodes) {
+    d.join();
+    decode_bytes += d.bytes();
+  }
+  info.scratch_bytes = std::max(info.scratch_bytes, decode_bytes);
+  return info;
+}
+
+}  // namespace tessera::cpu

@@ -1,0 +1,144 @@
+// Rows of storage types to fp32 and back, and the small transposes between memory's layout and panels.
+#if defined(TESSERA_CPU_CONVERT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TESSERA_CPU_CONVERT_INL_H_
+#undef TESSERA_CPU_CONVERT_INL_H_
+#else
+#define TESSERA_CPU_CONVERT_INL_H_
+#endif
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/vecmath-inl.h"
+#include "tessera/dtype.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tessera::cpu::TESSERA_KERNELS {
+
+using HalfBits = hn::Rebind<uint16_t, Floats>;  // as many 16-bit lanes as a vector has floats
+
+HWY_INLINE float ToFloat(float x) { return x; }
+HWY_INLINE float ToFloat(bfloat16 x) { return to_float(x); }
+HWY_INLINE float ToFloat(float16 x) { return to_float(x); }
+
+// kLanes elements from unaligned memory.
+HWY_INLINE Vec LoadFloats(const float* p) { return hn::LoadU(Floats(), p); }
+HWY_INLINE Vec LoadFloats(const bfloat16* p) {
+  const auto bits = hn::PromoteTo(Uints(), hn::LoadU(HalfBits(), reinterpret_cast<const uint16_t*>(p)));
+  return hn::BitCast(Floats(), hn::ShiftLeft<16>(bits));
+}
+HWY_INLINE Vec LoadFloats(const float16* p) {
+  return hn::PromoteTo(Floats(), hn::LoadU(hn::Rebind<hwy::float16_t, Floats>(),
+                                           reinterpret_cast<const hwy::float16_t*>(p)));
+}
+
+HWY_INLINE void StoreFloats(Vec x, float* p) { hn::StoreU(x, Floats(), p); }
+HWY_INLINE void StoreFloats(Vec x, float16* p) {
+  hn::StoreU(hn::DemoteTo(hn::Rebind<hwy::float16_t, Floats>(), x), hn::Rebind<hwy::float16_t, Floats>(),
+             reinterpret_cast<hwy::float16_t*>(p));
+}
+HWY_INLINE void StoreFloats(Vec x, bfloat16* p) {
+  const Uints du;
+  const auto u = hn::BitCast(du, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1));
+  const auto rounded = hn::Add(hn::Add(u, hn::Set(du, 0x7fff)), odd);
+  const auto quiet = hn::Or(u, hn::Set(du, 0x400000));
+  const auto is_number = hn::RebindMask(du, hn::Eq(x, x));
+  const auto high = hn::ShiftRight<16>(hn::IfThenElse(is_number, rounded, quiet));
+  hn::StoreU(hn::DemoteTo(HalfBits(), hn::BitCast(Ints(), high)), HalfBits(), reinterpret_cast<uint16_t*>(p));
+}
+
+HWY_INLINE void FromFloat(float x, float* p) { *p = x; }
+HWY_INLINE void FromFloat(float x, bfloat16* p) { *p = to_bfloat16(x); }
+HWY_INLINE void FromFloat(float x, float16* p) { *p = to_float16(x); }
+
+template <class T>
+HWY_INLINE void RowToFloat(const T* HWY_RESTRICT in, int64_t n, float* HWY_RESTRICT out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(LoadFloats(in + i), Floats(), out + i);
+  for (; i < n; ++i) out[i] = ToFloat(in[i]);
+}
+
+template <class T>
+HWY_INLINE void RowFromFloat(const float* HWY_RESTRICT in, int64_t n, T* HWY_RESTRICT out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) StoreFloats(hn::LoadU(Floats(), in + i), out + i);
+  for (; i < n; ++i) FromFloat(in[i], out + i);
+}
+
+// Any NaN or Inf among n elements?
+template <class T>
+HWY_INLINE bool AnyNonFinite(const T* p, int64_t n) {
+  const Floats d;
+  const Vec inf = hn::Set(d, std::numeric_limits<float>::infinity());
+  auto bad = hn::MaskFromVec(hn::Zero(d));
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec a = hn::Abs(LoadFloats(p + i));
+    bad = hn::Or(bad, hn::Not(hn::Lt(a, inf)));
+  }
+  bool any = !hn::AllFalse(d, bad);
+  for (; i < n; ++i) any = any || !(std::abs(ToFloat(p[i])) < std::numeric_limits<float>::infinity());
+  return any;
+}
+
+using Four = hn::FixedTag<float, 4>;
+
+// 4 x 4 floats: rows at `in` (stride in_stride) become columns at `out`. Works for any 32-bit elements.
+HWY_INLINE void Transpose4x4(const float* HWY_RESTRICT in, int64_t in_stride, float* HWY_RESTRICT out,
+                             int64_t out_stride) {
+  const Four d;
+  const hn::FixedTag<double, 2> d2;
+  const auto r0 = hn::LoadU(d, in), r1 = hn::LoadU(d, in + in_stride);
+  const auto r2 = hn::LoadU(d, in + 2 * in_stride), r3 = hn::LoadU(d, in + 3 * in_stride);
+  const auto a = hn::BitCast(d2, hn::InterleaveLower(d, r0, r1));
+  const auto b = hn::BitCast(d2, hn::InterleaveLower(d, r2, r3));
+  const auto c = hn::BitCast(d2, hn::InterleaveUpper(d, r0, r1));
+  const auto e = hn::BitCast(d2, hn::InterleaveUpper(d, r2, r3));
+  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d2, a, b)), d, out);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d2, a, b)), d, out + out_stride);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d2, c, e)), d, out + 2 * out_stride);
+  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d2, c, e)), d, out + 3 * out_stride);
+}
+
+// Four rows of n 32-bit elements into four lanes of a panel: out[i * width + r] = in[r * in_stride + i].
+// `in` is readable up to the next multiple of 4 beyond n.
+HWY_INLINE void FourRowsToLanes(const float* in, int64_t in_stride, int64_t n, float* out, int64_t width) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) Transpose4x4(in + i, in_stride, out + i * width, width);
+  for (; i < n; ++i) {
+    for (int r = 0; r < 4; ++r) out[i * width + r] = in[r * in_stride + i];
+  }
+}
+
+// Four lanes of a panel [n][width] into four rows of n floats.
+HWY_INLINE void FourLanesToRows(const float* in, int64_t width, int64_t n, float* out, int64_t out_stride) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) Transpose4x4(in + i * width, width, out + i, out_stride);
+  for (; i < n; ++i) {
+    for (int r = 0; r < 4; ++r) out[r * out_stride + i] = in[i * width + r];
+  }
+}
+
+#if TESSERA_BF16_DOT
+// Rows a and b of n bf16 as pairs (a[i], b[i]); b may be null: zeros.
+HWY_INLINE void InterleaveRows(const bfloat16* a, const bfloat16* b, int64_t n, uint32_t* out) {
+  const Uints du;
+  const HalfBits dh;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    auto pair = hn::PromoteTo(du, hn::LoadU(dh, reinterpret_cast<const uint16_t*>(a + i)));
+    if (b) {
+      const auto upper = hn::PromoteTo(du, hn::LoadU(dh, reinterpret_cast<const uint16_t*>(b + i)));
+      pair = hn::Or(pair, hn::ShiftLeft<16>(upper));
+    }
+    hn::StoreU(pair, du, out + i);
+  }
+  for (; i < n; ++i) out[i] = a[i].bits | (b ? uint32_t{b[i].bits} << 16 : 0u);
+}
+#endif
+
+}  // namespace tessera::cpu::TESSERA_KERNELS
+HWY_AFTER_NAMESPACE();
+#endif

@@ -1,0 +1,453 @@
+// Forward over one row of blocks.
+//
+// The queries of the row are cut into panels of up to kMaxPanel, transposed once. Kept blocks stream by in chunks of
+// up to kChunk keys: full ones are joined, a partial one (mask, bitmap, bias) makes a chunk of its own. For each
+// chunk and panel: scores, online softmax, out += weights x V, all in L1 and L2; out is normalised and transposed back
+// at the end. Nothing is packed ahead, so scratch does not grow with the problem.
+#if defined(TESSERA_CPU_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TESSERA_CPU_FORWARD_INL_H_
+#undef TESSERA_CPU_FORWARD_INL_H_
+#else
+#define TESSERA_CPU_FORWARD_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "cpu/convert-inl.h"
+#include "cpu/modify-inl.h"
+#include "cpu/row_end.h"
+#include "cpu/scratch.h"
+#include "cpu/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tessera::cpu::TESSERA_KERNELS {
+
+#if TESSERA_BF16_DOT
+template <class T>
+using ProductOf = std::conditional_t<std::is_same_v<T, bfloat16>, Bf16Product, Fp32Product>;
+#else
+template <class T>
+using ProductOf = Fp32Product;
+#endif
+
+template <class T>
+class RowKernel {
+  using P = ProductOf<T>;
+  using Element = typename P::Element;
+  static constexpr bool kPairs = P::kElementsPerStep == 2;
+  static constexpr int kChunk = 128;  // keys; scores [kChunk][W] are 32 KiB on AVX-512
+
+  struct Panel {
+    int64_t q = 0;     // first query
+    int64_t rows = 0;  // queries, at most kMaxPanel
+    int vecs = 0;
+    Element* qt = nullptr;      // [steps][W]
+    float* out = nullptr;       // [Dv][W]
+    float* reference = nullptr; // [W]
+    float* sum = nullptr;       // [W]
+  };
+  struct Segment {
+    int64_t entry = 0, k = 0, keys = 0;
+  };
+  struct Chunk {
+    Segment segments[kChunk];
+    int count = 0;
+    int64_t keys = 0;
+  };
+  // A staged chunk: where its K and V rows are, in the form that the products read.
+  struct Staged {
+    const Element* k = nullptr;
+    const Element* v = nullptr;
+    int64_t k_stride = 0, v_stride = 0;  // elements of a key, of a step
+  };
+
+ public:
+  static size_t ScratchBytes(const Problem& p) {
+    Scratch sizing(nullptr);
+    RowKernel(p, 0, 0, 0, sizing);
+    return sizing.used();
+  }
+
+  RowKernel(const Problem& p, int64_t b, int64_t h, int64_t row, Scratch& scratch)
+      : p_(p), b_(b), h_(h), mask_(p.mask(b)), row_(row) {
+    const PatternShape& shape = p.pattern.shape;
+    q_begin_ = row * shape.block_q;
+    q_end_ = std::min(q_begin_ + shape.block_q, p.seqlen_q);
+    steps_ = (p.head_dim + P::kElementsPerStep - 1) / P::kElementsPerStep;
+    padded_ = hwy::RoundUpTo(std::max<int64_t>({p.head_dim, p.head_dim_v, 1}), 16);
+    const int64_t queries = hwy::RoundUpTo(shape.block_q, kLanes);
+    const int64_t chunk = std::min<int64_t>(kChunk, hwy::RoundUpTo(std::max<int64_t>(p.seqlen_k, 1), 2));
+    queries_t_ = scratch.take<Element>(steps_ * queries);
+    out_t_ = scratch.take<float>(p.head_dim_v * queries);
+    references_ = scratch.take<float>(queries);
+    sums_ = scratch.take<float>(queries);
+    scores_ = scratch.take<float>(chunk * kMaxPanel);
+    k_rows_ = scratch.take<Element>(chunk * steps_);
+    v_rows_ = scratch.take<Element>(chunk / P::kElementsPerStep * p.head_dim_v);
+    rows_ = scratch.take<float>(4 * padded_);
+    factor_ = kPairs ? static_cast<float>(std::abs(p.scale) * kLog2eDouble) : 1.0f;
+  }
+
+  void Run() {
+    LoadPanels();
+    const BlockPatternView& pattern = p_.pattern;
+    const int64_t row = pattern.row_id(b_, h_, row_);
+    const bool modifies = ModifiesScores(p_);
+    const bool alone = modifies || p_.dropout.p > 0;
+    Chunk chunk;
+    for (int64_t e = pattern.indptr[row]; e < pattern.indptr[row + 1]; ++e) {
+      const Interval keys = AdmittedKeys(e);
+      if (keys.empty()) continue;
+      const bool masked =
+          pattern.bitmap(e) != nullptr || mask_.classify(q_begin_, q_end_, keys.begin, keys.end) != TileKind::full;
+      if (masked || alone) {
+        if (chunk.count) RunChunk(chunk, false, e);
+        for (int64_t k = keys.begin; k < keys.end; k += kChunk) {
+          Append(chunk, {e, k, std::min<int64_t>(kChunk, keys.end - k)});
+          RunChunk(chunk, masked, e + 1);
+        }
+        continue;
+      }
+      for (int64_t k = keys.begin; k < keys.end;) {
+        const int64_t n = std::min(kChunk - chunk.keys, keys.end - k);
+        Append(chunk, {e, k, n});
+        k += n;
+        if (chunk.keys == kChunk) RunChunk(chunk, false, k < keys.end ? e : e + 1);
+      }
+    }
+    if (chunk.count) RunChunk(chunk, false, pattern.indptr[row + 1]);
+    StorePanels();
+  }
+
+ private:
+  static void Append(Chunk& chunk, const Segment& segment) {
+    chunk.segments[chunk.count++] = segment;
+    chunk.keys += segment.keys;
+  }
+
+  // Keys of the entry's block that some query of this row may admit (bitmaps aside).
+  Interval AdmittedKeys(int64_t entry) const {
+    const int64_t begin = int64_t{p_.pattern.indices[entry]} * p_.pattern.shape.block_k;
+    const int64_t end = std::min(begin + p_.pattern.shape.block_k, p_.seqlen_k);
+    return {std::max(begin, mask_.keys_of(q_begin_, p_.seqlen_k).begin),
+            std::min(end, mask_.keys_of(q_end_ - 1, p_.seqlen_k).end)};
+  }
+
+  const T* KRow(int64_t k) const { return KvRow(p_.k, k); }
+  const T* VRow(int64_t k) const { return KvRow(p_.v, k); }
+  const T* KvRow(const Strided& t, int64_t k) const {
+    const int64_t block = p_.pattern.shape.block_k, head = h_ / p_.group();
+    const char* first = &t == &p_.k ? p_.k_block(b_, k / block, head) : p_.v_block(b_, k / block, head);
+    return reinterpret_cast<const T*>(first) + (k % block) * t.seq;
+  }
+
+  // Queries into panels: transposed, with scale * log2(e) folded in (bf16 pairs keep their bits, but for a sign).
+  void LoadPanels() {
+    num_panels_ = 0;
+    const float scale = static_cast<float>(p_.scale * kLog2eDouble);
+    int64_t offset = 0;  // lanes before this panel
+    for (int64_t q = q_begin_; q < q_end_; q += kMaxPanel) {
+      Panel& panel = panels_[num_panels_++];
+      panel.q = q;
+      panel.rows = std::min<int64_t>(kMaxPanel, q_end_ - q);
+      panel.vecs = static_cast<int>((panel.rows + kLanes - 1) / kLanes);
+      const int64_t width = panel.vecs * kLanes;
+      panel.qt = queries_t_ + steps_ * offset;
+      panel.out = out_t_ + p_.head_dim_v * offset;
+      panel.reference = references_ + offset;
+      panel.sum = sums_ + offset;
+      offset += width;
+      for (int64_t r = 0; r < width; r += 4) {
+        for (int64_t i = 0; i < 4; ++i) LoadQuery(panel, r + i, scale, rows_ + i * padded_);
+        FourRowsToLanes(rows_, padded_, steps_, reinterpret_cast<float*>(panel.qt) + r, width);
+      }
+      std::fill_n(panel.out, p_.head_dim_v * width, 0.0f);
+      std::fill_n(panel.reference, width, kNoScore);
+      std::fill_n(panel.sum, width, 0.0f);
+    }
+  }
+
+  void LoadQuery(const Panel& panel, int64_t r, float scale, float* row) const {
+    if (r >= panel.rows) {
+      std::fill_n(row, steps_, 0.0f);
+      return;
+    }
+    const T* q = reinterpret_cast<const T*>(p_.q.at(b_, panel.q + r, h_, sizeof(T)));
+    if constexpr (kPairs) {
+      row[steps_ - 1] = 0;  // an odd head dim ends in half a pair
+      std::memcpy(row, q, p_.head_dim * sizeof(T));
+      if (p_.scale < 0) {
+        uint32_t* bits = reinterpret_cast<uint32_t*>(row);
+        for (int64_t i = 0; i < steps_; ++i) bits[i] ^= 0x80008000u;
+      }
+    } else {
+      RowToFloat(q, p_.head_dim, row);
+      for (int64_t i = 0; i < p_.head_dim; ++i) row[i] *= scale;
+    }
+  }
+
+  // fp32 rows that lie densely are read in place; others are copied or converted, once for all panels. (Rows far
+  // apart would share few cache sets: D = 128 in [B, S, H, D] ran at .80 of peak in place, .92 copied.)
+  Staged Stage(const Chunk& chunk) {
+    Staged s;
+    const bool one = chunk.count == 1;
+    if (kPairs ? one && p_.k.seq == p_.head_dim && p_.head_dim % 2 == 0
+               : one && std::is_same_v<T, float> && p_.k.seq == p_.head_dim) {
+      s.k = reinterpret_cast<const Element*>(KRow(chunk.segments[0].k));
+      s.k_stride = p_.k.seq / P::kElementsPerStep;
+    } else {
+      s.k = k_rows_;
+      s.k_stride = steps_;
+      Element* to = k_rows_;
+      for (int i = 0; i < chunk.count; ++i) {
+        const T* from = KRow(chunk.segments[i].k);
+        for (int64_t r = 0; r < chunk.segments[i].keys; ++r, from += p_.k.seq, to += steps_) CopyKey(from, to);
+      }
+    }
+    if (std::is_same_v<T, float> && one && p_.v.seq == p_.head_dim_v) {
+      s.v = reinterpret_cast<const Element*>(VRow(chunk.segments[0].k));
+    } else {
+      s.v = v_rows_;
+      StageValues(chunk);
+    }
+    s.v_stride = p_.head_dim_v;
+    return s;
+  }
+
+  void CopyKey(const T* from, Element* to) const {
+    if constexpr (kPairs) {
+      to[steps_ - 1] = 0;
+      std::memcpy(to, from, p_.head_dim * sizeof(T));
+    } else {
+      RowToFloat(from, p_.head_dim, to);
+    }
+  }
+
+  void StageValues(const Chunk& chunk) {
+    Element* to = v_rows_;
+    [[maybe_unused]] const T* waiting = nullptr;  // first row of a pair
+    for (int i = 0; i < chunk.count; ++i) {
+      const T* from = VRow(chunk.segments[i].k);
+      for (int64_t r = 0; r < chunk.segments[i].keys; ++r, from += p_.v.seq) {
+        if constexpr (kPairs) {
+          if (waiting == nullptr) {
+            waiting = from;
+            continue;
+          }
+          InterleaveRows(waiting, from, p_.head_dim_v, to);
+          waiting = nullptr;
+        } else {
+          RowToFloat(from, p_.head_dim_v, to);
+        }
+        to += p_.head_dim_v;
+      }
+    }
+    if constexpr (kPairs) {
+      if (waiting) InterleaveRows(waiting, nullptr, p_.head_dim_v, to);
+    }
+  }
+
+  void RunChunk(Chunk& chunk, bool masked, int64_t next_entry) {
+    PrefetchRows prefetch = PrefetchOf(next_entry);
+    const bool alone = masked || ModifiesScores(p_) || p_.dropout.p > 0;
+    if (!alone) {
+      const Staged staged = Stage(chunk);
+      for (int i = 0; i < num_panels_; ++i) {
+        RunPanel(panels_[i], chunk.segments[0], staged, chunk.keys, alone, masked, prefetch);
+        prefetch.rows = 0;
+      }
+    } else {
+      // One segment; each panel clips it to the keys that its own queries may admit.
+      const Segment segment = chunk.segments[0];
+      const Staged staged = Stage(chunk);
+      for (int i = 0; i < num_panels_; ++i) {
+        const Panel& panel = panels_[i];
+        const int64_t first = mask_.keys_of(panel.q, p_.seqlen_k).begin;
+        const int64_t last = mask_.keys_of(panel.q + panel.rows - 1, p_.seqlen_k).end;
+        Segment clip = segment;
+        // bf16 values are staged in pairs of keys: clipping cuts none of them (the key beside it is masked then).
+        clip.k = std::max(segment.k, segment.k + ((first - segment.k) & ~int64_t{1}));
+        const int64_t skipped = clip.k - segment.k;
+        clip.keys = std::min(segment.k + segment.keys, last) - clip.k;
+        if (clip.keys <= 0) continue;
+        clip.keys = std::min(segment.keys - skipped, (clip.keys + 1) & ~int64_t{1});
+        Staged part = staged;
+        part.k += skipped * staged.k_stride;
+        part.v += skipped / P::kElementsPerStep * staged.v_stride;
+        RunPanel(panel, clip, part, clip.keys, alone, masked, prefetch);
+        prefetch.rows = 0;
+      }
+    }
+    chunk.count = 0;
+    chunk.keys = 0;
+  }
+
+  PrefetchRows PrefetchOf(int64_t entry) const {
+    PrefetchRows f;
+    if (entry >= p_.pattern.indptr[p_.pattern.row_id(b_, h_, row_) + 1]) return f;
+    const Interval keys = AdmittedKeys(entry);
+    if (keys.empty()) return f;
+    f.rows = std::min<int64_t>(keys.size(), kChunk);
+    f.k = reinterpret_cast<const char*>(KRow(keys.begin));
+    f.v = reinterpret_cast<const char*>(VRow(keys.begin));
+    f.k_stride = p_.k.seq * static_cast<int64_t>(sizeof(T));
+    f.v_stride = p_.v.seq * static_cast<int64_t>(sizeof(T));
+    f.k_bytes = static_cast<int>(p_.head_dim * sizeof(T));
+    f.v_bytes = static_cast<int>(p_.head_dim_v * sizeof(T));
+    return f;
+  }
+
+  void RunPanel(const Panel& panel, const Segment& segment, const Staged& staged, int64_t keys, bool alone,
+                bool masked, const PrefetchRows& prefetch) {
+    switch (panel.vecs) {
+      case 1: PanelChunk<1>(panel, segment, staged, keys, alone, masked, prefetch); break;
+      case 2: PanelChunk<2>(panel, segment, staged, keys, alone, masked, prefetch); break;
+      case 3:
+        if constexpr (kMaxVecs > 2) PanelChunk<3>(panel, segment, staged, keys, alone, masked, prefetch);
+        break;
+      case 4:
+        if constexpr (kMaxVecs > 2) PanelChunk<4>(panel, segment, staged, keys, alone, masked, prefetch);
+        break;
+    }
+  }
+
+  template <int NV>
+  void PanelChunk(const Panel& panel, const Segment& segment, const Staged& staged, int64_t keys, bool alone,
+                  bool masked, const PrefetchRows& prefetch) {
+    HWY_ALIGN float max[NV * kLanes];
+    std::fill_n(max, NV * kLanes, kNegInf);
+    Scores<P, NV>(panel.qt, steps_, staged.k, staged.k_stride, keys, scores_, max, prefetch);
+    if (HWY_LIKELY(!alone)) {
+      RaiseReference<NV>(max, factor_, panel.reference, panel.sum, panel.out, p_.head_dim_v);
+#if TESSERA_BF16_DOT
+      if constexpr (kPairs) WeightsToBf16<NV, true>(scores_, keys, factor_, panel.reference, panel.sum);
+#endif
+      if constexpr (!kPairs) Weights<NV, false>(scores_, keys, 1.0f, panel.reference, panel.sum);
+    } else if (!ModifiedWeights<NV>(panel, segment, keys, masked, max)) {
+      return;
+    }
+    AddOut<P, NV>(reinterpret_cast<const Element*>(scores_), (keys + P::kElementsPerStep - 1) / P::kElementsPerStep,
+                  staged.v, staged.v_stride, p_.head_dim_v, panel.out);
+  }
+
+  // The long way from scores to weights: modifiers, masks, dropout. False when out is already done: V holds NaN or
+  // Inf, and a masked weight of 0 must not meet them.
+  template <int NV>
+  bool ModifiedWeights(const Panel& panel, const Segment& segment, int64_t keys, bool masked, float* max) {
+    const PanelPlace place{b_, h_, panel.q, segment.k, panel.rows, keys, segment.entry};
+    const PatternShape& shape = p_.pattern.shape;
+    float factor = factor_;
+    if (ModifiesScores(p_)) {
+      ModifyScores<NV>(p_, place, factor, scores_);
+      factor = 1.0f;
+    }
+    uint64_t bits[kChunk];
+    if (masked) {
+      MaskBits(mask_, p_.pattern.bitmap(segment.entry), shape.bitmap_words(), panel.q - q_begin_,
+               segment.k - int64_t{p_.pattern.indices[segment.entry]} * shape.block_k, place, bits);
+      MaskPanel<NV>(bits, keys, kNegInf, scores_);
+    }
+    ColumnMax<NV>(scores_, keys, max);
+    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.out, p_.head_dim_v);
+    if constexpr (kPairs) {
+      Weights<NV, true>(scores_, keys, factor, panel.reference, panel.sum);
+    } else {
+      Weights<NV, false>(scores_, keys, 1.0f, panel.reference, panel.sum);
+    }
+    if (p_.dropout.p > 0) DropWeights<NV>(p_, place, scores_);
+    if (masked && ValuesNonFinite(segment.k, keys)) {
+      AddOutMasked<NV>(bits, segment.k, keys, panel.out);
+      return false;
+    }
+#if TESSERA_BF16_DOT
+    if constexpr (kPairs) WeightsToBf16<NV, false>(scores_, keys, 1.0f, nullptr, nullptr);
+#endif
+    return true;
+  }
+
+  bool ValuesNonFinite(int64_t k, int64_t keys) const {
+    const T* v = VRow(k);
+    for (int64_t i = 0; i < keys; ++i, v += p_.v.seq) {
+      if (AnyNonFinite(v, p_.head_dim_v)) return true;
+    }
+    return false;
+  }
+
+  // out += weights x V where admitted, untouched elsewhere, whatever V holds.
+  template <int NV>
+  void AddOutMasked(const uint64_t* bits, int64_t k, int64_t keys, float* out) const {
+    const Floats d;
+    const T* v = VRow(k);
+    for (int64_t i = 0; i < keys; ++i, v += p_.v.seq) {
+      for (int64_t c = 0; c < p_.head_dim_v; ++c) {
+        const Vec value = hn::Set(d, ToFloat(v[c]));
+        for (int n = 0; n < NV; ++n) {
+          const auto admitted = MaskOfBits(static_cast<uint32_t>(bits[i] >> (n * kLanes)));
+          float* o = out + (c * NV + n) * kLanes;
+          const Vec old = hn::Load(d, o);
+          const Vec weight = hn::Load(d, scores_ + (i * NV + n) * kLanes);
+          hn::Store(hn::IfThenElse(admitted, hn::MulAdd(weight, value, old), old), d, o);
+        }
+      }
+    }
+  }
+
+  void StorePanels() {
+    const float keep = static_cast<float>(1.0 / (1.0 - p_.dropout.p));
+    for (int i = 0; i < num_panels_; ++i) {
+      Panel& panel = panels_[i];
+      const int64_t width = panel.vecs * kLanes;
+      HWY_ALIGN float factor[kMaxPanel];
+      for (int64_t r = 0; r < width; ++r) factor[r] = Finish(panel, r) * keep;
+      const Floats d;
+      for (int64_t c = 0; c < p_.head_dim_v; ++c) {
+        for (int64_t r = 0; r < width; r += kLanes) {
+          // An empty row is 0 whatever NaN met its unused lanes.
+          const Vec f = hn::Load(d, factor + r);
+          float* o = panel.out + c * width + r;
+          hn::Store(hn::IfThenElseZero(hn::Ne(f, hn::Zero(d)), hn::Mul(hn::Load(d, o), f)), d, o);
+        }
+      }
+      for (int64_t r = 0; r < panel.rows; r += 4) {
+        FourLanesToRows(panel.out + r, width, p_.head_dim_v, rows_, padded_);
+        for (int64_t n = 0; n < std::min<int64_t>(4, panel.rows - r); ++n) {
+          T* out = reinterpret_cast<T*>(p_.out.at(b_, panel.q + r + n, h_, sizeof(T)));
+          RowFromFloat(rows_ + n * padded_, p_.head_dim_v, out);
+        }
+      }
+    }
+  }
+
+  // Writes lse of a query and returns what its out must be multiplied by: 1 / denominator.
+  float Finish(const Panel& panel, int64_t r) const {
+    if (r >= panel.rows) return 0.0f;
+    const RowEnd end = EndOfRow(p_, h_, panel.reference[r], panel.sum[r]);
+    StoreLse(p_, b_, h_, panel.q + r, end.lse);
+    return end.factor;
+  }
+
+  const Problem& p_;
+  const int64_t b_, h_;
+  const MaskGeometry mask_;
+  const int64_t row_;
+  int64_t q_begin_ = 0, q_end_ = 0;
+  int64_t steps_ = 0;   // elements of a q or k row as the product reads it
+  int64_t padded_ = 0;  // floats of a scratch row
+  float factor_ = 1;    // of raw scores, to log2 units
+  Panel panels_[256 / kLanes];
+  int num_panels_ = 0;
+  Element* queries_t_ = nullptr;
+  float* out_t_ = nullptr;
+  float* references_ = nullptr;
+  float* sums_ = nullptr;
+  float* scores_ = nullptr;
+  Element* k_rows_ = nullptr;
+  Element* v_rows_ = nullptr;
+  float* rows_ = nullptr;
+};
+
+}  // namespace tessera::cpu::TESSERA_KERNELS
+HWY_AFTER_NAMESPACE();
+#endif

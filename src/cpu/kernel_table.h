@@ -1,0 +1,46 @@
+// What one compiled instruction set offers: plain function pointers, filled in kernels.cc and kernels_bf16.cc.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/problem.h"
+
+namespace tessera::cpu {
+
+// Output of a decode unit over part of the keys: unnormalised, relative to its own maximum.
+struct DecodePartial {
+  float* out = nullptr;    // [rows, Dv]
+  float* max = nullptr;    // [rows] in log2 units
+  float* sum = nullptr;    // [rows]
+};
+
+// A decode unit: the query rows of heads [head_begin, head_end) (all of one kv head, or of several that share a
+// pattern) over entries [entry_begin, entry_end) of their common pattern row.
+struct DecodeUnit {
+  int64_t batch = 0, head_begin = 0, head_end = 0;
+  int64_t entry_begin = 0, entry_end = 0;
+};
+
+struct KernelTable {
+  // Forward over one row of blocks: writes out and lse of query block `row` of head h.
+  size_t (*forward_scratch)(const Problem& problem);
+  void (*forward_row)(const Problem& problem, int64_t b, int64_t h, int64_t row, std::byte* scratch);
+  // Decode (Sq <= 16): one unit into a partial whose rows are (head - head_begin) * Sq + query.
+  size_t (*decode_scratch)(const Problem& problem);
+  void (*decode)(const Problem& problem, const DecodeUnit& unit, const DecodePartial& partial, std::byte* scratch);
+  // Runs `iterations` rounds of independent FMAs (or bf16 dots) in registers; returns the flops done.
+  double (*fma_burn)(int64_t iterations);
+  double (*bf16_burn)(int64_t iterations);  // nullptr without the native dot
+  // Reads n bytes (a multiple of 1024) and returns something that depends on all of them.
+  uint64_t (*read)(const std::byte* data, size_t n);
+};
+
+// nullptr where this build has no such target.
+const KernelTable* kernels_sse4();
+const KernelTable* kernels_avx2();
+const KernelTable* kernels_avx512();
+const KernelTable* kernels_avx512_bf16();
+const KernelTable* kernels_neon();
+
+}  // namespace tessera::cpu

@@ -1,0 +1,36 @@
+// How a row of attention ends: from the softmax state to lse and to the factor that normalises out.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "attention/problem.h"
+
+namespace tessera::cpu {
+
+struct RowEnd {
+  float lse = 0;
+  float factor = 0;  // out = factor * accumulated out
+};
+
+// reference in log2 units; sum of 2^(score - reference) over the keys of the row. A row without keys: -inf and 0, the
+// sink notwithstanding.
+inline RowEnd EndOfRow(const Problem& p, int64_t h, float reference, float sum) {
+  if (sum == 0.0f) return {-std::numeric_limits<float>::infinity(), 0.0f};
+  double top = reference, denominator = sum, shrink = 1;
+  if (p.sinks) {
+    const double sink = static_cast<double>(p.sinks[h * p.sinks_head]) * 1.4426950408889634;
+    top = sink > reference ? sink : reference;
+    shrink = std::exp2(reference - top);
+    denominator = sum * shrink + std::exp2(sink - top);
+  }
+  return {static_cast<float>((top + std::log2(denominator)) * 0.6931471805599453),
+          static_cast<float>(shrink / denominator)};
+}
+
+inline void StoreLse(const Problem& p, int64_t b, int64_t h, int64_t q, float lse) {
+  if (p.lse == nullptr) return;
+  reinterpret_cast<float*>(p.lse)[b * p.lse_batch + h * p.lse_head + q * p.lse_seq] = lse;
+}
+
+}  // namespace tessera::cpu

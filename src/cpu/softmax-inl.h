@@ -1,0 +1,157 @@
+// Online softmax over a panel of transposed scores [keys][W], one query a lane (Milakov & Gimelshein 2018).
+//
+// Scores are in log2 units, so weights are 2^(s - m). The reference m of a query is an integer, and it moves only when
+// a score exceeds it by more than 2^8: rescaling is then by an exact power of two, and rare (FlashAttention-4's trick).
+#if defined(TESSERA_CPU_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TESSERA_CPU_SOFTMAX_INL_H_
+#undef TESSERA_CPU_SOFTMAX_INL_H_
+#else
+#define TESSERA_CPU_SOFTMAX_INL_H_
+#endif
+
+#include <limits>
+
+#include "cpu/vecmath-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tessera::cpu::TESSERA_KERNELS {
+
+inline constexpr float kRescaleThreshold = 8.0f;
+// Reference of a query that has seen no score yet: lower than any finite score, yet x - kNoScore is never NaN.
+inline constexpr float kNoScore = std::numeric_limits<float>::lowest();
+inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+
+// Raises the references to cover `max` (scores * factor) and rescales sum and out [dims][W] of lanes that moved.
+template <int NV>
+void RaiseReference(const float* HWY_RESTRICT max, float factor, float* HWY_RESTRICT reference,
+                    float* HWY_RESTRICT sum, float* HWY_RESTRICT out, int64_t dims) {
+  const Floats d;
+  constexpr int W = NV * kLanes;
+  const Vec f = hn::Set(d, factor);
+  bool moved = false;
+  for (int v = 0; v < NV; ++v) {
+    const Vec top = hn::Mul(hn::Load(d, max + v * kLanes), f);
+    const Vec limit = hn::Add(hn::Load(d, reference + v * kLanes), hn::Set(d, kRescaleThreshold));
+    moved = moved || !hn::AllFalse(d, hn::Gt(top, limit));
+  }
+  if (HWY_LIKELY(!moved)) return;
+  for (int v = 0; v < NV; ++v) {
+    const Vec top = hn::Mul(hn::Load(d, max + v * kLanes), f);
+    const Vec old = hn::Load(d, reference + v * kLanes);
+    const auto grows = hn::Gt(top, hn::Add(old, hn::Set(d, kRescaleThreshold)));
+    const Vec now = hn::IfThenElse(grows, hn::Ceil(top), old);
+    const Vec alpha = hn::IfThenElse(grows, Exp2(hn::Sub(old, now)), hn::Set(d, 1.0f));
+    hn::Store(now, d, reference + v * kLanes);
+    hn::Store(hn::Mul(hn::Load(d, sum + v * kLanes), alpha), d, sum + v * kLanes);
+    for (int64_t i = 0; i < dims; ++i) {
+      float* p = out + i * W + v * kLanes;
+      hn::Store(hn::Mul(hn::Load(d, p), alpha), d, p);
+    }
+  }
+}
+
+// s * factor - m; the factor is known to be 1 where the scale went into the queries.
+template <bool kScaled>
+HWY_INLINE Vec Exponent(const float* s, Vec factor, Vec reference) {
+  const Floats d;
+  if constexpr (kScaled) return hn::MulSub(hn::Load(d, s), factor, reference);
+  return hn::Sub(hn::Load(d, s), reference);
+}
+
+// Scores become weights in place; their sums join `sum`.
+template <int NV, bool kScaled>
+HWY_NOINLINE void Weights(float* HWY_RESTRICT scores, int64_t keys, float factor, const float* HWY_RESTRICT reference,
+                          float* HWY_RESTRICT sum) {
+  const Floats d;
+  constexpr int W = NV * kLanes;
+  const Vec f = hn::Set(d, factor);
+  for (int v = 0; v < NV; ++v) {
+    const Vec m = hn::Load(d, reference + v * kLanes);
+    float* s = scores + v * kLanes;
+    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d);
+    int64_t i = 0;
+    for (; i + 4 <= keys; i += 4, s += 4 * W) {  // four independent chains cover the latency of the polynomial
+      const Vec a = Exp2(Exponent<kScaled>(s, f, m));
+      const Vec b = Exp2(Exponent<kScaled>(s + W, f, m));
+      const Vec c = Exp2(Exponent<kScaled>(s + 2 * W, f, m));
+      const Vec e = Exp2(Exponent<kScaled>(s + 3 * W, f, m));
+      hn::Store(a, d, s);
+      hn::Store(b, d, s + W);
+      hn::Store(c, d, s + 2 * W);
+      hn::Store(e, d, s + 3 * W);
+      sum0 = hn::Add(sum0, hn::Add(a, c));
+      sum1 = hn::Add(sum1, hn::Add(b, e));
+    }
+    for (; i < keys; ++i, s += W) {
+      const Vec a = Exp2(Exponent<kScaled>(s, f, m));
+      hn::Store(a, d, s);
+      sum0 = hn::Add(sum0, a);
+    }
+    hn::Store(hn::Add(hn::Load(d, sum + v * kLanes), hn::Add(sum0, sum1)), d, sum + v * kLanes);
+  }
+}
+
+// Column maxima of scores [keys][W].
+template <int NV>
+void ColumnMax(const float* scores, int64_t keys, float* max) {
+  const Floats d;
+  for (int v = 0; v < NV; ++v) {
+    Vec m = hn::Set(d, kNegInf);
+    for (int64_t i = 0; i < keys; ++i) m = hn::Max(m, hn::Load(d, scores + (i * NV + v) * kLanes));
+    hn::Store(m, d, max + v * kLanes);
+  }
+}
+
+#if TESSERA_BF16_DOT
+// Two vectors of fp32 to bf16 pairs (a in the lower halves), round to nearest even.
+HWY_INLINE __m512i PairToBf16(Vec a, Vec b) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
+}
+
+// Weights as pairs of keys [ceil(keys / 2)][W], written over the scores (row i of pairs lies on row i <= 2i of
+// scores, which has been read by then). With kWeigh the scores become weights on the way, as in Weights.
+template <int NV, bool kWeigh>
+HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const float* reference, float* sum) {
+  const Floats d;
+  constexpr int W = NV * kLanes;
+  const Vec f = hn::Set(d, factor);
+  for (int v = 0; v < NV; ++v) {
+    const Vec m = hn::Load(d, reference + v * kLanes);
+    const float* s = scores + v * kLanes;
+    float* pairs = scores + v * kLanes;
+    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d);
+    int64_t i = 0;
+    for (; i + 4 <= keys; i += 4, s += 4 * W, pairs += 2 * W) {
+      Vec a = hn::Load(d, s), b = hn::Load(d, s + W), c = hn::Load(d, s + 2 * W), e = hn::Load(d, s + 3 * W);
+      if constexpr (kWeigh) {
+        a = Exp2(hn::MulSub(a, f, m));
+        b = Exp2(hn::MulSub(b, f, m));
+        c = Exp2(hn::MulSub(c, f, m));
+        e = Exp2(hn::MulSub(e, f, m));
+        sum0 = hn::Add(sum0, hn::Add(a, c));
+        sum1 = hn::Add(sum1, hn::Add(b, e));
+      }
+      _mm512_store_si512(pairs, PairToBf16(a, b));
+      _mm512_store_si512(pairs + W, PairToBf16(c, e));
+    }
+    for (; i < keys; i += 2, s += 2 * W, pairs += W) {
+      Vec a = hn::Load(d, s), b = i + 1 < keys ? hn::Load(d, s + W) : hn::Zero(d);
+      if constexpr (kWeigh) {
+        a = Exp2(hn::MulSub(a, f, m));
+        if (i + 1 < keys) b = Exp2(hn::MulSub(b, f, m));
+        sum0 = hn::Add(sum0, hn::Add(a, b));
+      }
+      _mm512_store_si512(pairs, PairToBf16(a, b));
+    }
+    if constexpr (kWeigh) hn::Store(hn::Add(hn::Load(d, sum + v * kLanes), hn::Add(sum0, sum1)), d, sum + v * kLanes);
+  }
+}
+#endif
+
+}  // namespace tessera::cpu::TESSERA_KERNELS
+HWY_AFTER_NAMESPACE();
+#endif

@@ -1,0 +1,124 @@
+// The kernels of one instruction set as a table, and the loops that measure its peaks.
+#if defined(TESSERA_CPU_TABLE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef TESSERA_CPU_TABLE_INL_H_
+#undef TESSERA_CPU_TABLE_INL_H_
+#else
+#define TESSERA_CPU_TABLE_INL_H_
+#endif
+
+#include "cpu/decode-inl.h"
+#include "cpu/forward-inl.h"
+#include "cpu/kernel_table.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace tessera::cpu::TESSERA_KERNELS {
+
+// The only switch on dtype.
+#define TESSERA_BY_DTYPE(problem, CALL)      \
+  switch ((problem).dtype) {                 \
+    case DType::bf16: CALL(bfloat16); break; \
+    case DType::f16: CALL(float16); break;   \
+    default: CALL(float); break;             \
+  }
+
+size_t ForwardScratch(const Problem& p) {
+  size_t bytes = 0;
+#define TESSERA_CALL(T) bytes = RowKernel<T>::ScratchBytes(p)
+  TESSERA_BY_DTYPE(p, TESSERA_CALL)
+#undef TESSERA_CALL
+  return bytes;
+}
+
+void ForwardRow(const Problem& p, int64_t b, int64_t h, int64_t row, std::byte* memory) {
+  Scratch scratch(memory);
+#define TESSERA_CALL(T) RowKernel<T>(p, b, h, row, scratch).Run()
+  TESSERA_BY_DTYPE(p, TESSERA_CALL)
+#undef TESSERA_CALL
+}
+
+size_t DecodeScratch(const Problem& p) {
+  size_t bytes = 0;
+#define TESSERA_CALL(T) bytes = DecodeKernel<T>::ScratchBytes(p)
+  TESSERA_BY_DTYPE(p, TESSERA_CALL)
+#undef TESSERA_CALL
+  return bytes;
+}
+
+void Decode(const Problem& p, const DecodeUnit& unit, const DecodePartial& partial, std::byte* memory) {
+  Scratch scratch(memory);
+#define TESSERA_CALL(T) DecodeKernel<T>(p, unit, partial, scratch).Run()
+  TESSERA_BY_DTYPE(p, TESSERA_CALL)
+#undef TESSERA_CALL
+}
+#undef TESSERA_BY_DTYPE
+
+// Twelve chains hide the latency of two FMA units.
+double FmaBurn(int64_t iterations) {
+  const Floats d;
+  const Vec a = hn::Set(d, 0.999999f), b = hn::Set(d, 1e-6f);
+  Vec x0 = b, x1 = b, x2 = b, x3 = b, x4 = b, x5 = b, x6 = b, x7 = b, x8 = b, x9 = b, x10 = b, x11 = b;
+  for (int64_t i = 0; i < iterations; ++i) {
+    x0 = hn::MulAdd(x0, a, b);
+    x1 = hn::MulAdd(x1, a, b);
+    x2 = hn::MulAdd(x2, a, b);
+    x3 = hn::MulAdd(x3, a, b);
+    x4 = hn::MulAdd(x4, a, b);
+    x5 = hn::MulAdd(x5, a, b);
+    x6 = hn::MulAdd(x6, a, b);
+    x7 = hn::MulAdd(x7, a, b);
+    x8 = hn::MulAdd(x8, a, b);
+    x9 = hn::MulAdd(x9, a, b);
+    x10 = hn::MulAdd(x10, a, b);
+    x11 = hn::MulAdd(x11, a, b);
+  }
+  Vec sum = hn::Add(hn::Add(hn::Add(x0, x1), hn::Add(x2, x3)), hn::Add(hn::Add(x4, x5), hn::Add(x6, x7)));
+  sum = hn::Add(sum, hn::Add(hn::Add(x8, x9), hn::Add(x10, x11)));
+  volatile float keep = hn::GetLane(sum);
+  (void)keep;
+  return 12.0 * 2 * kLanes * static_cast<double>(iterations);
+}
+
+#if TESSERA_BF16_DOT
+double Bf16Burn(int64_t iterations) {
+  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x1000);
+  __m512 x[12];
+  for (auto& v : x) v = _mm512_setzero_ps();
+  for (int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) x[j] = _mm512_dpbf16_ps(x[j], a, b);
+  }
+  __m512 sum = x[0];
+  for (int j = 1; j < 12; ++j) sum = _mm512_add_ps(sum, x[j]);
+  volatile float keep = _mm512_cvtss_f32(sum);
+  (void)keep;
+  return 12.0 * 4 * kLanes * static_cast<double>(iterations);
+}
+#endif
+
+uint64_t Read(const std::byte* data, size_t n) {
+  const hn::ScalableTag<uint64_t> d;
+  constexpr size_t kBytes = kLanes * sizeof(float);
+  auto s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
+  for (size_t i = 0; i + 4 * kBytes <= n; i += 4 * kBytes) {
+    const auto* p = reinterpret_cast<const uint64_t*>(data + i);
+    const size_t step = kBytes / sizeof(uint64_t);
+    s0 = hn::Add(s0, hn::LoadU(d, p));
+    s1 = hn::Add(s1, hn::LoadU(d, p + step));
+    s2 = hn::Add(s2, hn::LoadU(d, p + 2 * step));
+    s3 = hn::Add(s3, hn::LoadU(d, p + 3 * step));
+  }
+  return hn::GetLane(hn::Add(hn::Add(s0, s1), hn::Add(s2, s3)));
+}
+
+const KernelTable* Table() {
+#if TESSERA_BF16_DOT
+  static constexpr KernelTable table{ForwardScratch, ForwardRow, DecodeScratch, Decode, FmaBurn, Bf16Burn, Read};
+#else
+  static constexpr KernelTable table{ForwardScratch, ForwardRow, DecodeScratch, Decode, FmaBurn, nullptr, Read};
+#endif
+  return &table;
+}
+
+}  // namespace tessera::cpu::TESSERA_KERNELS
+HWY_AFTER_NAMESPACE();
+#endif
