@@ -143,7 +143,7 @@ class DecodeUnits {
       sum += weight * part.sum[r];
       for (int64_t c = 0; c < dims; ++c) out[c] += weight * part.out[r * dims + c];
     }
-    const RowEnd end = EndOfRow(p_, h, top, static_cast<float>(sum));
+    const RowEnd end = EndOfRow(p_, h, top, static_cast<float>(sum), static_cast<float>(sum));
     const double factor = end.factor / (1.0 - p_.dropout.p);
     char* row = p_.out.at(range.b, q, h, size_of(p_.dtype));
     for (int64_t c = 0; c < dims; ++c) store_from_double(row, p_.dtype, c, factor == 0 ? 0.0 : out[c] * factor);

@@ -28,16 +28,51 @@ HWY_INLINE Vec LoadFloats(const bfloat16* p) {
   const auto bits = hn::PromoteTo(Uints(), hn::LoadU(HalfBits(), reinterpret_cast<const uint16_t*>(p)));
   return hn::BitCast(Floats(), hn::ShiftLeft<16>(bits));
 }
+#if HWY_TARGET == HWY_SSE4  // no F16C: Highway's emulation neither rounds to even nor knows NaN and Inf
+HWY_INLINE Vec LoadFloats(const float16* p) {
+  const Floats d;
+  const Uints du;
+  const auto half = hn::PromoteTo(du, hn::LoadU(HalfBits(), reinterpret_cast<const uint16_t*>(p)));
+  const auto magnitude = hn::And(half, hn::Set(du, 0x7fff));
+  const auto sign = hn::ShiftLeft<16>(hn::Sub(half, magnitude));
+  // The exponent is 112 too small: multiplying repairs it, for subnormals too. Inf and NaN get the full exponent.
+  const Vec scaled = hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(magnitude)), hn::Set(d, 0x1p112f));
+  const auto special = hn::Gt(magnitude, hn::Set(du, 0x7bff));
+  const auto full = hn::IfThenElseZero(special, hn::Set(du, 0x7f800000));
+  return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(du, scaled), full), sign));
+}
+#else
 HWY_INLINE Vec LoadFloats(const float16* p) {
   return hn::PromoteTo(Floats(), hn::LoadU(hn::Rebind<hwy::float16_t, Floats>(),
                                            reinterpret_cast<const hwy::float16_t*>(p)));
 }
+#endif
 
 HWY_INLINE void StoreFloats(Vec x, float* p) { hn::StoreU(x, Floats(), p); }
+#if HWY_TARGET == HWY_SSE4
+HWY_INLINE void StoreFloats(Vec x, float16* p) {
+  // to_float16 (tessera/dtype.h) on vectors.
+  const Floats d;
+  const Uints du;
+  const auto u = hn::BitCast(du, x);
+  const auto magnitude = hn::And(u, hn::Set(du, 0x7fffffff));
+  const auto sign = hn::ShiftRight<16>(hn::Sub(u, magnitude));
+  const auto odd = hn::And(hn::ShiftRight<13>(magnitude), hn::Set(du, 1));
+  auto half = hn::ShiftRight<13>(hn::Add(hn::Sub(magnitude, hn::Set(du, (112u << 23) - 0xfff)), odd));
+  const auto shifted = hn::BitCast(du, hn::Add(hn::BitCast(d, magnitude), hn::Set(d, 0.5f)));
+  const auto subnormal = hn::Lt(magnitude, hn::Set(du, 0x38800000));
+  half = hn::IfThenElse(subnormal, hn::Sub(shifted, hn::Set(du, 0x3f000000)), half);
+  half = hn::IfThenElse(hn::Gt(magnitude, hn::Set(du, 0x477fefff)), hn::Set(du, 0x7c00), half);
+  half = hn::IfThenElse(hn::Gt(magnitude, hn::Set(du, 0x7f800000)), hn::Set(du, 0x7e00), half);
+  half = hn::Or(half, sign);
+  hn::StoreU(hn::DemoteTo(HalfBits(), hn::BitCast(Ints(), half)), HalfBits(), reinterpret_cast<uint16_t*>(p));
+}
+#else
 HWY_INLINE void StoreFloats(Vec x, float16* p) {
   hn::StoreU(hn::DemoteTo(hn::Rebind<hwy::float16_t, Floats>(), x), hn::Rebind<hwy::float16_t, Floats>(),
              reinterpret_cast<hwy::float16_t*>(p));
 }
+#endif
 HWY_INLINE void StoreFloats(Vec x, bfloat16* p) {
   const Uints du;
   const auto u = hn::BitCast(du, x);

@@ -47,6 +47,7 @@ class RowKernel {
     float* out = nullptr;       // [Dv][W]
     float* reference = nullptr; // [W]
     float* sum = nullptr;       // [W]
+    float* used = nullptr;      // [W] sum of the weights as V met them: rounded to bf16, or the same array as sum
   };
   struct Segment {
     int64_t entry = 0, k = 0, keys = 0;
@@ -83,6 +84,7 @@ class RowKernel {
     out_t_ = scratch.take<float>(p.head_dim_v * queries);
     references_ = scratch.take<float>(queries);
     sums_ = scratch.take<float>(queries);
+    used_ = kPairs ? scratch.take<float>(queries) : sums_;
     scores_ = scratch.take<float>(chunk * kMaxPanel);
     k_rows_ = scratch.take<Element>(chunk * steps_);
     v_rows_ = scratch.take<Element>(chunk / P::kElementsPerStep * p.head_dim_v);
@@ -158,6 +160,7 @@ class RowKernel {
       panel.out = out_t_ + p_.head_dim_v * offset;
       panel.reference = references_ + offset;
       panel.sum = sums_ + offset;
+      panel.used = used_ + offset;
       offset += width;
       for (int64_t r = 0; r < width; r += 4) {
         for (int64_t i = 0; i < 4; ++i) LoadQuery(panel, r + i, scale, rows_ + i * padded_);
@@ -166,6 +169,7 @@ class RowKernel {
       std::fill_n(panel.out, p_.head_dim_v * width, 0.0f);
       std::fill_n(panel.reference, width, kNoScore);
       std::fill_n(panel.sum, width, 0.0f);
+      std::fill_n(panel.used, width, 0.0f);
     }
   }
 
@@ -320,9 +324,9 @@ class RowKernel {
     std::fill_n(max, NV * kLanes, kNegInf);
     Scores<P, NV>(panel.qt, steps_, staged.k, staged.k_stride, keys, scores_, max, prefetch);
     if (HWY_LIKELY(!alone)) {
-      RaiseReference<NV>(max, factor_, panel.reference, panel.sum, panel.out, p_.head_dim_v);
+      RaiseReference<NV>(max, factor_, panel.reference, panel.sum, panel.used, panel.out, p_.head_dim_v);
 #if TESSERA_BF16_DOT
-      if constexpr (kPairs) WeightsToBf16<NV, true>(scores_, keys, factor_, panel.reference, panel.sum);
+      if constexpr (kPairs) WeightsToBf16<NV, true>(scores_, keys, factor_, panel.reference, panel.sum, panel.used);
 #endif
       if constexpr (!kPairs) Weights<NV, false>(scores_, keys, 1.0f, panel.reference, panel.sum);
     } else if (!ModifiedWeights<NV>(panel, segment, keys, masked, max)) {
@@ -350,9 +354,10 @@ class RowKernel {
       MaskPanel<NV>(bits, keys, kNegInf, scores_);
     }
     ColumnMax<NV>(scores_, keys, max);
-    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.out, p_.head_dim_v);
+    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.used, panel.out, p_.head_dim_v);
     if constexpr (kPairs) {
       Weights<NV, true>(scores_, keys, factor, panel.reference, panel.sum);
+      RoundWeights<NV>(scores_, keys, panel.used);
     } else {
       Weights<NV, false>(scores_, keys, 1.0f, panel.reference, panel.sum);
     }
@@ -362,7 +367,7 @@ class RowKernel {
       return false;
     }
 #if TESSERA_BF16_DOT
-    if constexpr (kPairs) WeightsToBf16<NV, false>(scores_, keys, 1.0f, nullptr, nullptr);
+    if constexpr (kPairs) WeightsToBf16<NV, false>(scores_, keys, 1.0f, nullptr, nullptr, nullptr);
 #endif
     return true;
   }
@@ -407,7 +412,7 @@ class RowKernel {
           // An empty row is 0 whatever NaN met its unused lanes.
           const Vec f = hn::Load(d, factor + r);
           float* o = panel.out + c * width + r;
-          hn::Store(hn::IfThenElseZero(hn::Ne(f, hn::Zero(d)), hn::Mul(hn::Load(d, o), f)), d, o);
+          hn::Store(hn::IfThenZeroElse(hn::Eq(f, hn::Zero(d)), hn::Mul(hn::Load(d, o), f)), d, o);
         }
       }
       for (int64_t r = 0; r < panel.rows; r += 4) {
@@ -423,7 +428,7 @@ class RowKernel {
   // Writes lse of a query and returns what its out must be multiplied by: 1 / denominator.
   float Finish(const Panel& panel, int64_t r) const {
     if (r >= panel.rows) return 0.0f;
-    const RowEnd end = EndOfRow(p_, h_, panel.reference[r], panel.sum[r]);
+    const RowEnd end = EndOfRow(p_, h_, panel.reference[r], panel.sum[r], panel.used[r]);
     StoreLse(p_, b_, h_, panel.q + r, end.lse);
     return end.factor;
   }
@@ -442,6 +447,7 @@ class RowKernel {
   float* out_t_ = nullptr;
   float* references_ = nullptr;
   float* sums_ = nullptr;
+  float* used_ = nullptr;
   float* scores_ = nullptr;
   Element* k_rows_ = nullptr;
   Element* v_rows_ = nullptr;

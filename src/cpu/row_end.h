@@ -13,19 +13,22 @@ struct RowEnd {
   float factor = 0;  // out = factor * accumulated out
 };
 
-// reference in log2 units; sum of 2^(score - reference) over the keys of the row. A row without keys: -inf and 0, the
-// sink notwithstanding.
-inline RowEnd EndOfRow(const Problem& p, int64_t h, float reference, float sum) {
+// reference in log2 units; sum of 2^(score - reference) over the keys of the row; `used`, the sum of the same weights
+// after rounding to the dtype in which they met V: normalising by it makes the weights sum to 1 as used (a row of one
+// key returns its value exactly). A row without keys: -inf and 0, the sink notwithstanding.
+inline RowEnd EndOfRow(const Problem& p, int64_t h, float reference, float sum, float used) {
   if (sum == 0.0f) return {-std::numeric_limits<float>::infinity(), 0.0f};
-  double top = reference, denominator = sum, shrink = 1;
+  double top = reference, denominator = sum, normaliser = used, shrink = 1;
   if (p.sinks) {
     const double sink = static_cast<double>(p.sinks[h * p.sinks_head]) * 1.4426950408889634;
     top = sink > reference ? sink : reference;
     shrink = std::exp2(reference - top);
-    denominator = sum * shrink + std::exp2(sink - top);
+    const double weight = std::exp2(sink - top);
+    denominator = sum * shrink + weight;
+    normaliser = used * shrink + weight;
   }
   return {static_cast<float>((top + std::log2(denominator)) * 0.6931471805599453),
-          static_cast<float>(shrink / denominator)};
+          static_cast<float>(shrink / normaliser)};
 }
 
 inline void StoreLse(const Problem& p, int64_t b, int64_t h, int64_t q, float lse) {

@@ -21,10 +21,11 @@ inline constexpr float kRescaleThreshold = 8.0f;
 inline constexpr float kNoScore = std::numeric_limits<float>::lowest();
 inline constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-// Raises the references to cover `max` (scores * factor) and rescales sum and out [dims][W] of lanes that moved.
+// Raises the references to cover `max` (scores * factor) and rescales the sums (`used` may be `sum` itself) and out
+// [dims][W] of lanes that moved.
 template <int NV>
-void RaiseReference(const float* HWY_RESTRICT max, float factor, float* HWY_RESTRICT reference,
-                    float* HWY_RESTRICT sum, float* HWY_RESTRICT out, int64_t dims) {
+void RaiseReference(const float* max, float factor, float* reference, float* sum, float* used, float* out,
+                    int64_t dims) {
   const Floats d;
   constexpr int W = NV * kLanes;
   const Vec f = hn::Set(d, factor);
@@ -43,6 +44,7 @@ void RaiseReference(const float* HWY_RESTRICT max, float factor, float* HWY_REST
     const Vec alpha = hn::IfThenElse(grows, Exp2(hn::Sub(old, now)), hn::Set(d, 1.0f));
     hn::Store(now, d, reference + v * kLanes);
     hn::Store(hn::Mul(hn::Load(d, sum + v * kLanes), alpha), d, sum + v * kLanes);
+    if (used != sum) hn::Store(hn::Mul(hn::Load(d, used + v * kLanes), alpha), d, used + v * kLanes);
     for (int64_t i = 0; i < dims; ++i) {
       float* p = out + i * W + v * kLanes;
       hn::Store(hn::Mul(hn::Load(d, p), alpha), d, p);
@@ -111,19 +113,27 @@ HWY_INLINE __m512i PairToBf16(Vec a, Vec b) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw);
   return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
 }
+// The two halves of pairs as fp32, added.
+HWY_INLINE Vec SumOfPair(__m512i pair) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return Vec{_mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)),
+                           _mm512_castsi512_ps(_mm512_and_si512(pair, upper)))};
+}
 
 // Weights as pairs of keys [ceil(keys / 2)][W], written over the scores (row i of pairs lies on row i <= 2i of
-// scores, which has been read by then). With kWeigh the scores become weights on the way, as in Weights.
+// scores, which has been read by then). With kWeigh the scores become weights on the way, as in Weights, and `used`
+// gains the sums of the rounded weights.
 template <int NV, bool kWeigh>
-HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const float* reference, float* sum) {
+HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const float* reference, float* sum,
+                                float* used) {
   const Floats d;
   constexpr int W = NV * kLanes;
   const Vec f = hn::Set(d, factor);
   for (int v = 0; v < NV; ++v) {
-    const Vec m = hn::Load(d, reference + v * kLanes);
+    const Vec m = kWeigh ? hn::Load(d, reference + v * kLanes) : hn::Zero(d);
     const float* s = scores + v * kLanes;
     float* pairs = scores + v * kLanes;
-    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d);
+    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d), used0 = hn::Zero(d);
     int64_t i = 0;
     for (; i + 4 <= keys; i += 4, s += 4 * W, pairs += 2 * W) {
       Vec a = hn::Load(d, s), b = hn::Load(d, s + W), c = hn::Load(d, s + 2 * W), e = hn::Load(d, s + 3 * W);
@@ -135,8 +145,10 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
         sum0 = hn::Add(sum0, hn::Add(a, c));
         sum1 = hn::Add(sum1, hn::Add(b, e));
       }
-      _mm512_store_si512(pairs, PairToBf16(a, b));
-      _mm512_store_si512(pairs + W, PairToBf16(c, e));
+      const __m512i first = PairToBf16(a, b), second = PairToBf16(c, e);
+      if constexpr (kWeigh) used0 = hn::Add(used0, hn::Add(SumOfPair(first), SumOfPair(second)));
+      _mm512_store_si512(pairs, first);
+      _mm512_store_si512(pairs + W, second);
     }
     for (; i < keys; i += 2, s += 2 * W, pairs += W) {
       Vec a = hn::Load(d, s), b = i + 1 < keys ? hn::Load(d, s + W) : hn::Zero(d);
@@ -145,9 +157,31 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
         if (i + 1 < keys) b = Exp2(hn::MulSub(b, f, m));
         sum0 = hn::Add(sum0, hn::Add(a, b));
       }
-      _mm512_store_si512(pairs, PairToBf16(a, b));
+      const __m512i pair = PairToBf16(a, b);
+      if constexpr (kWeigh) used0 = hn::Add(used0, SumOfPair(pair));
+      _mm512_store_si512(pairs, pair);
     }
-    if constexpr (kWeigh) hn::Store(hn::Add(hn::Load(d, sum + v * kLanes), hn::Add(sum0, sum1)), d, sum + v * kLanes);
+    if constexpr (kWeigh) {
+      hn::Store(hn::Add(hn::Load(d, sum + v * kLanes), hn::Add(sum0, sum1)), d, sum + v * kLanes);
+      hn::Store(hn::Add(hn::Load(d, used + v * kLanes), used0), d, used + v * kLanes);
+    }
+  }
+}
+
+// Rounds weights to bf16 in place, still as fp32, and adds their sums to `used`: what dropout and masks then work on.
+template <int NV>
+void RoundWeights(float* weights, int64_t keys, float* used) {
+  const Floats d;
+  for (int v = 0; v < NV; ++v) {
+    Vec total = hn::Zero(d);
+    for (int64_t i = 0; i < keys; ++i) {
+      float* w = weights + (i * NV + v) * kLanes;
+      const __m256i half = (__m256i)_mm512_cvtneps_pbh(hn::Load(d, w).raw);
+      const Vec rounded{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+      hn::Store(rounded, d, w);
+      total = hn::Add(total, rounded);
+    }
+    hn::Store(hn::Add(hn::Load(d, used + v * kLanes), total), d, used + v * kLanes);
   }
 }
 #endif
