@@ -44,11 +44,11 @@ struct PatternPicture {
   std::string title;
   int64_t batch = 0, head = 0;  // which one of the pattern's
   bool causal = false;          // shades what causality excludes, and marks the pairs it cuts as partial
-  int size = 512;               // pixels of the longer side of the plot itself, 64..8192
+  int size = 512;               // pixels of the longer side of the plot itself, 64..4096
   bool legend = true;
 };
 // Kept blocks full or partial, skipped blocks, tokens on the axes. Patterns with more blocks than pixels are averaged
-// by area.
+// by area; the shade is then the square root of the kept share, so that 1 % can still be seen.
 Image draw_pattern(const BlockPattern& pattern, const PatternPicture& options = {});
 
 struct HeatMapPicture {

@@ -31,6 +31,9 @@ json parse_json(std::string_view text, int max_depth) {
     }
     return true;
   };
+  // The library takes a NUL for the end and would ignore what follows.
+  const size_t nul = text.find('\0');
+  if (nul != std::string_view::npos) fail("json", fmt::format("NUL, not JSON, at byte {}", nul), "JSON in UTF-8");
   try {
     return json::parse(text, watch);
   } catch (const json::parse_error& e) {
