@@ -158,7 +158,8 @@ struct Definition {
     fill_nearest(own, diagonal(i), budget(spec.local_density.value_or(spec.density.value_or(0)), own.size()), near);
     kept.insert(near.begin(), near.end());
     for (bool inside : {true, false}) {
-      const double density = (inside ? spec.global_density : spec.inter_node_density).value_or(spec.density.value_or(0));
+      const std::optional<double>& own_density = inside ? spec.global_density : spec.inter_node_density;
+      const double density = own_density.value_or(spec.density.value_or(0));
       std::vector<int64_t> far;
       for (int64_t j : admissible_columns(last_row)) {
         if (rank_of_col(j) != rank && (node(rank_of_col(j)) == node(rank)) == inside) far.push_back(j);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <span>
+#include <utility>
 
 #include "pattern/column_set.h"
 #include "pattern/geometry.h"
@@ -246,7 +248,9 @@ class RandomRows final : public RowBuilder {
  private:
   // Sorts, drops empty ranges and joins those that overlap or touch; returns how many are left.
   static size_t merge(std::span<ColumnRange> ranges) {
-    std::sort(ranges.begin(), ranges.end(), [](auto& a, auto& b) { return a.first < b.first; });
+    for (size_t n = 1; n < ranges.size(); ++n) {  // two or three of them: insertion
+      for (size_t m = n; m > 0 && ranges[m].first < ranges[m - 1].first; --m) std::swap(ranges[m], ranges[m - 1]);
+    }
     size_t count = 0;
     for (const ColumnRange range : ranges) {
       if (range.first > range.last) continue;
