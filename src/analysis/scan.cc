@@ -59,7 +59,8 @@ double adjusted(const Problem& p, const MaskGeometry& mask, int64_t b, int64_t h
   }
   if (p.attn_bias != nullptr) {
     const int64_t* stride = p.attn_bias_stride;
-    score += load_as_double(p.attn_bias, p.attn_bias_dtype, b * stride[0] + h * stride[1] + q * stride[2] + k * stride[3]);
+    const int64_t index = b * stride[0] + h * stride[1] + q * stride[2] + k * stride[3];
+    score += load_as_double(p.attn_bias, p.attn_bias_dtype, index);
   }
   return score;
 }
@@ -419,8 +420,9 @@ void scan(const ScanPlan& plan, Executor& executor, const std::function<void(con
     for (int64_t unit = next++; unit < units && finite; unit = next++) {
       const Row& row = rows[static_cast<size_t>(unit / heads)];
       const int64_t head = unit % heads;
+      RowScanner& scanner = scanners[static_cast<size_t>(t)];
       RowBlock result;
-      if (scanners[static_cast<size_t>(t)].scan(head / problem.heads, head % problem.heads, row.i, row.tokens, &result)) {
+      if (scanner.scan(head / problem.heads, head % problem.heads, row.i, row.tokens, &result)) {
         consume(result);
       } else {
         finite = false;
