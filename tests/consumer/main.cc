@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "tessera/attention.h"
+#include "tessera/error.h"
 #include "tessera/patterns.h"
 
 int main() {
