@@ -34,6 +34,7 @@ constexpr std::array<Rgb, 12> kColors{{{0x00, 0x72, 0xb2},
                                        {0x1b, 0x3a, 0x6b}}};
 constexpr double kLineWidth = 2.4, kMarkerRadius = 4.0, kDash = 7.0;
 constexpr int kSample = 28;  // length of a line in the legend
+constexpr int kLabelGap = 6;  // pixels between tick labels
 
 struct Scale {
   double low = 0, high = 1;
@@ -149,7 +150,7 @@ Image draw_lines(std::span<const Series> series, const LinePicture& options) {
       if (options.log_x && is_decade(tick.value) != decades) continue;
       const int at = static_cast<int>(to_x(tick.value)), half = text_width(tick.label, kTextScale) / 2;
       const bool free = std::all_of(taken.begin(), taken.end(), [&](const std::pair<int, int>& other) {
-        return at - half >= other.second + 10 || at + half + 10 <= other.first;
+        return at - half >= other.second + kLabelGap || at + half + kLabelGap <= other.first;
       });
       if (!free || at + half > options.width - 2) continue;
       picture::text_centred(image, at, plot.bottom() + kTick + 5, tick.label, picture::kFaint);
