@@ -2,104 +2,17 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <exception>
 #include <limits>
+#include <tuple>
 
-#include "attention/reference.h"
-#include "check/cases.h"
+#include "check/verdict.h"
 #include "tessera/error.h"
 
 namespace tessera {
 
 namespace check {
 namespace {
-
-// A maximum over fewer elements is a matter of luck: there FlashAttention's rule could fail a right result (or the
-// plain implementation happen to be exact), and the derived bound holds instead.
-constexpr size_t kFewElements = 4096;
-
-// What one problem of a case should give.
-struct Truth {
-  std::vector<double> out;       // [B, Sq, H, Dv]
-  std::vector<double> lse;       // [B, H, Sq]
-  std::vector<float> out_bound;  // like out
-  std::vector<float> lse_bound;  // like lse
-  double plain_error = 0;        // largest error of the plain implementation in the dtype of the inputs
-
-  Truth(const Problem& problem, Executor& executor) {
-    Problem p = problem;
-    out.resize(p.batch * p.seqlen_q * p.heads * p.head_dim_v);
-    lse.resize(p.batch * p.heads * p.seqlen_q);
-    out_bound.resize(out.size());
-    lse_bound.resize(lse.size());
-    p.out_dtype = p.lse_dtype = DType::f64;
-    p.out = {reinterpret_cast<char*>(out.data()), p.seqlen_q * p.heads * p.head_dim_v, p.heads * p.head_dim_v,
-             p.head_dim_v};
-    p.lse = reinterpret_cast<char*>(lse.data());
-    p.lse_batch = p.heads * p.seqlen_q;
-    p.lse_head = p.seqlen_q;
-    p.lse_seq = 1;
-    reference_attention(p, executor, out_bound.data(), lse_bound.data());
-    if (problem.dtype == DType::f32 || out.size() < kFewElements) return;
-    std::vector<double> plain(out.size());
-    plain_attention(problem, plain.data());
-    for (size_t i = 0; i < out.size(); ++i) {
-      const double error = std::abs(plain[i] - out[i]);
-      if (std::isfinite(error)) plain_error = std::max(plain_error, error);
-    }
-  }
-
-  double out_tolerance(DType dtype, size_t i) const {
-    if (dtype == DType::f32 || out.size() < kFewElements) return out_bound[i];
-    const double underflow = dtype == DType::f16 ? 0x1p-25 : std::numeric_limits<float>::min();
-    return 2 * plain_error + epsilon_of(dtype) / 2 * std::abs(out[i]) + underflow;
-  }
-};
-
-struct Verdict {
-  double worst = 0;
-  std::string problem;  // empty: none
-
-  void take(double got, double expected, double tolerance, const char* what, int64_t b, int64_t q, int64_t h,
-            int64_t i) {
-    double fraction = 0;
-    if (!std::isfinite(expected)) {
-      // NaN and infinities: which one is a matter of order, but lse -inf of a row without keys is exact.
-      const bool same = std::isinf(expected) && expected < 0 ? got == expected : !std::isfinite(got);
-      fraction = same ? 0 : std::numeric_limits<double>::infinity();
-    } else {
-      const double error = std::abs(got - expected);
-      fraction = error == 0 ? 0 : error / tolerance;
-      if (std::isnan(fraction)) fraction = std::numeric_limits<double>::infinity();
-    }
-    if (fraction > 1 && problem.empty()) {
-      problem = fmt::format("{} at b={} q={} h={} d={}: got {:.9g}, expected {:.9g}, tolerance {:.3g}", what, b, q, h,
-                            i, got, expected, tolerance);
-    }
-    worst = std::max(worst, fraction);
-  }
-};
-
-void compare(const Problem& p, const Truth& truth, Verdict& verdict) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-      for (int64_t q = 0; q < p.seqlen_q; ++q) {
-        const char* row = p.out.at(b, q, h, size_of(p.out_dtype));
-        for (int64_t i = 0; i < p.head_dim_v; ++i) {
-          const size_t at = ((b * p.seqlen_q + q) * p.heads + h) * p.head_dim_v + i;
-          // -inf is no lse here: only NaN and infinities of V and K make an output that is not finite.
-          const double expected = std::isfinite(truth.out[at]) ? truth.out[at] : std::nan("");
-          verdict.take(load_as_double(row, p.out_dtype, i), expected, truth.out_tolerance(p.dtype, at), "out", b, q,
-                       h, i);
-        }
-        const size_t at = (b * p.heads + h) * p.seqlen_q + q;
-        const double got = load_as_double(p.lse, p.lse_dtype, b * p.lse_batch + h * p.lse_head + q * p.lse_seq);
-        verdict.take(got, truth.lse[at], truth.lse_bound[at], "lse", b, q, h, 0);
-      }
-    }
-  }
-}
 
 class Checker {
  public:
@@ -149,22 +62,15 @@ class Checker {
   }
 
   Verdict run_isa(int64_t number, Isa isa, Case& test, const std::vector<Truth>& truths) {
-    Verdict verdict;
-    const auto complain = [&](std::string problem) {
-      verdict.worst = std::numeric_limits<double>::infinity();
-      if (verdict.problem.empty()) verdict.problem = std::move(problem);
-    };
-    const ForwardInfo info = test.run(isa, pools_[number % 3]);
-    if (info.isa != isa) complain(fmt::format("{} ran instead", name_of(info.isa)));
-    if (!test.surroundings_intact()) complain("bytes outside the elements of out or lse were written");
-    for (size_t i = 0; i < truths.size(); ++i) compare(test.problems()[i], truths[i], verdict);
+    Verdict verdict = judge(test, truths, isa, pools_[number % 3]);
     if (number % 4 == 0) {  // a share of the cases on each number of threads
       const std::vector<std::byte> out = test.out_memory(), lse = test.lse_memory();
       for (int other = 0; other < 3; ++other) {
         if (other == number % 3) continue;
         test.run(isa, pools_[other]);
         if (test.out_memory() != out || test.lse_memory() != lse) {
-          complain(fmt::format("{} and {} threads give different bits", number % 3 + 1, other + 1));
+          verdict = {std::numeric_limits<double>::infinity(),
+                     fmt::format("{} and {} threads give different bits", number % 3 + 1, other + 1)};
         }
       }
     }

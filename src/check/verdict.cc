@@ -1,0 +1,106 @@
+#include "check/verdict.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention/reference.h"
+
+namespace tessera::check {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// A maximum over fewer elements is a matter of luck: there FlashAttention's rule could fail a right result (or the
+// plain implementation happen to be exact), and the derived bound holds instead.
+constexpr size_t kFewElements = 4096;
+
+struct Place {
+  int64_t b, q, h, d;
+};
+
+void take(Verdict& verdict, double got, double expected, double tolerance, const char* what, const Place& at) {
+  double fraction = 0;
+  if (!std::isfinite(expected)) {
+    // NaN or +inf: which of them is a matter of order. -inf is the lse of a row without keys, and exact.
+    const bool same = expected == -kInfinity ? got == expected : !std::isfinite(got);
+    fraction = same ? 0 : kInfinity;
+  } else {
+    const double error = std::abs(got - expected);
+    fraction = error == 0 ? 0 : error / tolerance;
+    if (std::isnan(fraction)) fraction = kInfinity;
+  }
+  if (fraction > 1 && verdict.problem.empty()) {
+    verdict.problem = fmt::format("{} at b={} q={} h={} d={}: got {:.9g}, expected {:.9g}, tolerance {:.3g}", what,
+                                  at.b, at.q, at.h, at.d, got, expected, tolerance);
+  }
+  verdict.worst = std::max(verdict.worst, fraction);
+}
+
+}  // namespace
+
+Truth::Truth(const Problem& problem, Executor& executor) {
+  Problem p = problem;
+  out.resize(p.batch * p.seqlen_q * p.heads * p.head_dim_v);
+  lse.resize(p.batch * p.heads * p.seqlen_q);
+  out_bound.resize(out.size());
+  lse_bound.resize(lse.size());
+  p.out_dtype = p.lse_dtype = DType::f64;
+  p.out = {reinterpret_cast<char*>(out.data()), p.seqlen_q * p.heads * p.head_dim_v, p.heads * p.head_dim_v,
+           p.head_dim_v};
+  p.lse = reinterpret_cast<char*>(lse.data());
+  p.lse_batch = p.heads * p.seqlen_q;
+  p.lse_head = p.seqlen_q;
+  p.lse_seq = 1;
+  reference_attention(p, executor, out_bound.data(), lse_bound.data());
+  if (problem.dtype == DType::f32 || out.size() < kFewElements) return;
+  std::vector<double> plain(out.size());
+  plain_attention(problem, plain.data());
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double error = std::abs(plain[i] - out[i]);
+    if (std::isfinite(error)) plain_error = std::max(plain_error, error);
+  }
+}
+
+double Truth::out_tolerance(DType dtype, size_t i) const {
+  if (dtype == DType::f32 || out.size() < kFewElements) return out_bound[i];
+  const double underflow = dtype == DType::f16 ? 0x1p-25 : std::numeric_limits<float>::min();
+  return 2 * plain_error + epsilon_of(dtype) / 2 * std::abs(out[i]) + underflow;
+}
+
+void compare(const Problem& p, const Truth& truth, Verdict& verdict) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      for (int64_t q = 0; q < p.seqlen_q; ++q) {
+        const char* row = p.out.at(b, q, h, size_of(p.out_dtype));
+        for (int64_t i = 0; i < p.head_dim_v; ++i) {
+          const size_t at = ((b * p.seqlen_q + q) * p.heads + h) * p.head_dim_v + i;
+          // -inf is no lse here: only NaN and infinities of V and K make an output that is not finite.
+          const double expected = std::isfinite(truth.out[at]) ? truth.out[at] : std::nan("");
+          take(verdict, load_as_double(row, p.out_dtype, i), expected, truth.out_tolerance(p.dtype, at), "out",
+               {b, q, h, i});
+        }
+        const size_t at = (b * p.heads + h) * p.seqlen_q + q;
+        const double got = load_as_double(p.lse, p.lse_dtype, b * p.lse_batch + h * p.lse_head + q * p.lse_seq);
+        take(verdict, got, truth.lse[at], truth.lse_bound[at], "lse", {b, q, h, 0});
+      }
+    }
+  }
+}
+
+Verdict judge(Case& test, const std::vector<Truth>& truths, Isa isa, Executor& executor) {
+  Verdict verdict;
+  const ForwardInfo info = test.run(isa, executor);
+  for (size_t i = 0; i < truths.size(); ++i) compare(test.problems()[i], truths[i], verdict);
+  const auto complain = [&](const std::string& problem) {
+    verdict = {kInfinity, verdict.problem.empty() ? problem : verdict.problem};
+  };
+  if (info.isa != isa) complain(fmt::format("{} ran instead", name_of(info.isa)));
+  if (!test.surroundings_intact()) complain("bytes outside the elements of out or lse were written");
+  return verdict;
+}
+
+}  // namespace tessera::check
