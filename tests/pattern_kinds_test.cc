@@ -381,6 +381,17 @@ TEST(DilatedSparse, MeetsItsBudgetWhenRatesRunOut) {
   EXPECT_EQ(make_pattern(spec).num_blocks(), 100);
 }
 
+// Rows 3 and 4 (causal) have the same budget, but only row 4 has a column at distance 4: a row must not repeat the
+// offsets of the row above when more room changes them.
+TEST(DilatedSparse, UsesRoomThatTheRowAboveLacked) {
+  PatternSpec spec = spec_of(PatternKind::dilated_sparse, 80, 16);
+  spec.causal = true;
+  spec.dilation_rates = {1, 4};
+  spec.density = 0.65;
+  EXPECT_EQ(columns_of(make_pattern(spec), 0, 3), (Columns{1, 2, 3}));
+  EXPECT_EQ(columns_of(make_pattern(spec), 0, 4), (Columns{0, 3, 4}));
+}
+
 // Half a block: 0.5 * 5 = 2.5 rounds up; a vanishing density keeps the diagonal.
 TEST(Budget, RoundsHalvesUpAndKeepsOne) {
   EXPECT_EQ(row_budget(0.5, 5), 3);
