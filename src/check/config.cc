@@ -17,13 +17,13 @@ int64_t random_length(Random& r) {
   if (r.chance(0.05)) return r.pick<int64_t>({512, 600, 640, 641});
   if (r.chance(0.2)) return r.between(0, 300);
   return r.pick<int64_t>({0, 1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 79, 80, 95, 96, 97, 111, 127, 128, 129, 143,
-                 191, 192, 193, 255, 256, 257, 300});
+                          191, 192, 193, 255, 256, 257, 300});
 }
 
 int64_t random_head_dim(Random& r) {
   if (r.chance(0.1)) return r.between(1, 100);
-  return r.pick<int64_t>({1, 3, 8, 16, 24, 31, 32, 33, 40, 48, 64, 64, 64, 65, 72, 80, 96, 112, 127, 128, 128, 129, 160, 192, 255,
-                 256, 260});
+  return r.pick<int64_t>({1, 3, 8, 16, 24, 31, 32, 33, 40, 48, 64, 64, 64, 65, 72, 80, 96, 112, 127, 128, 128, 129, 160,
+                          192, 255, 256, 260});
 }
 
 void choose_pattern(Random& r, CaseConfig& c) {
@@ -110,8 +110,9 @@ CaseConfig random_config(uint64_t seed, int64_t number) {
   choose_options(r, c);
   if (r.chance(0.25)) c.values = r.pick({Values::large, Values::max_last, Values::denormal});
   c.plain_layout = r.chance(0.3);
-  // A key of weight 0 (dropped, or -inf by a bias) leaves open whether its value takes part: 0 * NaN.
-  const bool zero_weights = c.dropout > 0 || (c.attn_bias && c.bias_minus_infinity);
+  // A key of weight 0 leaves open whether its value takes part (0 * NaN): dropped, -inf by a bias, or so far below the
+  // maximum that exp gives 0 in fp32.
+  const bool zero_weights = c.dropout > 0 || (c.attn_bias && c.bias_minus_infinity) || c.alibi || c.scale.has_value();
   c.visible_nan = c.values == Values::normal && !zero_weights && r.chance(0.15);
   return c;
 }
