@@ -214,6 +214,8 @@ TEST(Forward, Logits) {
       CaseConfig c = small(q, 130, 64);
       c.scale = scale;
       expect_right(c);
+      c.causal = true;  // scale 0 meets -inf
+      expect_right(c);
     }
   }
 }

@@ -51,7 +51,8 @@ struct Call {
 
   Call(const Shape& s, DType dtype, const BlockPattern& pattern, DType out_dtype, DType lse_dtype = DType::f32)
       : shape(s),
-        q(dtype, {s.batch, s.seqlen_q, s.heads, s.head_dim}, wave(s.batch * s.seqlen_q * s.heads * s.head_dim, 0.7, 0.1)),
+        q(dtype, {s.batch, s.seqlen_q, s.heads, s.head_dim},
+          wave(s.batch * s.seqlen_q * s.heads * s.head_dim, 0.7, 0.1)),
         k(dtype, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim},
           wave(s.batch * s.seqlen_k * s.kv_heads * s.head_dim, 0.3, 1.0)),
         v(dtype, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim_v},

@@ -13,7 +13,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 struct Partial {
   Numbers out, lse;
-  Partial(DType dtype, int64_t b, int64_t s, int64_t h, int64_t d) : out(dtype, {b, s, h, d}), lse(DType::f32, {b, h, s}) {}
+  Partial(DType dtype, int64_t b, int64_t s, int64_t h, int64_t d)
+      : out(dtype, {b, s, h, d}), lse(DType::f32, {b, h, s}) {}
 };
 
 TEST(Merge, HalvesMakeTheWhole) {

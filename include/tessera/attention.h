@@ -121,8 +121,8 @@ struct BlockWeights {
   std::vector<float> values;      // [blocks, block_q, block_k]; masked positions and positions past the end are 0
   std::array<int64_t, 4> shape{}; // B, H, Sq, Sk
 };
-// Weights before dropout. `out` and `lse` of args are not used and may be undefined. Error if the result would need
-// more than max_bytes.
+// Weights before dropout, from scores kept in fp32 whatever the inputs. `out` and `lse` of args are not used and may be
+// undefined. Error if the result would need more than max_bytes.
 BlockWeights attention_weights(const ForwardArgs& args, Executor& executor, size_t max_bytes = size_t{1} << 34);
 
 // Number of (q, k) pairs that pattern and options admit, over B and H: what "effective" FLOP counts are made of.

@@ -201,7 +201,8 @@ int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& opti
 }
 
 uint32_t dropout_random(const Dropout& dropout, uint64_t batch_head, int64_t q_position, int64_t k_position) {
-  return Philox::words(dropout_counter(dropout, batch_head, q_position, k_position), dropout_key(dropout))[k_position & 3];
+  const Philox::Counter counter = dropout_counter(dropout, batch_head, q_position, k_position);
+  return Philox::words(counter, dropout_key(dropout))[k_position & 3];
 }
 
 }  // namespace tessera

@@ -10,8 +10,8 @@
 
 namespace tessera {
 
-// Calls make() once a thread and state.run-like work(state, unit) for each unit 0 .. units - 1, on any thread in any
-// order. An exception (out of memory) is rethrown on the calling thread when all have stopped.
+// Calls work(state, unit) for each unit 0 .. units - 1, on any thread in any order; each thread has a state of its own,
+// made by make(). An exception (out of memory) is rethrown on the calling thread when all have stopped.
 template <class Make, class Work>
 void parallel_for(Executor& executor, int64_t units, Make make, Work work) {
   std::atomic<int64_t> next{0};

@@ -107,7 +107,8 @@ class WeightRows {
       };
       for_each_weight([&](float& value) {
         // -inf: masked, or no key at all (then max is -inf too and the difference would be NaN).
-        const T weight = value == -std::numeric_limits<float>::infinity() ? T{0} : std::exp(static_cast<T>(value) - max);
+        const bool no_key = value == -std::numeric_limits<float>::infinity();
+        const T weight = no_key ? T{0} : std::exp(static_cast<T>(value) - max);
         sum += weight;
         value = static_cast<float>(weight);
       });
@@ -146,7 +147,8 @@ BlockWeights attention_weights(const ForwardArgs& args, Executor& executor, size
     first.push_back(first.back() + p.pattern.indptr[row + 1] - p.pattern.indptr[row]);
   }
   const int64_t block_size = static_cast<int64_t>(s.block_q) * s.block_k;
-  const __int128 bytes = static_cast<__int128>(first.back()) * (block_size * sizeof(float) + sizeof(weights.indices[0]));
+  const int64_t bytes_per_block = block_size * sizeof(float) + sizeof(BlockWeights::Index);
+  const __int128 bytes = static_cast<__int128>(first.back()) * bytes_per_block;
   if (bytes > static_cast<__int128>(max_bytes)) {
     fail("max_bytes", fmt::format("{} blocks of {} x {}: {:.3g} bytes", first.back(), s.block_q, s.block_k,
                                   static_cast<double>(bytes)),
