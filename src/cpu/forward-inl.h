@@ -1,9 +1,9 @@
 // Forward over one row of blocks.
 //
 // The queries of the row are cut into panels of up to kMaxPanel, transposed once. Kept blocks stream by in chunks of
-// up to kChunk keys: full ones are joined, a partial one (mask, bitmap, bias) makes a chunk of its own. For each
-// chunk and panel: scores, online softmax, out += weights x V, all in L1 and L2; out is normalised and transposed back
-// at the end. Nothing is packed ahead, so scratch does not grow with the problem.
+// up to kChunk keys (chunk-inl.h). For each chunk and panel: scores, online softmax, out += weights x V, all in L1 and
+// L2; out is normalised and transposed back at the end. Nothing is packed ahead, so scratch does not grow with the
+// problem.
 #if defined(TESSERA_CPU_FORWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TESSERA_CPU_FORWARD_INL_H_
 #undef TESSERA_CPU_FORWARD_INL_H_
@@ -15,7 +15,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cpu/convert-inl.h"
+#include "cpu/chunk-inl.h"
 #include "cpu/modify-inl.h"
 #include "cpu/row_end.h"
 #include "cpu/scratch.h"
@@ -24,20 +24,12 @@
 HWY_BEFORE_NAMESPACE();
 namespace tessera::cpu::TESSERA_KERNELS {
 
-#if TESSERA_BF16_DOT
-template <class T>
-using ProductOf = std::conditional_t<std::is_same_v<T, bfloat16>, Bf16Product, Fp32Product>;
-#else
-template <class T>
-using ProductOf = Fp32Product;
-#endif
-
 template <class T>
 class RowKernel {
   using P = ProductOf<T>;
   using Element = typename P::Element;
+  using Staged = typename Stager<T>::Staged;
   static constexpr bool kPairs = P::kElementsPerStep == 2;
-  static constexpr int kChunk = 128;  // keys; scores [kChunk][W] are 32 KiB on AVX-512
 
   struct Panel {
     int64_t q = 0;     // first query
@@ -49,21 +41,6 @@ class RowKernel {
     float* sum = nullptr;       // [W]
     float* used = nullptr;      // [W] sum of the weights as V met them: rounded to bf16, or the same array as sum
   };
-  struct Segment {
-    int64_t entry = 0, k = 0, keys = 0;
-  };
-  struct Chunk {
-    Segment segments[kChunk];
-    int count = 0;
-    int64_t keys = 0;
-  };
-  // A staged chunk: where its K and V rows are, in the form that the products read.
-  struct Staged {
-    const Element* k = nullptr;
-    const Element* v = nullptr;
-    int64_t k_stride = 0, v_stride = 0;  // elements of a key, of a step
-  };
-
  public:
   static size_t ScratchBytes(const Problem& p) {
     Scratch sizing(nullptr);
@@ -72,7 +49,7 @@ class RowKernel {
   }
 
   RowKernel(const Problem& p, int64_t b, int64_t h, int64_t row, Scratch& scratch)
-      : p_(p), b_(b), h_(h), mask_(p.mask(b)), row_(row) {
+      : p_(p), b_(b), h_(h), mask_(p.mask(b)), row_(row), stager_(p, b, h, scratch) {
     const PatternShape& shape = p.pattern.shape;
     q_begin_ = row * shape.block_q;
     q_end_ = std::min(q_begin_ + shape.block_q, p.seqlen_q);
@@ -86,65 +63,26 @@ class RowKernel {
     sums_ = scratch.take<float>(queries);
     used_ = kPairs ? scratch.take<float>(queries) : sums_;
     scores_ = scratch.take<float>(chunk * kMaxPanel);
-    k_rows_ = scratch.take<Element>(chunk * steps_);
-    v_rows_ = scratch.take<Element>(chunk / P::kElementsPerStep * p.head_dim_v);
     rows_ = scratch.take<float>(4 * padded_);
     factor_ = kPairs ? static_cast<float>(std::abs(p.scale) * kLog2eDouble) : 1.0f;
   }
 
   void Run() {
+    ChunkReader reader(p_, b_, h_, row_, mask_);
+    Chunk chunks[2];
+    bool more = reader.Next(chunks[0]);
+    if (more) stager_.Begin(chunks[0], 1);
     LoadPanels();
-    const BlockPatternView& pattern = p_.pattern;
-    const int64_t row = pattern.row_id(b_, h_, row_);
-    const bool modifies = ModifiesScores(p_);
-    const bool alone = modifies || p_.dropout.p > 0;
-    Chunk chunk;
-    for (int64_t e = pattern.indptr[row]; e < pattern.indptr[row + 1]; ++e) {
-      const Interval keys = AdmittedKeys(e);
-      if (keys.empty()) continue;
-      const bool masked =
-          pattern.bitmap(e) != nullptr || mask_.classify(q_begin_, q_end_, keys.begin, keys.end) != TileKind::full;
-      if (masked || alone) {
-        if (chunk.count) RunChunk(chunk, false, e);
-        for (int64_t k = keys.begin; k < keys.end; k += kChunk) {
-          Append(chunk, {e, k, std::min<int64_t>(kChunk, keys.end - k)});
-          RunChunk(chunk, masked, e + 1);
-        }
-        continue;
-      }
-      for (int64_t k = keys.begin; k < keys.end;) {
-        const int64_t n = std::min(kChunk - chunk.keys, keys.end - k);
-        Append(chunk, {e, k, n});
-        k += n;
-        if (chunk.keys == kChunk) RunChunk(chunk, false, k < keys.end ? e : e + 1);
-      }
+    for (int i = 0; more; i ^= 1) {
+      const Staged staged = stager_.Finish();
+      more = reader.Next(chunks[i ^ 1]);
+      if (more) stager_.Begin(chunks[i ^ 1], num_panels_ * (chunks[i].keys / kTileRows));
+      RunChunk(chunks[i], staged);
     }
-    if (chunk.count) RunChunk(chunk, false, pattern.indptr[row + 1]);
     StorePanels();
   }
 
  private:
-  static void Append(Chunk& chunk, const Segment& segment) {
-    chunk.segments[chunk.count++] = segment;
-    chunk.keys += segment.keys;
-  }
-
-  // Keys of the entry's block that some query of this row may admit (bitmaps aside).
-  Interval AdmittedKeys(int64_t entry) const {
-    const int64_t begin = int64_t{p_.pattern.indices[entry]} * p_.pattern.shape.block_k;
-    const int64_t end = std::min(begin + p_.pattern.shape.block_k, p_.seqlen_k);
-    return {std::max(begin, mask_.keys_of(q_begin_, p_.seqlen_k).begin),
-            std::min(end, mask_.keys_of(q_end_ - 1, p_.seqlen_k).end)};
-  }
-
-  const T* KRow(int64_t k) const { return KvRow(p_.k, k); }
-  const T* VRow(int64_t k) const { return KvRow(p_.v, k); }
-  const T* KvRow(const Strided& t, int64_t k) const {
-    const int64_t block = p_.pattern.shape.block_k, head = h_ / p_.group();
-    const char* first = &t == &p_.k ? p_.k_block(b_, k / block, head) : p_.v_block(b_, k / block, head);
-    return reinterpret_cast<const T*>(first) + (k % block) * t.seq;
-  }
-
   // Queries into panels: transposed, with scale * log2(e) folded in (bf16 pairs keep their bits, but for a sign).
   void LoadPanels() {
     num_panels_ = 0;
@@ -192,144 +130,58 @@ class RowKernel {
     }
   }
 
-  // fp32 rows that lie densely are read in place; others are copied or converted, once for all panels. (Rows far
-  // apart would share few cache sets: D = 128 in [B, S, H, D] ran at .80 of peak in place, .92 copied.)
-  Staged Stage(const Chunk& chunk) {
-    Staged s;
-    const bool one = chunk.count == 1;
-    if (kPairs ? one && p_.k.seq == p_.head_dim && p_.head_dim % 2 == 0
-               : one && std::is_same_v<T, float> && p_.k.seq == p_.head_dim) {
-      s.k = reinterpret_cast<const Element*>(KRow(chunk.segments[0].k));
-      s.k_stride = p_.k.seq / P::kElementsPerStep;
-    } else {
-      s.k = k_rows_;
-      s.k_stride = steps_;
-      Element* to = k_rows_;
-      for (int i = 0; i < chunk.count; ++i) {
-        const T* from = KRow(chunk.segments[i].k);
-        for (int64_t r = 0; r < chunk.segments[i].keys; ++r, from += p_.k.seq, to += steps_) CopyKey(from, to);
+  void RunChunk(const Chunk& chunk, const Staged& staged) {
+    const Segment& segment = chunk.segments[0];
+    for (int i = 0; i < num_panels_; ++i) {
+      const Panel& panel = panels_[i];
+      if (!chunk.alone) {
+        RunPanel(panel, chunk, segment, staged);
+        continue;
       }
-    }
-    if (std::is_same_v<T, float> && one && p_.v.seq == p_.head_dim_v) {
-      s.v = reinterpret_cast<const Element*>(VRow(chunk.segments[0].k));
-    } else {
-      s.v = v_rows_;
-      StageValues(chunk);
-    }
-    s.v_stride = p_.head_dim_v;
-    return s;
-  }
-
-  void CopyKey(const T* from, Element* to) const {
-    if constexpr (kPairs) {
-      to[steps_ - 1] = 0;
-      std::memcpy(to, from, p_.head_dim * sizeof(T));
-    } else {
-      RowToFloat(from, p_.head_dim, to);
-    }
-  }
-
-  void StageValues(const Chunk& chunk) {
-    Element* to = v_rows_;
-    [[maybe_unused]] const T* waiting = nullptr;  // first row of a pair
-    for (int i = 0; i < chunk.count; ++i) {
-      const T* from = VRow(chunk.segments[i].k);
-      for (int64_t r = 0; r < chunk.segments[i].keys; ++r, from += p_.v.seq) {
-        if constexpr (kPairs) {
-          if (waiting == nullptr) {
-            waiting = from;
-            continue;
-          }
-          InterleaveRows(waiting, from, p_.head_dim_v, to);
-          waiting = nullptr;
-        } else {
-          RowToFloat(from, p_.head_dim_v, to);
-        }
-        to += p_.head_dim_v;
-      }
-    }
-    if constexpr (kPairs) {
-      if (waiting) InterleaveRows(waiting, nullptr, p_.head_dim_v, to);
-    }
-  }
-
-  void RunChunk(Chunk& chunk, bool masked, int64_t next_entry) {
-    PrefetchRows prefetch = PrefetchOf(next_entry);
-    const bool alone = masked || ModifiesScores(p_) || p_.dropout.p > 0;
-    if (!alone) {
-      const Staged staged = Stage(chunk);
-      for (int i = 0; i < num_panels_; ++i) {
-        RunPanel(panels_[i], chunk.segments[0], staged, chunk.keys, alone, masked, prefetch);
-        prefetch.rows = 0;
-      }
-    } else {
       // One segment; each panel clips it to the keys that its own queries may admit.
-      const Segment segment = chunk.segments[0];
-      const Staged staged = Stage(chunk);
-      for (int i = 0; i < num_panels_; ++i) {
-        const Panel& panel = panels_[i];
-        const int64_t first = mask_.keys_of(panel.q, p_.seqlen_k).begin;
-        const int64_t last = mask_.keys_of(panel.q + panel.rows - 1, p_.seqlen_k).end;
-        Segment clip = segment;
-        // bf16 values are staged in pairs of keys: clipping cuts none of them (the key beside it is masked then).
-        clip.k = std::max(segment.k, segment.k + ((first - segment.k) & ~int64_t{1}));
-        const int64_t skipped = clip.k - segment.k;
-        clip.keys = std::min(segment.k + segment.keys, last) - clip.k;
-        if (clip.keys <= 0) continue;
-        clip.keys = std::min(segment.keys - skipped, (clip.keys + 1) & ~int64_t{1});
-        Staged part = staged;
-        part.k += skipped * staged.k_stride;
-        part.v += skipped / P::kElementsPerStep * staged.v_stride;
-        RunPanel(panel, clip, part, clip.keys, alone, masked, prefetch);
-        prefetch.rows = 0;
-      }
+      const int64_t first = mask_.keys_of(panel.q, p_.seqlen_k).begin;
+      const int64_t last = mask_.keys_of(panel.q + panel.rows - 1, p_.seqlen_k).end;
+      Segment clip = segment;
+      // bf16 values are staged in pairs of keys: clipping cuts none of them (the key beside it is masked then).
+      clip.k = std::max(segment.k, segment.k + ((first - segment.k) & ~int64_t{1}));
+      const int64_t skipped = clip.k - segment.k;
+      clip.keys = std::min(segment.k + segment.keys, last) - clip.k;
+      if (clip.keys <= 0) continue;
+      clip.keys = std::min(segment.keys - skipped, (clip.keys + 1) & ~int64_t{1});
+      Staged part = staged;
+      part.k += skipped * staged.k_stride;
+      part.v += skipped / P::kElementsPerStep * staged.v_stride;
+      RunPanel(panel, chunk, clip, part);
     }
-    chunk.count = 0;
-    chunk.keys = 0;
   }
 
-  PrefetchRows PrefetchOf(int64_t entry) const {
-    PrefetchRows f;
-    if (entry >= p_.pattern.indptr[p_.pattern.row_id(b_, h_, row_) + 1]) return f;
-    const Interval keys = AdmittedKeys(entry);
-    if (keys.empty()) return f;
-    f.rows = std::min<int64_t>(keys.size(), kChunk);
-    f.k = reinterpret_cast<const char*>(KRow(keys.begin));
-    f.v = reinterpret_cast<const char*>(VRow(keys.begin));
-    f.k_stride = p_.k.seq * static_cast<int64_t>(sizeof(T));
-    f.v_stride = p_.v.seq * static_cast<int64_t>(sizeof(T));
-    f.k_bytes = static_cast<int>(p_.head_dim * sizeof(T));
-    f.v_bytes = static_cast<int>(p_.head_dim_v * sizeof(T));
-    return f;
-  }
-
-  void RunPanel(const Panel& panel, const Segment& segment, const Staged& staged, int64_t keys, bool alone,
-                bool masked, const PrefetchRows& prefetch) {
+  void RunPanel(const Panel& panel, const Chunk& chunk, const Segment& segment, const Staged& staged) {
     switch (panel.vecs) {
-      case 1: PanelChunk<1>(panel, segment, staged, keys, alone, masked, prefetch); break;
-      case 2: PanelChunk<2>(panel, segment, staged, keys, alone, masked, prefetch); break;
+      case 1: PanelChunk<1>(panel, chunk, segment, staged); break;
+      case 2: PanelChunk<2>(panel, chunk, segment, staged); break;
       case 3:
-        if constexpr (kMaxVecs > 2) PanelChunk<3>(panel, segment, staged, keys, alone, masked, prefetch);
+        if constexpr (kMaxVecs > 2) PanelChunk<3>(panel, chunk, segment, staged);
         break;
       case 4:
-        if constexpr (kMaxVecs > 2) PanelChunk<4>(panel, segment, staged, keys, alone, masked, prefetch);
+        if constexpr (kMaxVecs > 2) PanelChunk<4>(panel, chunk, segment, staged);
         break;
     }
   }
 
+  // `segment` is what this panel sees of the chunk where the chunk is alone.
   template <int NV>
-  void PanelChunk(const Panel& panel, const Segment& segment, const Staged& staged, int64_t keys, bool alone,
-                  bool masked, const PrefetchRows& prefetch) {
+  void PanelChunk(const Panel& panel, const Chunk& chunk, const Segment& segment, const Staged& staged) {
+    const int64_t keys = chunk.alone ? segment.keys : chunk.keys;
     HWY_ALIGN float max[NV * kLanes];
     std::fill_n(max, NV * kLanes, kNegInf);
-    Scores<P, NV>(panel.qt, steps_, staged.k, staged.k_stride, keys, scores_, max, prefetch);
-    if (HWY_LIKELY(!alone)) {
+    Scores<P, NV>(panel.qt, steps_, staged.k, staged.k_stride, keys, scores_, max, stager_);
+    if (HWY_LIKELY(!chunk.alone)) {
       RaiseReference<NV>(max, factor_, panel.reference, panel.sum, panel.used, panel.out, p_.head_dim_v);
 #if TESSERA_BF16_DOT
       if constexpr (kPairs) WeightsToBf16<NV, true>(scores_, keys, factor_, panel.reference, panel.sum, panel.used);
 #endif
       if constexpr (!kPairs) Weights<NV, false>(scores_, keys, 1.0f, panel.reference, panel.sum);
-    } else if (!ModifiedWeights<NV>(panel, segment, keys, masked, max)) {
+    } else if (!ModifiedWeights<NV>(panel, segment, chunk.masked, max)) {
       return;
     }
     AddOut<P, NV>(reinterpret_cast<const Element*>(scores_), (keys + P::kElementsPerStep - 1) / P::kElementsPerStep,
@@ -339,7 +191,8 @@ class RowKernel {
   // The long way from scores to weights: modifiers, masks, dropout. False when out is already done: V holds NaN or
   // Inf, and a masked weight of 0 must not meet them.
   template <int NV>
-  bool ModifiedWeights(const Panel& panel, const Segment& segment, int64_t keys, bool masked, float* max) {
+  bool ModifiedWeights(const Panel& panel, const Segment& segment, bool masked, float* max) {
+    const int64_t keys = segment.keys;
     const PanelPlace place{b_, h_, panel.q, segment.k, panel.rows, keys, segment.entry};
     const PatternShape& shape = p_.pattern.shape;
     float factor = factor_;
@@ -373,7 +226,7 @@ class RowKernel {
   }
 
   bool ValuesNonFinite(int64_t k, int64_t keys) const {
-    const T* v = VRow(k);
+    const T* v = stager_.VRow(k);
     for (int64_t i = 0; i < keys; ++i, v += p_.v.seq) {
       if (AnyNonFinite(v, p_.head_dim_v)) return true;
     }
@@ -384,7 +237,7 @@ class RowKernel {
   template <int NV>
   void AddOutMasked(const uint64_t* bits, int64_t k, int64_t keys, float* out) const {
     const Floats d;
-    const T* v = VRow(k);
+    const T* v = stager_.VRow(k);
     for (int64_t i = 0; i < keys; ++i, v += p_.v.seq) {
       for (int64_t c = 0; c < p_.head_dim_v; ++c) {
         const Vec value = hn::Set(d, ToFloat(v[c]));
@@ -441,6 +294,7 @@ class RowKernel {
   int64_t steps_ = 0;   // elements of a q or k row as the product reads it
   int64_t padded_ = 0;  // floats of a scratch row
   float factor_ = 1;    // of raw scores, to log2 units
+  Stager<T> stager_;
   Panel panels_[256 / kLanes];
   int num_panels_ = 0;
   Element* queries_t_ = nullptr;
@@ -449,8 +303,6 @@ class RowKernel {
   float* sums_ = nullptr;
   float* used_ = nullptr;
   float* scores_ = nullptr;
-  Element* k_rows_ = nullptr;
-  Element* v_rows_ = nullptr;
   float* rows_ = nullptr;
 };
 

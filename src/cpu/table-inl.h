@@ -52,46 +52,43 @@ void Decode(const Problem& p, const DecodeUnit& unit, const DecodePartial& parti
 }
 #undef TESSERA_BY_DTYPE
 
-// Twelve chains hide the latency of two FMA units.
+// Twelve chains hide the latency of two FMA units. Each starts elsewhere, or the compiler would keep one of them.
+inline constexpr int kChains = 12;
+
 double FmaBurn(int64_t iterations) {
   const Floats d;
   const Vec a = hn::Set(d, 0.999999f), b = hn::Set(d, 1e-6f);
-  Vec x0 = b, x1 = b, x2 = b, x3 = b, x4 = b, x5 = b, x6 = b, x7 = b, x8 = b, x9 = b, x10 = b, x11 = b;
+  Vec x[kChains];
+#pragma GCC unroll 12
+  for (int j = 0; j < kChains; ++j) x[j] = hn::Set(d, 1.0f + static_cast<float>(j));
   for (int64_t i = 0; i < iterations; ++i) {
-    x0 = hn::MulAdd(x0, a, b);
-    x1 = hn::MulAdd(x1, a, b);
-    x2 = hn::MulAdd(x2, a, b);
-    x3 = hn::MulAdd(x3, a, b);
-    x4 = hn::MulAdd(x4, a, b);
-    x5 = hn::MulAdd(x5, a, b);
-    x6 = hn::MulAdd(x6, a, b);
-    x7 = hn::MulAdd(x7, a, b);
-    x8 = hn::MulAdd(x8, a, b);
-    x9 = hn::MulAdd(x9, a, b);
-    x10 = hn::MulAdd(x10, a, b);
-    x11 = hn::MulAdd(x11, a, b);
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) x[j] = hn::MulAdd(x[j], a, b);
   }
-  Vec sum = hn::Add(hn::Add(hn::Add(x0, x1), hn::Add(x2, x3)), hn::Add(hn::Add(x4, x5), hn::Add(x6, x7)));
-  sum = hn::Add(sum, hn::Add(hn::Add(x8, x9), hn::Add(x10, x11)));
+  Vec sum = x[0];
+#pragma GCC unroll 12
+  for (int j = 1; j < kChains; ++j) sum = hn::Add(sum, x[j]);
   volatile float keep = hn::GetLane(sum);
   (void)keep;
-  return 12.0 * 2 * kLanes * static_cast<double>(iterations);
+  return 2.0 * kChains * kLanes * static_cast<double>(iterations);
 }
 
 #if TESSERA_BF16_DOT
 double Bf16Burn(int64_t iterations) {
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x1000);
-  __m512 x[12];
-  for (auto& v : x) v = _mm512_setzero_ps();
+  __m512 x[kChains];
+#pragma GCC unroll 12
+  for (int j = 0; j < kChains; ++j) x[j] = _mm512_set1_ps(static_cast<float>(j));
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) x[j] = _mm512_dpbf16_ps(x[j], a, b);
+    for (int j = 0; j < kChains; ++j) x[j] = _mm512_dpbf16_ps(x[j], a, b);
   }
   __m512 sum = x[0];
-  for (int j = 1; j < 12; ++j) sum = _mm512_add_ps(sum, x[j]);
+#pragma GCC unroll 12
+  for (int j = 1; j < kChains; ++j) sum = _mm512_add_ps(sum, x[j]);
   volatile float keep = _mm512_cvtss_f32(sum);
   (void)keep;
-  return 12.0 * 4 * kLanes * static_cast<double>(iterations);
+  return 4.0 * kChains * kLanes * static_cast<double>(iterations);
 }
 #endif
 

@@ -16,7 +16,6 @@
 #include <cstring>
 
 #include "cpu/vecmath-inl.h"
-#include "hwy/cache_control.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace tessera::cpu::TESSERA_KERNELS {
@@ -117,32 +116,17 @@ HWY_NOINLINE void OutTile(const typename P::Element* HWY_RESTRICT weights, int64
     for (int c = 0; c < NV; ++c) hn::Store(acc[r][c], d, out + r * W + c * kLanes);
 }
 
-// Rows to fetch into the cache while the scores of the current chunk are computed: those of the next kept block.
-struct PrefetchRows {
-  const char* k = nullptr;
-  const char* v = nullptr;
-  int64_t k_stride = 0, v_stride = 0;  // bytes
-  int64_t rows = 0;
-  int k_bytes = 0, v_bytes = 0;  // of a row
-
-  HWY_INLINE void Rows(int64_t begin, int64_t end) const {
-    for (int64_t r = begin; r < end && r < rows; ++r) {
-      for (int i = 0; i < k_bytes; i += 64) hwy::Prefetch(k + r * k_stride + i);
-      for (int i = 0; i < v_bytes; i += 64) hwy::Prefetch(v + r * v_stride + i);
-    }
-  }
-};
-
-template <class P, int NV>
+// scores [keys][W] of a chunk. `between` runs once a tile: work for other execution units than the multipliers, which
+// overlaps with the tiles around it.
+template <class P, int NV, class Between>
 void Scores(const typename P::Element* q, int64_t steps, const typename P::Element* k, int64_t k_stride, int64_t keys,
-            float* scores, float* max, const PrefetchRows& prefetch) {
+            float* scores, float* max, Between& between) {
   constexpr int W = NV * kLanes;
   int64_t i = 0;
   for (; i + kTileRows <= keys; i += kTileRows) {
-    prefetch.Rows(i, i + kTileRows);
     ScoreTile<P, kTileRows, NV>(q, steps, k + i * k_stride, k_stride, scores + i * W, max);
+    between.Some();
   }
-  prefetch.Rows(i, prefetch.rows);
   const auto* tail = k + i * k_stride;
   float* s = scores + i * W;
   switch (keys - i) {
