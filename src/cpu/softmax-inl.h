@@ -52,14 +52,6 @@ void RaiseReference(const float* max, float factor, float* reference, float* sum
   }
 }
 
-// s * factor - m; the factor is known to be 1 where the scale went into the queries.
-template <bool kScaled>
-HWY_INLINE Vec Exponent(const float* s, Vec factor, Vec reference) {
-  const Floats d;
-  if constexpr (kScaled) return hn::MulSub(hn::Load(d, s), factor, reference);
-  return hn::Sub(hn::Load(d, s), reference);
-}
-
 // Scores become weights in place; their sums join `sum`.
 template <int NV, bool kScaled>
 HWY_NOINLINE void Weights(float* HWY_RESTRICT scores, int64_t keys, float factor, const float* HWY_RESTRICT reference,
@@ -68,15 +60,15 @@ HWY_NOINLINE void Weights(float* HWY_RESTRICT scores, int64_t keys, float factor
   constexpr int W = NV * kLanes;
   const Vec f = hn::Set(d, factor);
   for (int v = 0; v < NV; ++v) {
-    const Vec m = hn::Load(d, reference + v * kLanes);
+    const Vec m = WeightBias(hn::Load(d, reference + v * kLanes));
     float* s = scores + v * kLanes;
     Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d);
     int64_t i = 0;
     for (; i + 4 <= keys; i += 4, s += 4 * W) {  // four independent chains cover the latency of the polynomial
-      const Vec a = Exp2(Exponent<kScaled>(s, f, m));
-      const Vec b = Exp2(Exponent<kScaled>(s + W, f, m));
-      const Vec c = Exp2(Exponent<kScaled>(s + 2 * W, f, m));
-      const Vec e = Exp2(Exponent<kScaled>(s + 3 * W, f, m));
+      const Vec a = Weight<kScaled>(hn::Load(d, s), f, m);
+      const Vec b = Weight<kScaled>(hn::Load(d, s + W), f, m);
+      const Vec c = Weight<kScaled>(hn::Load(d, s + 2 * W), f, m);
+      const Vec e = Weight<kScaled>(hn::Load(d, s + 3 * W), f, m);
       hn::Store(a, d, s);
       hn::Store(b, d, s + W);
       hn::Store(c, d, s + 2 * W);
@@ -85,7 +77,7 @@ HWY_NOINLINE void Weights(float* HWY_RESTRICT scores, int64_t keys, float factor
       sum1 = hn::Add(sum1, hn::Add(b, e));
     }
     for (; i < keys; ++i, s += W) {
-      const Vec a = Exp2(Exponent<kScaled>(s, f, m));
+      const Vec a = Weight<kScaled>(hn::Load(d, s), f, m);
       hn::Store(a, d, s);
       sum0 = hn::Add(sum0, a);
     }
@@ -130,7 +122,7 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
   constexpr int W = NV * kLanes;
   const Vec f = hn::Set(d, factor);
   for (int v = 0; v < NV; ++v) {
-    const Vec m = kWeigh ? hn::Load(d, reference + v * kLanes) : hn::Zero(d);
+    const Vec m = kWeigh ? WeightBias(hn::Load(d, reference + v * kLanes)) : hn::Zero(d);
     const float* s = scores + v * kLanes;
     float* pairs = scores + v * kLanes;
     Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d), used0 = hn::Zero(d);
@@ -138,10 +130,10 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
     for (; i + 4 <= keys; i += 4, s += 4 * W, pairs += 2 * W) {
       Vec a = hn::Load(d, s), b = hn::Load(d, s + W), c = hn::Load(d, s + 2 * W), e = hn::Load(d, s + 3 * W);
       if constexpr (kWeigh) {
-        a = Exp2(hn::MulSub(a, f, m));
-        b = Exp2(hn::MulSub(b, f, m));
-        c = Exp2(hn::MulSub(c, f, m));
-        e = Exp2(hn::MulSub(e, f, m));
+        a = Weight<true>(a, f, m);
+        b = Weight<true>(b, f, m);
+        c = Weight<true>(c, f, m);
+        e = Weight<true>(e, f, m);
         sum0 = hn::Add(sum0, hn::Add(a, c));
         sum1 = hn::Add(sum1, hn::Add(b, e));
       }
@@ -153,8 +145,8 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
     for (; i < keys; i += 2, s += 2 * W, pairs += W) {
       Vec a = hn::Load(d, s), b = i + 1 < keys ? hn::Load(d, s + W) : hn::Zero(d);
       if constexpr (kWeigh) {
-        a = Exp2(hn::MulSub(a, f, m));
-        if (i + 1 < keys) b = Exp2(hn::MulSub(b, f, m));
+        a = Weight<true>(a, f, m);
+        if (i + 1 < keys) b = Weight<true>(b, f, m);
         sum0 = hn::Add(sum0, hn::Add(a, b));
       }
       const __m512i pair = PairToBf16(a, b);

@@ -50,6 +50,39 @@ HWY_INLINE Vec Exp2(Vec x) {
 #endif
 }
 
+// What softmax does to a score: 2^(s * factor - m), as Exp2 of that but cheaper where the target allows. `bias` is
+// WeightBias(m). On AVX-512 the bias includes -1/2, so that rounding to nearest is the floor that vreduce and scalef
+// agree on: 8 operations instead of 11, and no clamp, as both know infinities. Relative error < 1.8e-7.
+HWY_INLINE Vec WeightBias(Vec m) {
+#if HWY_TARGET == HWY_AVX3
+  return hn::Sub(m, hn::Set(Floats(), 0.5f));
+#else
+  return m;
+#endif
+}
+template <bool kScaled>  // false: factor is 1
+HWY_INLINE Vec Weight(Vec s, Vec factor, Vec bias) {
+  const Floats d;
+  Vec x;
+  if constexpr (kScaled) {
+    x = hn::MulSub(s, factor, bias);
+  } else {
+    x = hn::Sub(s, bias);
+  }
+#if HWY_TARGET == HWY_AVX3
+  const Vec t{_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
+  // 2^(t - 1/2) on [0, 1)
+  Vec y = hn::MulAdd(t, hn::Set(d, 0x1.5c08e6p-10f), hn::Set(d, 0x1.a09316p-8f));
+  y = hn::MulAdd(t, y, hn::Set(d, 0x1.43616ep-5f));
+  y = hn::MulAdd(t, y, hn::Set(d, 0x1.5bc792p-3f));
+  y = hn::MulAdd(t, y, hn::Set(d, 0x1.f5e57cp-2f));
+  y = hn::MulAdd(t, y, hn::Set(d, 0x1.6a09e4p-1f));
+  return Vec{_mm512_scalef_ps(y.raw, x.raw)};
+#else
+  return Exp2(x);
+#endif
+}
+
 // tanh(x), relative error a few epsilon: odd polynomial near 0 (Taylor terms to x^13), 1 - 2 / (e^2x + 1) elsewhere.
 HWY_INLINE Vec Tanh(Vec x) {
   const Floats d;
