@@ -15,3 +15,5 @@ set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
 
 set(libraries ${TESSERA_SYSROOT}/usr/lib/aarch64-linux-gnu:${TESSERA_SYSROOT}/lib/aarch64-linux-gnu)
 set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu -E LD_LIBRARY_PATH=${libraries})
+# libz, which libpng needs, lies in /lib: the linker must be told, as it looks at no path of the other machine.
+set(CMAKE_EXE_LINKER_FLAGS_INIT -Wl,-rpath-link,${TESSERA_SYSROOT}/lib/aarch64-linux-gnu)

@@ -3,6 +3,9 @@
 #include <cmath>
 #include <limits>
 
+// Vectors of SVE have no size, so no arrays: there the accumulators would not stay in registers. NEON serves.
+#undef HWY_DISABLED_TARGETS
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "analysis/tile.cc"
 #include "hwy/foreach_target.h"
