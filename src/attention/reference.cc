@@ -119,7 +119,7 @@ class Reference {
     double* out = &out_[r * dv];
     if (factor != 1) rescale(r, factor);
     const double weight = std::exp(score - state.max);
-    const double kept = weight * keep_factor(b, h, q, k);
+    const double keep = keep_factor(b, h, q, k), kept = weight * keep;
     state.sum += weight;
     for (int64_t i = 0; i < dv; ++i) out[i] += kept * value[i];
     if (out_bound_ == nullptr && lse_bound_ == nullptr) return;
@@ -128,10 +128,11 @@ class Reference {
     const double error = ErrorBound::weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max,
                                                   scores.bias_magnitude(entry, k));
     if (weight > 0) state.error += weight * error;
-    // Weights are stored in the dtype of the inputs before they meet V; below its smallest normal number in steps.
-    double rounding = std::numeric_limits<float>::min();
+    // Weights are stored in the dtype of the inputs before they meet V; below its smallest normal number in steps, or
+    // as 0. A kernel's own maximum may be a power of two away.
+    double rounding = 2 * keep * std::numeric_limits<float>::min();
     if (p_.dtype == DType::bf16) rounding += epsilon_of(p_.dtype) * kept;
-    if (p_.dtype == DType::f16) rounding += epsilon_of(p_.dtype) * kept + 0x1p-25;
+    if (p_.dtype == DType::f16) rounding += epsilon_of(p_.dtype) * kept + keep * 0x1p-25;
     for (int64_t i = 0; i < dv; ++i) {
       magnitude_[r * dv + i] += kept * std::abs(value[i]);
       error_[r * dv + i] += ((weight > 0 ? kept * error : 0) + rounding) * std::abs(value[i]);
