@@ -23,6 +23,15 @@ inline constexpr float kLog2e = 1.442695041f;
 inline constexpr double kLog2eDouble = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
 
+// The larger one, or x if it is NaN. On x86 the second operand of max comes through; NEON's maxnm would drop it.
+HWY_INLINE Vec AtLeast(Vec bound, Vec x) {
+#if HWY_TARGET == HWY_NEON
+  return Vec{vmaxq_f32(bound.raw, x.raw)};
+#else
+  return hn::Max(bound, x);
+#endif
+}
+
 // 2^x for x <= 64, relative error < 1.7e-7; NaN stays NaN; below -126 the result is 0 or (AVX-512) the right
 // subnormal. Degree-5 polynomial on [-1/2, 1/2] with constant 1, so that 2^integer is exact. Rounding by the magic
 // number 1.5 * 2^23, whose low bits then hold the exponent: beside saturated FMA units, adds, max and integer
@@ -30,7 +39,7 @@ inline constexpr double kLn2 = 0.6931471805599453;
 HWY_INLINE Vec Exp2(Vec x) {
   const Floats d;
   const Vec magic = hn::Set(d, 12582912.0f);
-  const Vec clamped = hn::Max(hn::Set(d, -200.0f), x);  // in this order NaN comes through
+  const Vec clamped = AtLeast(hn::Set(d, -200.0f), x);
   const Vec shifted = hn::Add(clamped, magic);
   const Vec rounded = hn::Sub(shifted, magic);
   const Vec f = hn::Sub(clamped, rounded);
