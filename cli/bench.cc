@@ -1,0 +1,284 @@
+// tessera bench: how fast the kernels are, as a share of what this machine's units can do.
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+#include <fmt/format.h>
+
+#include "command.h"
+#include "measure.h"
+#include "options.h"
+#include "tensors.h"
+#include "tessera/pattern_statistics.h"
+
+namespace tessera::cli {
+namespace {
+
+constexpr Column kColumns[] = {
+    {"pass", ""},
+    {"dtype", "dtype", 5, Style::text},
+    {"batch", ""},
+    {"heads", ""},
+    {"kv_heads", ""},
+    {"queries", ""},
+    {"seq", "seq", 7, Style::integer},
+    {"head_dim", ""},
+    {"head_dim_v", ""},
+    {"block", "block", 5, Style::integer},
+    {"block_k", ""},
+    {"layout", ""},
+    {"pattern", "pattern", 16, Style::text},
+    {"requested_density", ""},
+    {"causal", ""},
+    {"window", ""},
+    {"density", "density", 7, Style::percent},
+    {"kept_blocks", ""},
+    {"pattern_seconds", ""},
+    {"threads", "thr", 3, Style::integer},
+    {"isa", "isa", 11, Style::text},
+    {"repeat", ""},
+    {"seconds", "ms", 7, Style::milliseconds},
+    {"min_seconds", ""},
+    {"max_seconds", ""},
+    {"gflops", "GFLOP/s", 7, Style::number},
+    {"peak_gflops", ""},
+    {"fraction_of_peak", "of peak", 7, Style::percent},
+    {"best_fraction_of_peak", ""},
+    {"gbytes_per_second", "GB/s", 6, Style::number},
+    {"read_gbytes_per_second", ""},
+    {"fraction_of_read", "of read", 7, Style::percent},
+    {"best_fraction_of_read", ""},
+    {"dense_seconds", ""},
+    {"speedup_vs_dense", "vs dense", 8, Style::ratio},
+    {"scratch_bytes", ""},
+    {"peak_rss_bytes", ""},
+};
+
+struct BenchFlags {
+  PatternOptions pattern;
+  std::string pass = "fwd", layout = "bshd", isa;
+  std::vector<std::string> dtypes{"fp32"};
+  std::vector<int64_t> seqlens{8192};
+  std::vector<int> threads{0};
+  int64_t batch = 1, heads = 8, head_dim = 64, queries = 1;
+  std::optional<int64_t> kv_heads, head_dim_v;
+  int repeat = 5;
+  uint64_t seed = 0;
+  bool vs_dense = false;
+};
+
+// One point of the sweep, measured.
+class Bench {
+ public:
+  Bench(Context& context, const BenchFlags& flags)
+      : context_(context), flags_(flags), isa_(parse_isa(flags.isa)), layout_(parse_layout(flags.layout)) {}
+
+  void run() {
+    const std::vector<PatternChoice> choices = flags_.pattern.choices();
+    std::vector<DType> dtypes;
+    for (const std::string& name : flags_.dtypes) dtypes.push_back(parse_dtype(name));
+    const std::vector<Column> columns = shown_columns();
+    RecordWriter writer(context_.output, context_.format, columns);
+    const size_t total = dtypes.size() * flags_.seqlens.size() * flags_.threads.size() * choices.size();
+    size_t done = 0;
+    // Threads outermost: one pool each. Inputs are made once for a dtype and a length.
+    for (int threads : flags_.threads) {
+      ThreadPool pool(threads);
+      for (DType dtype : dtypes) {
+        for (int64_t seqlen : flags_.seqlens) {
+          const QkvShape shape = make_shape(seqlen);
+          progress(done, total, fmt::format("inputs, {} tokens", seqlen));
+          const Qkv x = random_qkv(shape, dtype, layout_, flags_.seed, pool);
+          dense_.clear();
+          for (const PatternChoice& choice : choices) {
+            progress(done++, total, fmt::format("{} {} {} tokens", name_of(dtype), pattern_label(choice.spec), seqlen));
+            const Record record = measure(x, shape, choice, pool);
+            context_.progress.clear();
+            writer.add(record);
+          }
+        }
+      }
+    }
+    writer.finish();
+  }
+
+ private:
+  // The table leaves out what this sweep does not measure.
+  std::vector<Column> shown_columns() const {
+    std::vector<Column> columns(std::begin(kColumns), std::end(kColumns));
+    for (Column& c : columns) {
+      const bool read = c.key == "gbytes_per_second" || c.key == "fraction_of_read";
+      if ((read && !decode()) || (c.key == "speedup_vs_dense" && !flags_.vs_dense)) c.header = {};
+    }
+    return columns;
+  }
+
+  bool decode() const { return flags_.pass == "decode"; }
+
+  void progress(size_t done, size_t total, const std::string& what) {
+    context_.progress.show(what, static_cast<double>(done) / static_cast<double>(total));
+  }
+
+  QkvShape make_shape(int64_t seqlen) const {
+    QkvShape s;
+    s.batch = flags_.batch;
+    s.heads = flags_.heads;
+    s.kv_heads = flags_.kv_heads.value_or(flags_.heads);
+    s.seqlen_q = decode() ? flags_.queries : seqlen;
+    s.seqlen_k = seqlen;
+    s.head_dim = flags_.head_dim;
+    s.head_dim_v = flags_.head_dim_v.value_or(flags_.head_dim);
+    return s;
+  }
+
+  Record measure(const Qkv& x, const QkvShape& s, const PatternChoice& choice, ThreadPool& pool) {
+    const PatternSpec& spec = choice.spec;
+    const DType dtype = x.q.dtype();
+    BlockPattern pattern;
+    const double pattern_seconds =
+        time_once([&] { pattern = build_pattern(spec, s.seqlen_q, s.seqlen_k, s.heads); });
+    AttentionOptions options;
+    options.causal = spec.causal;
+    set_token_window(options, spec.causal, choice.token_window);
+
+    ForwardCall call(x, pattern, options, isa_);
+    const int threads = pool.num_threads();
+    ForwardInfo info = call(pool);
+    // Other work on the machine comes and goes: the peak is the better of one taken before and one after.
+    const Isa ran = info.isa;
+    const bool has_peak = dtype != DType::f64;
+    cpu::Peaks peaks;
+    if (has_peak) peaks = cpu::measure_peaks(ran, threads, pool, decode());
+    reset_peak_rss();  // the buffer that bandwidth was measured on does not count
+    const Timing timing = time_calls(flags_.repeat, [&] { info = call(pool); });
+    const int64_t rss = peak_rss_bytes();
+    if (has_peak) {
+      const cpu::Peaks after = cpu::measure_peaks(ran, threads, pool, decode());
+      peaks.fma_gflops = std::max(peaks.fma_gflops, after.fma_gflops);
+      peaks.bf16_dot_gflops = std::max(peaks.bf16_dot_gflops, after.bf16_dot_gflops);
+      peaks.read_gbytes_per_second = std::max(peaks.read_gbytes_per_second, after.read_gbytes_per_second);
+    }
+    const int64_t pairs = admitted_pairs(pattern, options, s.batch, s.heads);
+    const double flops = forward_flops(pairs, s.head_dim, s.head_dim_v);
+    const double peak = peak_gflops(peaks, ran, dtype);
+
+    Record r = {{"pass", flags_.pass}, {"dtype", name_of(dtype)}, {"batch", s.batch}, {"heads", s.heads},
+                {"kv_heads", s.kv_heads}, {"seq", s.seqlen_k}, {"head_dim", s.head_dim},
+                {"head_dim_v", s.head_dim_v}, {"block", spec.block_q}, {"block_k", spec.block_k},
+                {"layout", flags_.layout}, {"pattern", name_of(spec.kind)}, {"causal", spec.causal}};
+    if (decode()) r["queries"] = s.seqlen_q;
+    if (spec.density) r["requested_density"] = *spec.density;
+    if (choice.token_window) r["window"] = *choice.token_window;
+    else if (spec.window) r["window"] = *spec.window;
+    r["density"] = statistics(pattern, spec.causal).density;
+    r["kept_blocks"] = pattern.num_blocks();
+    r["pattern_seconds"] = pattern_seconds;
+    r["threads"] = threads;
+    r["isa"] = has_peak ? std::string(name_of(ran)) : "reference";
+    r["repeat"] = flags_.repeat;
+    r["seconds"] = timing.median;
+    r["min_seconds"] = timing.min;
+    r["max_seconds"] = timing.max;
+    r["gflops"] = flops / timing.median / 1e9;
+    if (has_peak) {
+      r["peak_gflops"] = peak;
+      r["fraction_of_peak"] = flops / timing.median / 1e9 / peak;
+      r["best_fraction_of_peak"] = flops / timing.min / 1e9 / peak;
+    }
+    if (decode()) {
+      const double gbytes = 1e-9 * static_cast<double>(kept_kv_bytes(pattern, s.batch, s.heads, s.kv_heads, s.head_dim,
+                                                                     s.head_dim_v, dtype));
+      r["gbytes_per_second"] = gbytes / timing.median;
+      if (has_peak) {
+        r["read_gbytes_per_second"] = peaks.read_gbytes_per_second;
+        r["fraction_of_read"] = gbytes / timing.median / peaks.read_gbytes_per_second;
+        r["best_fraction_of_read"] = gbytes / timing.min / peaks.read_gbytes_per_second;
+      }
+    }
+    if (flags_.vs_dense) {
+      const double dense = dense_seconds(x, s, spec, pool);
+      r["dense_seconds"] = dense;
+      r["speedup_vs_dense"] = dense / timing.median;
+    }
+    r["scratch_bytes"] = info.scratch_bytes;
+    r["peak_rss_bytes"] = rss;
+    return r;
+  }
+
+  // Median seconds of the dense pattern with the same block sizes and causality, once for these inputs.
+  double dense_seconds(const Qkv& x, const QkvShape& s, const PatternSpec& spec, ThreadPool& pool) {
+    const auto key = std::tuple(spec.block_q, spec.block_k, spec.causal);
+    if (const auto known = dense_.find(key); known != dense_.end()) return known->second;
+    context_.progress.show(fmt::format("{} dense {} tokens", name_of(x.q.dtype()), s.seqlen_k));
+    PatternSpec dense;
+    dense.kind = spec.causal ? PatternKind::causal : PatternKind::dense;
+    dense.block_q = spec.block_q;
+    dense.block_k = spec.block_k;
+    dense.causal = spec.causal;
+    AttentionOptions options;
+    options.causal = spec.causal;
+    ForwardCall call(x, build_pattern(dense, s.seqlen_q, s.seqlen_k, s.heads), options, isa_);
+    return dense_[key] = time_calls(std::min(flags_.repeat, 3), [&] { call(pool); }).median;
+  }
+
+  Context& context_;
+  const BenchFlags& flags_;
+  Isa isa_;
+  Layout layout_;
+  std::map<std::tuple<int, int, bool>, double> dense_;
+};
+
+void bench(Context& context, const BenchFlags& flags) {
+  const int64_t kv_heads = flags.kv_heads.value_or(flags.heads);
+  if (flags.heads % kv_heads != 0) {
+    throw UsageError(fmt::format("--kv-heads: got {}; allowed: a divisor of --heads {}", kv_heads, flags.heads));
+  }
+  Bench(context, flags).run();
+}
+
+std::string check_pass(const std::string& pass) {
+  if (pass == "fwd" || pass == "decode") return {};
+  if (pass == "bwd" || pass == "fwdbwd") return pass + " is not in this version: forward and decode only";
+  return fmt::format("got {}; allowed: fwd, decode", pass);
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, Context& context) {
+  CLI::App* command = add_command(
+      app, context, "bench", "Time, FLOP/s and share of the measured peak; comma lists sweep",
+      "  tessera bench --seq 8192 --pattern dilated_sparse --density 0.1,0.05 --vs-dense\n"
+      "  tessera bench --dtype fp32,bf16 --seq 4096 --heads 4 --pattern dense --threads 1,2 --format json\n"
+      "  tessera bench --pass decode --seq 16384 --heads 32 --kv-heads 8 --head-dim 128 --pattern dense");
+  auto flags = std::make_shared<BenchFlags>();
+  const auto positive = CLI::PositiveNumber.description("");
+  command->add_option("--pass", flags->pass, "fwd, or decode: a few queries against --seq keys")
+      ->check(check_pass)->type_name("fwd|decode")->capture_default_str();
+  add_list(*command, "--dtype", flags->dtypes, "fp32, bf16, fp16 or fp64 (the slow reference). Default fp32")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))->type_name("NAME,..");
+  add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")
+      ->check(positive)->type_name("N,..");
+  command->add_option("--queries", flags->queries, "decode: queries")->check(positive)->type_name("N")
+      ->capture_default_str();
+  command->add_option("--batch", flags->batch, "Batch")->check(positive)->type_name("N")->capture_default_str();
+  command->add_option("--heads", flags->heads, "Query heads")->check(positive)->type_name("N")->capture_default_str();
+  command->add_option("--kv-heads", flags->kv_heads, "Key and value heads. Default: --heads")
+      ->check(positive)->type_name("N");
+  command->add_option("--head-dim", flags->head_dim, "Head dim of q and k")
+      ->check(positive)->type_name("N")->capture_default_str();
+  command->add_option("--head-dim-v", flags->head_dim_v, "Head dim of v. Default: --head-dim")
+      ->check(positive)->type_name("N");
+  command->add_option("--layout", flags->layout, "How tensors lie in memory")
+      ->check(CLI::IsMember({"bshd", "bhsd"}).description(""))->type_name("bshd|bhsd")->capture_default_str();
+  flags->pattern.add_to(*command, {.file = false, .attention = true, .fallback = "dilated_sparse"});
+  add_list(*command, "--threads", flags->threads, "Threads; 0: all CPUs. Default 0")
+      ->check(CLI::Range(0, 1024).description(""))->type_name("N,..");
+  add_isa(*command, flags->isa);
+  command->add_option("--repeat", flags->repeat, "Timed runs after the warm-up; seconds is their median")
+      ->check(positive)->type_name("N")->capture_default_str();
+  command->add_option("--input-seed", flags->seed, "Seed of the random inputs")->type_name("N")->capture_default_str();
+  command->add_flag("--vs-dense", flags->vs_dense, "Time the dense pattern too");
+  command->callback([&context, flags] { bench(context, *flags); });
+}
+
+}  // namespace tessera::cli

@@ -1,0 +1,45 @@
+// The parts of `tessera demo`: what they measure, as records, and how they are shown.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "tensors.h"
+#include "tessera/analysis.h"
+#include "tessera/executor.h"
+
+namespace tessera::cli {
+
+// One pattern that the demo judges on the sample.
+struct DemoPattern {
+  std::string name;   // of the preset or the pattern
+  PatternSpec spec;
+  BlockPattern pattern;
+};
+
+struct DemoSample {
+  Qkv fp32, bf16;
+  AttentionOptions options;
+  std::vector<DemoPattern> patterns;  // the first is dense
+};
+DemoSample prepare_sample(const std::string& path, bool quick, Executor& executor);
+
+// Each writes its table (if the format is table) as it goes and returns the records.
+Record demo_errors(Context& context, const DemoSample& sample, bool quick, Executor& executor);
+Record demo_quality(Context& context, const DemoSample& sample, Executor& executor);
+Record demo_times(Context& context, const DemoSample& sample, ThreadPool& pool);
+Record demo_scale(Context& context, int64_t longest, ThreadPool& pool);  // rows up to `longest` tokens
+
+// Writes the pictures into the folder and returns {file, what it shows} records.
+Record demo_pictures(Context& context, const DemoSample& sample, const Record& scale, bool quick,
+                     const std::filesystem::path& folder, Executor& executor);
+
+// A table's row from the records of the dtypes: every field also as DTYPE_field.
+void add_beside(Record& row, const Record& record);
+
+// A heading and an explanation, where the format is table.
+void demo_heading(Context& context, const std::string& heading, const std::string& explanation);
+
+}  // namespace tessera::cli

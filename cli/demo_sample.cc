@@ -1,0 +1,279 @@
+// The first three parts of the demo: errors, quality and times of patterns on the sample.
+#include <algorithm>
+#include <array>
+#include <map>
+
+#include <fmt/format.h>
+
+#include "demo.h"
+#include "measure.h"
+#include "options.h"
+#include "pictures.h"
+#include "tessera/pattern_statistics.h"
+
+namespace tessera::cli {
+namespace {
+
+// Tables show the dtypes side by side; the records have one each.
+constexpr Column kErrors[] = {
+    {"pattern", "pattern", 20, Style::text},
+    {"block", "block", 5, Style::integer},
+    {"density", "density", 7, Style::percent},
+    {"fp32_max_error", "fp32 error", 10, Style::error},
+    {"fp32_error_ratio", "of allowed", 10, Style::percent},
+    {"bf16_max_error", "bf16 error", 10, Style::error},
+    {"bf16_error_ratio", "of allowed", 10, Style::percent},
+};
+
+constexpr Column kQuality[] = {
+    {"pattern", "pattern", 20, Style::text},
+    {"density", "density", 7, Style::percent},
+    {"coverage", "coverage", 8, Style::percent},
+    {"coverage_p5", "worst 5 %", 9, Style::percent},
+    {"oracle_coverage", "best possible", 13, Style::percent},
+    {"oracle_ratio", "of best", 7, Style::percent},
+    {"output_error", "output error", 12, Style::percent},
+};
+
+constexpr Column kTimes[] = {
+    {"pattern", "pattern", 20, Style::text},
+    {"density", "density", 7, Style::percent},
+    {"fp32_seconds", "fp32 ms", 8, Style::milliseconds},
+    {"fp32_speedup_vs_dense", "vs dense", 8, Style::ratio},
+    {"fp32_fraction_of_peak", "of peak", 7, Style::percent},
+    {"bf16_seconds", "bf16 ms", 8, Style::milliseconds},
+    {"bf16_speedup_vs_dense", "vs dense", 8, Style::ratio},
+    {"bf16_fraction_of_peak", "of peak", 7, Style::percent},
+    {"fp32_scratch_bytes", "scratch", 9, Style::bytes},
+};
+
+constexpr int kBlock = 64;  // what the presets use
+constexpr int kUltraSparseBlock = 128;
+
+PatternSpec spec_of(PatternKind kind, int block, std::optional<double> density) {
+  PatternSpec s;
+  s.kind = kind;
+  s.block_q = s.block_k = block;
+  s.causal = true;
+  s.density = density;
+  return s;
+}
+
+}  // namespace
+
+void add_beside(Record& row, const Record& record) {
+  const std::string prefix = record.at("dtype").get<std::string>() + "_";
+  for (const auto& [key, value] : record.items()) {
+    row[key] = value;
+    row[prefix + key] = value;
+  }
+}
+
+DemoSample prepare_sample(const std::string& path, bool quick, Executor& executor) {
+  DemoSample sample;
+  InputFlags input;
+  input.input = path;
+  const Qkv x = load_qkv(input);
+  sample.fp32 = convert(x, DType::f32, executor);
+  sample.bf16 = convert(x, DType::bf16, executor);
+  sample.options.causal = true;
+
+  const auto add = [&](std::string name, const PatternSpec& spec) {
+    sample.patterns.push_back({std::move(name), spec, build_pattern(spec, x.seqlen_q(), x.seqlen_k(), x.heads())});
+  };
+  add("dense", spec_of(PatternKind::causal, kBlock, std::nullopt));
+  // The guides' presets.
+  PatternSpec local = spec_of(PatternKind::local_window, kBlock, std::nullopt);
+  local.window = 256;
+  add("preset local", local);
+  PatternSpec dilated = spec_of(PatternKind::dilated_sparse, kBlock, 0.1);
+  dilated.dilation_rates = {1, 2, 4, 8};
+  add("preset dilated", dilated);
+  PatternSpec global_local = spec_of(PatternKind::global_local, kBlock, std::nullopt);
+  global_local.window = 256;
+  global_local.global_tokens = 64;
+  add("preset global_local", global_local);
+  PatternSpec ultra_sparse = spec_of(PatternKind::dilated_sparse, kUltraSparseBlock, 0.01);
+  ultra_sparse.dilation_rates = {1, 4, 16};
+  add("preset ultra_sparse", ultra_sparse);
+  std::vector<double> densities = {0.05, 0.1};
+  if (!quick) densities = {0.02, 0.05, 0.1, 0.2, 0.4};
+  for (const double density : densities) {
+    add(fmt::format("local_window {}", density), spec_of(PatternKind::local_window, kBlock, density));
+  }
+  for (const double density : densities) {
+    add(fmt::format("dilated_sparse {}", density), spec_of(PatternKind::dilated_sparse, kBlock, density));
+  }
+  return sample;
+}
+
+Record demo_errors(Context& context, const DemoSample& sample, bool quick, Executor& executor) {
+  demo_heading(context, "1. Is it right?",
+               "Largest difference to fp64 on the same pattern, and as a share of what rounding may cause.");
+  Record records = Record::array();
+  RecordWriter writer(context.output, Format::table, kErrors);
+  size_t done = 0;
+  for (const DemoPattern& p : sample.patterns) {
+    // fp64 of dense attention takes longer than the rest of the quick demo.
+    if (quick && p.spec.kind == PatternKind::causal) continue;
+    Record row;
+    for (const Qkv* x : {&sample.fp32, &sample.bf16}) {
+      context.progress.show("checking " + p.name, static_cast<double>(done++) / (2.0 * sample.patterns.size()));
+      ForwardCall call(*x, p.pattern, sample.options, Isa::automatic);
+      call(executor);
+      const ReferenceError e = compare_to_reference(call, executor);
+      Record r = {{"pattern", p.name}, {"block", p.spec.block_q}, {"density", statistics(p.pattern, true).density},
+                  {"dtype", name_of(x->q.dtype())}, {"max_error", e.out_error}, {"error_ratio", e.out_ratio},
+                  {"max_lse_error", e.lse_error}, {"lse_error_ratio", e.lse_ratio}, {"passed", e.passed}};
+      add_beside(row, r);
+      records.push_back(std::move(r));
+    }
+    if (context.format != Format::table) continue;
+    context.progress.clear();
+    writer.add(row);
+  }
+  return records;
+}
+
+Record demo_quality(Context& context, const DemoSample& sample, Executor& executor) {
+  demo_heading(context, "2. What does a pattern keep of dense attention?",
+               "Coverage: attention mass kept, mean over rows and at the row worse than 95 %. Best possible: by\n"
+               "the best blocks at the same density. Output error: |sparse - dense| / |dense|.");
+  context.progress.show("measuring quality");
+  std::vector<BlockPattern> patterns;
+  for (const DemoPattern& p : sample.patterns) patterns.push_back(p.pattern);
+  const AnalysisInput input{sample.fp32.q_view(), sample.fp32.k_view(), sample.fp32.v_view(), sample.options};
+  const std::vector<Quality> results = quality(input, patterns, executor);
+  context.progress.clear();
+  Record records = Record::array();
+  RecordWriter writer(context.output, Format::table, kQuality);
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Quality& q = results[i];
+    Record r = {{"pattern", sample.patterns[i].name}, {"block", sample.patterns[i].spec.block_q},
+                {"density", q.density}, {"coverage", q.coverage}, {"coverage_p5", q.coverage_p5},
+                {"coverage_min", q.coverage_min}, {"oracle_coverage", q.oracle_coverage},
+                {"oracle_ratio", q.oracle_ratio}, {"locality", q.locality}, {"efficiency", q.efficiency},
+                {"output_error", q.output_error.value_or(0)}};
+    r["head_coverage"] = Record::array();
+    for (const QualityFigures& f : q.heads) r["head_coverage"].push_back(f.coverage);
+    if (context.format == Format::table) writer.add(r);
+    records.push_back(std::move(r));
+  }
+  return records;
+}
+
+Record demo_times(Context& context, const DemoSample& sample, ThreadPool& pool) {
+  demo_heading(context, "3. How fast is it?",
+               "Against dense attention by the same kernels; as a share of the peak that this machine reaches at the\n"
+               "same moment. Scratch: all memory that a call takes.");
+  Record records = Record::array();
+  RecordWriter writer(context.output, Format::table, kTimes);
+  constexpr int kRepeat = 7;
+  size_t done = 0;
+  std::map<DType, double> dense;
+  for (const DemoPattern& p : sample.patterns) {
+    Record row;
+    const cpu::Peaks peaks = cpu::measure_peaks(usable_isas().back(), pool.num_threads(), pool, false);
+    for (const Qkv* x : {&sample.fp32, &sample.bf16}) {
+      context.progress.show("timing " + p.name, static_cast<double>(done++) / (2.0 * sample.patterns.size()));
+      const DType dtype = x->q.dtype();
+      ForwardCall call(*x, p.pattern, sample.options, Isa::automatic);
+      ForwardInfo info;
+      const Timing timing = time_calls(kRepeat, [&] { info = call(pool); });
+      if (!dense.contains(dtype)) dense[dtype] = timing.median;  // the first pattern
+      const int64_t pairs = admitted_pairs(p.pattern, sample.options, x->batch(), x->heads());
+      const double gflops = forward_flops(pairs, x->head_dim(), x->head_dim_v()) / timing.median / 1e9;
+      const double peak = peak_gflops(peaks, info.isa, dtype);
+      Record r = {{"pattern", p.name}, {"block", p.spec.block_q}, {"density", statistics(p.pattern, true).density},
+                  {"dtype", name_of(dtype)}, {"seconds", timing.median}, {"dense_seconds", dense[dtype]},
+                  {"speedup_vs_dense", dense[dtype] / timing.median}, {"gflops", gflops}, {"peak_gflops", peak},
+                  {"fraction_of_peak", gflops / peak}, {"isa", name_of(info.isa)},
+                  {"scratch_bytes", info.scratch_bytes}};
+      add_beside(row, r);
+      records.push_back(std::move(r));
+    }
+    if (context.format != Format::table) continue;
+    context.progress.clear();
+    writer.add(row);
+  }
+  return records;
+}
+
+Record demo_pictures(Context& context, const DemoSample& sample, const Record& scale, bool quick,
+                     const std::filesystem::path& folder, Executor& executor) {
+  Record files = Record::array();
+  const auto write = [&](const std::string& name, const Image& image, const std::string& shows) {
+    const std::string path = (folder / name).string();
+    write_png(path, image);
+    files.push_back({{"file", path}, {"shows", shows}});
+  };
+  const AnalysisInput input{sample.fp32.q_view(), sample.fp32.k_view(), {}, sample.options};
+  context.progress.show("drawing patterns");
+  const int64_t seqlen = sample.fp32.seqlen_q();
+  const MassMap mass = attention_mass(input, kBlock, kBlock, executor);
+  constexpr int kPanel = 320;        // pixels
+  constexpr int64_t kPanelHeads = 4;  // as many as presets, so that the sheet is full
+  std::vector<Image> panels;
+  for (int64_t h = 0; h < std::min(kPanelHeads, sample.fp32.heads()); ++h) {
+    panels.push_back(draw_mass(mass, h, fmt::format("true attention, head {}", h), kPanel));
+  }
+  while (panels.size() < kPanelHeads) panels.emplace_back(kPanel, kPanel);
+  for (const DemoPattern& p : sample.patterns) {
+    if (p.name.rfind("preset ", 0) != 0) continue;
+    panels.push_back(draw_pattern(p.pattern, {.title = p.name.substr(7), .causal = true, .size = kPanel}));
+  }
+  write("patterns.png",
+        draw_sheet(panels, kPanelHeads, "True attention mass per block, and what the presets keep of it"),
+        "the presets beside the true attention mass");
+
+  context.progress.show("drawing quality curves");
+  std::vector<PatternSpec> specs;
+  for (PatternKind kind : {PatternKind::local_window, PatternKind::dilated_sparse, PatternKind::global_local,
+                           PatternKind::bigbird, PatternKind::random}) {
+    specs.push_back(spec_of(kind, kBlock, std::nullopt));
+    specs.back().seqlen_q = specs.back().seqlen_k = seqlen;
+  }
+  std::vector<double> densities = {0.05, 0.1, 0.2, 0.4};
+  if (!quick) densities = {0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7};
+  std::vector<Series> series;
+  for (const QualityCurve& curve : quality_curves(input, specs, densities, kBlock, kBlock, executor)) {
+    Series s{curve.name, {}, {}, curve.name == "oracle"};
+    if (s.dashed) s.name = "best possible";
+    for (const QualityCurve::Point& point : curve.points) {
+      s.x.push_back(point.density);
+      s.y.push_back(point.coverage);
+    }
+    series.push_back(std::move(s));
+  }
+  write("quality.png",
+        draw_lines(series, {.title = "Attention mass kept, by pattern",
+                            .x_label = "density (share of block pairs kept)", .y_label = "coverage", .log_x = true, .log_y = false, .y_min = 0, .y_max = 1}),
+        "coverage against density, with the best possible choice");
+
+  Series fp32{"fp32, here", {}, {}, false}, bf16{"bf16, here", {}, {}, false};
+  Series guide{"GTX 1080, the guides", {}, {}, true};
+  for (const Record& r : scale) {
+    if (!r.contains("seconds")) continue;
+    Series& s = r["dtype"] == "fp32" ? fp32 : bf16;
+    s.x.push_back(r["seq"].get<double>());
+    s.y.push_back(1e3 * r["seconds"].get<double>());
+    if (&s == &fp32) {
+      guide.x.push_back(s.x.back());
+      guide.y.push_back(1e3 * r["guide_seconds"].get<double>());
+    }
+  }
+  std::vector<Series> curves;
+  for (Series& s : std::array{fp32, bf16, guide}) {
+    if (!s.x.empty()) curves.push_back(std::move(s));
+  }
+  if (!curves.empty()) {
+    write("scale.png",
+          draw_lines(curves, {.title = "Time by length, density 10 % to 0.5 %", .x_label = "tokens",
+                              .y_label = "milliseconds", .log_x = true, .log_y = true, .y_min = {}, .y_max = {}}),
+          "time against length, beside the guides' figures");
+  }
+  context.progress.clear();
+  return files;
+}
+
+}  // namespace tessera::cli

@@ -1,0 +1,158 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <string>
+
+#include <sys/resource.h>
+
+#include "attention/reference.h"
+
+namespace tessera::cli {
+namespace {
+
+constexpr double kShortestSample = 5e-3;  // seconds
+
+int64_t proc_field(const char* path, const std::string& key, int64_t unit) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind(key, 0) == 0) return std::strtoll(line.c_str() + key.size(), nullptr, 10) * unit;
+  }
+  return 0;
+}
+
+}  // namespace
+
+double time_once(const std::function<void()>& call) {
+  const auto start = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+Timing time_calls(int repeat, const std::function<void()>& call) {
+  call();
+  const double first = std::max(1e-9, time_once(call));
+  const int inner = std::max(1, static_cast<int>(std::ceil(kShortestSample / first)));
+  std::vector<double> samples;
+  for (int i = 0; i < repeat; ++i) {
+    samples.push_back(time_once([&] {
+                        for (int j = 0; j < inner; ++j) call();
+                      }) /
+                      inner);
+  }
+  std::sort(samples.begin(), samples.end());
+  const size_t n = samples.size();
+  return {(samples[(n - 1) / 2] + samples[n / 2]) / 2, samples.front(), samples.back()};
+}
+
+double peak_gflops(const cpu::Peaks& peaks, Isa isa, DType dtype) {
+  const bool native_dot = dtype == DType::bf16 && isa == Isa::avx512_bf16;
+  return native_dot ? peaks.bf16_dot_gflops : peaks.fma_gflops;
+}
+
+double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v) {
+  return 2.0 * static_cast<double>(pairs) * static_cast<double>(head_dim + head_dim_v);
+}
+
+int64_t kept_kv_bytes(const BlockPattern& pattern, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      int64_t head_dim_v, DType dtype) {
+  const BlockPatternView p = pattern.view();
+  const int64_t rows = p.shape.rows(), cols = p.shape.cols(), group = heads / kv_heads;
+  int64_t keys = 0;
+  std::vector<char> used(cols);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+      std::fill(used.begin(), used.end(), 0);
+      for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+        const int64_t first = p.row_id(b, h, 0);
+        for (int64_t e = p.indptr[first]; e < p.indptr[first + rows]; ++e) used[p.indices[e]] = 1;
+      }
+      for (int64_t j = 0; j < cols; ++j) {
+        if (used[j]) keys += std::min<int64_t>(p.shape.block_k, p.shape.seqlen_k - j * p.shape.block_k);
+      }
+    }
+  }
+  return keys * (head_dim + head_dim_v) * static_cast<int64_t>(size_of(dtype));
+}
+
+void reset_peak_rss() {
+  // Linux 4.0: "5" resets VmHWM. Where it is not permitted, the peak is that of the whole process so far.
+  std::ofstream("/proc/self/clear_refs") << "5";
+}
+
+int64_t peak_rss_bytes() {
+  const int64_t bytes = proc_field("/proc/self/status", "VmHWM:", 1024);
+  if (bytes > 0) return bytes;
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+}
+
+int64_t available_memory_bytes() { return proc_field("/proc/meminfo", "MemAvailable:", 1024); }
+
+std::string cpu_model() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("model name", 0) != 0) continue;
+    const size_t colon = line.find(": ");
+    if (colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return "unknown";
+}
+
+ForwardCall::ForwardCall(const Qkv& x, BlockPattern pattern, AttentionOptions options, Isa isa) {
+  std::vector<int64_t> out_shape = x.q.shape();
+  out_shape[3] = x.v.shape()[3];
+  out = Tensor(x.q.dtype(), std::move(out_shape));
+  lse = Tensor(DType::f32, {x.batch(), x.heads(), x.seqlen_q()});
+  args.q = x.q_view();
+  args.k = x.k_view();
+  args.v = x.v_view();
+  args.pattern = std::move(pattern);
+  args.out = x.as_bshd(out);
+  args.lse = lse.view();
+  args.options = options;
+  args.isa = isa;
+}
+
+ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor) {
+  const ForwardArgs& a = call.args;
+  const int64_t batch = a.q.sizes[0], seqlen = a.q.sizes[1], heads = a.q.sizes[2], dim = a.v.sizes[3];
+  Tensor out(DType::f64, {batch, seqlen, heads, dim}), lse(DType::f64, {batch, heads, seqlen});
+  std::vector<float> out_bound(out.numel()), lse_bound(lse.numel());
+  ForwardArgs reference = a;
+  reference.out = out.view();
+  reference.lse = lse.view();
+  reference_attention(resolve(reference, Purpose::reference), executor, out_bound.data(), lse_bound.data());
+
+  ReferenceError result;
+  const auto compare = [&](double got, double want, double bound, double& error, double& ratio) {
+    if (std::isnan(want) ? std::isnan(got) : got == want) return;
+    const double difference = std::abs(got - want);
+    if (!(difference <= bound)) result.passed = false;  // also when difference is NaN
+    if (std::isnan(difference)) return;
+    error = std::max(error, difference);
+    ratio = std::max(ratio, bound > 0 ? difference / bound : std::numeric_limits<double>::infinity());
+  };
+  const double* want = static_cast<const double*>(out.data());
+  for (int64_t b = 0, i = 0; b < batch; ++b) {
+    for (int64_t s = 0; s < seqlen; ++s) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t row = b * a.out.strides[0] + s * a.out.strides[1] + h * a.out.strides[2];
+        for (int64_t d = 0; d < dim; ++d, ++i) {
+          compare(load_as_double(a.out.data, a.out.dtype, row + d), want[i], out_bound[i], result.out_error,
+                  result.out_ratio);
+        }
+      }
+    }
+  }
+  want = static_cast<const double*>(lse.data());
+  for (int64_t i = 0; i < lse.numel(); ++i) {
+    compare(load_as_double(a.lse.data, a.lse.dtype, i), want[i], lse_bound[i], result.lse_error, result.lse_ratio);
+  }
+  return result;
+}
+
+}  // namespace tessera::cli

@@ -1,0 +1,63 @@
+// Timing, peaks and memory, as bench, demo, attend and info report them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "tensors.h"
+#include "tessera/attention.h"
+
+namespace tessera::cli {
+
+struct Timing {
+  double median = 0, min = 0, max = 0;  // seconds of one call
+};
+
+// One warm-up call, then `repeat` samples. A call shorter than a few milliseconds is repeated inside a sample, so
+// that the clock and the wake-up of the threads do not count as work.
+Timing time_calls(int repeat, const std::function<void()>& call);
+
+// Seconds of one call.
+double time_once(const std::function<void()>& call);
+
+// Peak of the units that the kernel of `isa` uses for `dtype`: the bf16 dot where it is native, FMA elsewhere.
+double peak_gflops(const cpu::Peaks& peaks, Isa isa, DType dtype);
+
+// 2 D for the score and 2 Dv for the output of each admitted pair.
+double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v);
+
+// Bytes of K and V that a call must read: keys of the blocks kept for any head of a group, once a KV head.
+int64_t kept_kv_bytes(const BlockPattern& pattern, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                      int64_t head_dim_v, DType dtype);
+
+// Peak resident set of this process, and its reset where the system permits it.
+void reset_peak_rss();
+int64_t peak_rss_bytes();
+int64_t available_memory_bytes();  // 0: unknown
+std::string cpu_model();
+
+// Result tensors of a forward call and the call itself, ready to be timed.
+struct ForwardCall {
+  ForwardArgs args;
+  Tensor out, lse;
+
+  ForwardCall(const Qkv& qkv, BlockPattern pattern, AttentionOptions options, Isa isa);
+  ForwardCall(const ForwardCall&) = delete;
+  ForwardInfo operator()(Executor& executor) { return forward(args, executor); }
+};
+
+// Error of a result against the fp64 reference on the same pattern and the same inputs.
+struct ReferenceError {
+  double out_error = 0;  // largest |out - reference|
+  double lse_error = 0;
+  double out_ratio = 0;  // largest error as a fraction of the bound on the rounding of its element
+  double lse_ratio = 0;
+  bool passed = true;    // nothing beyond its bound; NaN and infinities where the reference has them
+};
+ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor);
+
+}  // namespace tessera::cli

@@ -1,0 +1,266 @@
+#include "options.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+namespace tessera::cli {
+namespace {
+
+constexpr double kDefaultDensity = 0.1;
+
+// Which flags mean something to which kind (patterns.h says what).
+struct Takes {
+  bool density = false, window = false, rates = false, segments = false, global = false, stride = false, seed = false,
+       ranks = false;
+};
+
+Takes takes(PatternKind kind) {
+  switch (kind) {
+    case PatternKind::dense:
+    case PatternKind::causal: return {};
+    case PatternKind::local_window: return {.density = true, .window = true};
+    case PatternKind::dilated_sparse: return {.density = true, .rates = true};
+    case PatternKind::global_local: return {.density = true, .window = true, .global = true};
+    case PatternKind::strided: return {.density = true, .stride = true};
+    case PatternKind::random: return {.density = true, .seed = true};
+    case PatternKind::bigbird: return {.density = true, .window = true, .global = true, .seed = true};
+    case PatternKind::dilated_segments: return {.rates = true, .segments = true};
+    case PatternKind::hierarchical: return {.density = true, .ranks = true};
+  }
+  return {};
+}
+
+std::string names_where(bool Takes::*option) {
+  std::vector<std::string_view> names;
+  for (PatternKind kind : all_pattern_kinds()) {
+    if (takes(kind).*option) names.push_back(name_of(kind));
+  }
+  return fmt::format("{}", fmt::join(names, ", "));
+}
+
+const CLI::Range kPositive(int64_t{1}, std::numeric_limits<int64_t>::max(), "POSITIVE");
+
+std::string check_density(const std::string& text) {
+  double value = 0;
+  if (!CLI::detail::lexical_cast(text, value) || !(value > 0 && value <= 1)) {
+    return fmt::format("density: got {}; allowed: a number in (0, 1]", text);
+  }
+  return {};
+}
+
+std::string check_share(const std::string& text) {
+  double value = 0;
+  if (!CLI::detail::lexical_cast(text, value) || !(value >= 0 && value <= 1)) {
+    return fmt::format("density: got {}; allowed: a number in [0, 1]", text);
+  }
+  return {};
+}
+
+std::string check_block(const std::string& text) {
+  int64_t value = 0;
+  if (!CLI::detail::lexical_cast(text, value) || value < 16 || value > 256 || value % 16 != 0) {
+    return fmt::format("got {}; allowed: a multiple of 16 from 16 to 256", text);
+  }
+  return {};
+}
+
+}  // namespace
+
+void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
+  flags_ = flags;
+  const std::string group = "Pattern";
+  std::vector<std::string> names;
+  for (PatternKind kind : all_pattern_kinds()) names.emplace_back(name_of(kind));
+  if (!flags.fallback.empty()) patterns_ = {flags.fallback};
+
+  add_list(app, "--pattern", patterns_, fmt::format("One of {}; a list sweeps", fmt::join(names, ", ")))
+      ->check(CLI::IsMember(names).description(""))->type_name("NAME,..")->group(group);
+  add_list(app, "--density", densities_,
+           fmt::format("Share of the admissible block pairs that is kept; a list sweeps. Default {} where the pattern "
+                       "needs one", kDefaultDensity))
+      ->check(check_density)->type_name("D,..")->group(group);
+  add_list(app, "--block", blocks_, "Tokens of a block; a list sweeps. Default 128")
+      ->check(check_block)->type_name("N,..")->group(group);
+  app.add_option("--block-k", block_k_, "Keys of a block. Default: --block")
+      ->check(check_block)->type_name("N")->group(group);
+  app.add_flag("--causal", causal_, "Only keys at or before the query (aligned to the last key)")->group(group);
+  std::string window = "Tokens of the pattern's window (" + names_where(&Takes::window) + ")";
+  if (flags.attention) {
+    window += ". Every other pattern: the token-exact window, as --token-window";
+    app.add_option("--token-window", token_window_,
+                   "Token-exact attention window with any pattern: causal admits 0 <= q - k <= N, otherwise "
+                   "|q - k| <= N / 2")
+        ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->group(group);
+  }
+  app.add_option("--window", window_, window)->check(kPositive.description(""))->type_name("N")->group(group);
+  add_list(app, "--dilation-rates", dilation_rates_,
+           "dilated_sparse: distances in blocks (default 1,2,4,8,16); dilated_segments: one a segment length")
+      ->check(kPositive.description(""))->type_name("R,..")->group(group);
+  add_list(app, "--segment-lengths", segment_lengths_, "dilated_segments: tokens of a segment, one a rate")
+      ->check(kPositive.description(""))->type_name("N,..")->group(group);
+  app.add_option("--global-tokens", global_tokens_, "Tokens that see and are seen by all (" +
+                 names_where(&Takes::global) + ")")
+      ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->group(group);
+  app.add_option("--stride", stride_, "strided: blocks")
+      ->check(kPositive.description(""))->type_name("N")->group(group);
+  app.add_option("--seed", seed_, "Seed of the random pairs (" + names_where(&Takes::seed) + ")")
+      ->type_name("N")->group(group);
+  app.add_option("--pattern-heads", heads_, "1: all heads share one pattern; or one a head. Default 1, and one a head "
+                 "for dilated_segments")
+      ->check(kPositive.description(""))->type_name("N")->group(group);
+  app.add_option("--ranks", ranks_, "hierarchical: equal shards of the sequence")
+      ->check(kPositive.description(""))->type_name("N")->group(group);
+  app.add_option("--ranks-per-node", ranks_per_node_, "hierarchical")
+      ->check(kPositive.description(""))->type_name("N")->group(group);
+  app.add_option("--local-density", local_density_, "hierarchical: inside a rank")
+      ->check(check_density)->type_name("D")->group(group);
+  app.add_option("--global-density", global_density_, "hierarchical: inside a node")
+      ->check(check_share)->type_name("D")->group(group);
+  app.add_option("--inter-node-density", inter_node_density_, "hierarchical: across nodes")
+      ->check(check_share)->type_name("D")->group(group);
+  if (flags.file) {
+    app.add_option("--pattern-file", file_, "A pattern as JSON (what `tessera pattern --output` writes)")
+        ->type_name("FILE")->group(group);
+  }
+}
+
+PatternChoice PatternOptions::choice(PatternKind kind, std::optional<double> density, int block) const {
+  const Takes t = takes(kind);
+  PatternChoice c;
+  PatternSpec& s = c.spec;
+  s.kind = kind;
+  s.block_q = block;
+  s.block_k = block_k_.value_or(block);
+  s.heads = heads_.value_or(1);
+  s.causal = causal_ || kind == PatternKind::causal;
+  s.density = density;
+  if (t.window) s.window = window_;
+  if (t.rates) s.dilation_rates = dilation_rates_;
+  if (t.segments) s.segment_lengths = segment_lengths_;
+  if (t.global) s.global_tokens = global_tokens_;
+  if (t.stride) s.stride = stride_;
+  if (t.seed) s.seed = seed_.value_or(0);
+  if (t.ranks) {
+    s.ranks = ranks_.value_or(1);
+    s.ranks_per_node = ranks_per_node_.value_or(1);
+    s.local_density = local_density_;
+    s.global_density = global_density_;
+    s.inter_node_density = inter_node_density_;
+  }
+  c.token_window = token_window_;
+  if (flags_.attention && !t.window && !c.token_window) c.token_window = window_;
+  return c;
+}
+
+std::vector<PatternChoice> PatternOptions::choices() const {
+  if (from_file()) {
+    if (!patterns_.empty() && patterns_ != std::vector<std::string>{flags_.fallback}) {
+      throw UsageError("--pattern and --pattern-file exclude each other");
+    }
+    return {};
+  }
+  if (patterns_.empty()) {
+    throw UsageError(fmt::format("--pattern is required{}", flags_.file ? " (or --pattern-file)" : ""));
+  }
+  std::vector<PatternKind> kinds;
+  for (const std::string& name : patterns_) kinds.push_back(as_usage([&] { return pattern_kind(name); }));
+
+  // A flag that no pattern of the sweep takes is a mistake, not something to skip over.
+  const auto require = [&](bool given, bool Takes::*option, const char* flag) {
+    if (!given) return;
+    for (PatternKind kind : kinds) {
+      if (takes(kind).*option) return;
+    }
+    throw UsageError(fmt::format("{}: {} does not take it; the patterns that do: {}", flag, fmt::join(patterns_, ", "),
+                                 names_where(option)));
+  };
+  require(!densities_.empty(), &Takes::density, "--density");
+  require(window_ && !flags_.attention, &Takes::window, "--window");
+  require(!dilation_rates_.empty(), &Takes::rates, "--dilation-rates");
+  require(!segment_lengths_.empty(), &Takes::segments, "--segment-lengths");
+  require(global_tokens_.has_value(), &Takes::global, "--global-tokens");
+  require(stride_.has_value(), &Takes::stride, "--stride");
+  require(seed_.has_value(), &Takes::seed, "--seed");
+  require(ranks_ || ranks_per_node_ || local_density_ || global_density_ || inter_node_density_, &Takes::ranks,
+          "--ranks and the densities of ranks");
+
+  std::vector<PatternChoice> all;
+  for (PatternKind kind : kinds) {
+    const Takes t = takes(kind);
+    std::vector<std::optional<double>> densities(densities_.begin(), densities_.end());
+    if (!t.density) {
+      densities = {std::nullopt};
+    } else if (densities.empty()) {
+      bool geometry = t.window && window_;
+      if (kind == PatternKind::bigbird) geometry = false;  // the rest of its budget is random
+      if (kind == PatternKind::strided) geometry = stride_.has_value();
+      if (kind == PatternKind::hierarchical) geometry = local_density_ && global_density_ && inter_node_density_;
+      densities = {geometry ? std::nullopt : std::optional<double>(kDefaultDensity)};
+    }
+    for (const std::optional<double>& density : densities) {
+      for (int block : blocks_) all.push_back(choice(kind, density, block));
+    }
+  }
+  return all;
+}
+
+PatternChoice PatternOptions::single() const {
+  const std::vector<PatternChoice> all = choices();
+  if (all.size() != 1) throw UsageError("--pattern, --density, --block: one value each here, no list");
+  return all.front();
+}
+
+BlockPattern build_pattern(PatternSpec spec, int64_t seqlen_q, int64_t seqlen_k, int64_t heads) {
+  spec.seqlen_q = seqlen_q;
+  spec.seqlen_k = seqlen_k;
+  if (spec.kind == PatternKind::dilated_segments && spec.heads == 1) spec.heads = heads;
+  return as_usage([&] { return make_pattern(spec); });
+}
+
+std::string pattern_label(const PatternSpec& spec) {
+  std::string label(name_of(spec.kind));
+  if (spec.density) label += fmt::format(" {}", *spec.density);
+  return label;
+}
+
+void set_token_window(AttentionOptions& options, bool causal, std::optional<int64_t> tokens) {
+  if (!tokens) return;
+  options.window_left = causal ? *tokens : *tokens / 2;
+  if (!causal) options.window_right = *tokens / 2;
+}
+
+CLI::Option* add_isa(CLI::App& app, std::string& isa) {
+  std::vector<std::string_view> names;
+  for (Isa i : compiled_isas()) names.push_back(name_of(i));
+  return app.add_option("--isa", isa, fmt::format("Instruction set to use: {}. Default: the best this CPU has",
+                                                  fmt::join(names, ", ")))
+      ->type_name("NAME");
+}
+
+CLI::Option* add_threads(CLI::App& app, int& threads) {
+  return app.add_option("--threads", threads, "Threads; 0: all CPUs")
+      ->check(CLI::Range(0, 1024).description(""))->type_name("N")->capture_default_str();
+}
+
+DType parse_dtype(const std::string& name) {
+  for (DType t : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+    if (name == name_of(t)) return t;
+  }
+  throw UsageError(fmt::format("--dtype: got {}; allowed: fp32, bf16, fp16, fp64", name));
+}
+
+Layout parse_layout(const std::string& name) { return name == "bshd" ? Layout::bshd : Layout::bhsd; }
+
+Isa parse_isa(const std::string& name) {
+  if (name.empty()) return Isa::automatic;
+  const Isa isa = as_usage([&] { return isa_of(name); });
+  if (isa == Isa::automatic || std::ranges::count(usable_isas(), isa) > 0) return isa;
+  std::vector<std::string_view> names;
+  for (Isa i : usable_isas()) names.push_back(name_of(i));
+  throw UsageError(fmt::format("--isa: got {}; this machine can run: {}", name, fmt::join(names, ", ")));
+}
+
+}  // namespace tessera::cli

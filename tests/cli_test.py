@@ -1,0 +1,594 @@
+"""The program as people use it: exit status, formats, files, sweeps, and results against attention in plain Python.
+
+    python3 tests/cli_test.py PATH_TO_TESSERA
+
+Sizes are tiny (40 tokens, blocks of 16: two whole blocks and a ragged one), as the kernels have tests of their own;
+what is tested here is everything between the command line and the library.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+import pty
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+
+PROGRAM = sys.argv.pop(1) if len(sys.argv) > 1 else None
+COMMANDS = ["demo", "attend", "pattern", "analyze", "bench", "check", "info"]
+TINY_BENCH = ["bench", "--seq", "64", "--heads", "1", "--head-dim", "8", "--block", "16", "--repeat", "1"]
+BENCH_KEYS = """pass dtype batch heads kv_heads seq head_dim block pattern density threads isa seconds gflops
+    peak_gflops fraction_of_peak scratch_bytes peak_rss_bytes""".split()
+
+
+def run(*args, **options):
+    return subprocess.run([PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          timeout=300, **options)
+
+
+def write_safetensors(path, tensors):
+    """tensors: {name: (shape, floats)}, as fp32."""
+    header, data = {}, b""
+    for name, (shape, values) in tensors.items():
+        raw = struct.pack(f"<{len(values)}f", *values)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    pathlib.Path(path).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def read_safetensors(path):
+    """{name: (dtype, shape, floats)}; bf16 is a float's upper half."""
+    raw = pathlib.Path(path).read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + size])
+    header.pop("__metadata__", None)
+    result = {}
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        data = raw[8 + size + begin:8 + size + end]
+        if info["dtype"] == "BF16":
+            data = b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2))
+        code = {"F16": "e", "F64": "d"}.get(info["dtype"], "f")
+        values = struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data)
+        result[name] = (info["dtype"], info["shape"], values)
+    return result
+
+
+def write_npy(path, shape, values):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
+    header += " " * (-(len(header) + 11) % 64) + "\n"
+    pathlib.Path(path).write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() +
+                                   struct.pack(f"<{len(values)}f", *values))
+
+
+def read_npy(path):
+    raw = pathlib.Path(path).read_bytes()
+    size = struct.unpack("<H", raw[8:10])[0]
+    header = eval(raw[10:10 + size].decode())  # our own file
+    data = raw[10 + size:]
+    return header["shape"], struct.unpack(f"<{len(data) // 4}f", data)
+
+
+def as_fp32(x):
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+class Sample:
+    """Random q, k, v in [B, H, S, D] or [B, S, H, D], and attention over kept blocks in plain Python."""
+
+    def __init__(self, heads=2, kv_heads=1, seqlen_q=40, seqlen_k=40, dim=4, dim_v=3, layout="bhsd", seed=0):
+        self.heads, self.kv_heads, self.layout = heads, kv_heads, layout
+        self.seqlen_q, self.seqlen_k, self.dim, self.dim_v = seqlen_q, seqlen_k, dim, dim_v
+        rng = random.Random(seed)
+        self.tensors = {}
+        for name, h, s, d in (("q", heads, seqlen_q, dim), ("k", kv_heads, seqlen_k, dim),
+                              ("v", kv_heads, seqlen_k, dim_v)):
+            shape = (1, h, s, d) if layout == "bhsd" else (1, s, h, d)
+            self.tensors[name] = (shape, [as_fp32(rng.gauss(0, 1)) for _ in range(h * s * d)])
+
+    def row(self, name, head, i):
+        shape, values = self.tensors[name]
+        h, s = (shape[1], shape[2]) if self.layout == "bhsd" else (shape[2], shape[1])
+        start = ((head * s + i) if self.layout == "bhsd" else (i * h + head)) * shape[3]
+        return values[start:start + shape[3]]
+
+    def attention(self, pattern, causal=False, left=10**9, right=10**9, scale=None):
+        """out in the layout of the sample, lse [H, Sq]; pattern as its JSON."""
+        scale = 1 / math.sqrt(self.dim) if scale is None else scale
+        shift = self.seqlen_k - self.seqlen_q
+        out, lse = {}, []
+        for h in range(self.heads):
+            entry = pattern["heads"][h if len(pattern["heads"]) > 1 else 0]
+            for i in range(self.seqlen_q):
+                r = i // pattern["block_q"]
+                columns = set(entry["indices"][entry["indptr"][r]:entry["indptr"][r + 1]])
+                keys = [j for j in range(self.seqlen_k) if j // pattern["block_k"] in columns and
+                        -right <= i + shift - j <= left and (not causal or j <= i + shift)]
+                kv = h * self.kv_heads // self.heads
+                q = self.row("q", h, i)
+                scores = [scale * sum(a * b for a, b in zip(q, self.row("k", kv, j))) for j in keys]
+                if not keys:
+                    out[h, i], total = [0.0] * self.dim_v, None
+                else:
+                    top = max(scores)
+                    weights = [math.exp(s - top) for s in scores]
+                    total = top + math.log(sum(weights))
+                    out[h, i] = [sum(w * self.row("v", kv, j)[d] for w, j in zip(weights, keys)) / sum(weights)
+                                 for d in range(self.dim_v)]
+                lse.append(-math.inf if total is None else total)
+        order = ([(h, i) for h in range(self.heads) for i in range(self.seqlen_q)] if self.layout == "bhsd" else
+                 [(h, i) for i in range(self.seqlen_q) for h in range(self.heads)])
+        return [x for key in order for x in out[key]], lse
+
+
+class CliTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.dir = pathlib.Path(folder.name)
+
+    def ok(self, *args, status=0, quiet=True):
+        result = run(*args)
+        self.assertEqual(result.returncode, status, f"{args}\n{result.stdout}\n{result.stderr}")
+        if quiet:
+            self.assertEqual(result.stderr, "", args)
+        return result.stdout
+
+    def refused(self, status, *args, says=None):
+        result = run(*args)
+        self.assertEqual(result.returncode, status, f"{args}\n{result.stdout}\n{result.stderr}")
+        self.assertTrue(result.stderr.startswith("tessera: "), result.stderr)
+        self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+        if says:
+            self.assertIn(says, result.stderr)
+
+    def assertNear(self, got, want, tolerance):
+        self.assertEqual(len(got), len(want))
+        for g, w in zip(got, want):
+            if not (g == w or abs(g - w) <= tolerance):
+                self.fail(f"{g} is not {w} within {tolerance}")
+
+    # ---- help, version, usage ----
+
+    def test_help_everywhere(self):
+        top = self.ok("--help")
+        for command in COMMANDS:
+            self.assertIn(f"\n  {command} ", top)
+        for args in [["--help"]] + [[command, "--help"] for command in COMMANDS]:
+            text = self.ok(*args)
+            self.assertIn("Example", text)
+            self.assertIn("  tessera ", text.split("Example")[1])
+            if args[0] != "--help":
+                self.assertIn("--format", text)
+            for line in text.splitlines():
+                self.assertLessEqual(len(line), 110, line)
+
+    def test_version(self):
+        self.assertRegex(self.ok("--version"), r"^tessera \d+\.\d+\.\d+\n$")
+
+    def test_usage_errors_are_status_2(self):
+        sample = self.dir / "x.safetensors"
+        write_safetensors(sample, Sample().tensors)
+        for args in (
+                [], ["nothing"], ["--nothing"], ["bench", "--nothing"], ["bench", "extra"],
+                ["bench", "--pass", "bwd"], ["bench", "--pass", "fwdbwd"], ["bench", "--dtype", "int8"],
+                ["bench", "--seq", "abc"], ["bench", "--seq", "0"], ["bench", "--seq", "-5"], ["bench", "--seq"],
+                ["bench", "--isa", "pentium"], ["bench", "--heads", "8", "--kv-heads", "3"],
+                ["bench", "--pattern", "nothing"], ["bench", "--density", "0"], ["bench", "--density", "1.5"],
+                ["bench", "--density", "nan"], ["bench", "--block", "17"], ["bench", "--block", "512"],
+                ["bench", "--format", "xml"], ["bench", "--repeat", "0"], ["bench", "--threads", "-1"],
+                ["bench", "--seq", "64", "--pattern", "dense", "--density", "0.5"],
+                ["bench", "--seq", "64", "--pattern", "dilated_sparse", "--stride", "2"],
+                ["pattern"], ["pattern", "--pattern", "dense"], ["pattern", "--seq", "64"],
+                ["pattern", "--seq", "64", "--pattern", "dense", "--window", "5"],
+                ["pattern", "--seq", "64", "--pattern", "dense,random", "--output", self.dir / "p.json"],
+                ["pattern", "--seq", "64", "--pattern", "dilated_segments", "--segment-lengths", "32"],
+                ["attend"], ["attend", "--input", sample], ["attend", "--pattern", "dense"],
+                ["attend", "--input", sample, "--q", sample, "--pattern", "dense"],
+                ["attend", "--q", sample, "--pattern", "dense"],
+                ["attend", "--input", sample, "--pattern", "dense,random"],
+                ["attend", "--input", sample, "--pattern", "dense", "--pattern-file", "p.json"],
+                ["attend", "--input", sample, "--pattern", "dense", "--scale", "nan"],
+                ["attend", "--input", sample, "--pattern", "dense", "--softcap", "-1"],
+                ["attend", "--input", sample, "--pattern", "dense", "--layout", "sbhd"],
+                ["attend", "--input", sample, "--pattern", "dense", "--segment-lengths", "32"],
+                ["attend", "--input", sample, "--pattern", "dense", "--dtype", "bf16", "--output", "o.npy"],
+                ["analyze"], ["analyze", "--input", sample, "--target-coverage", "2"],
+                ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["info", "--format", "yaml"]):
+            with self.subTest(args=args):
+                self.refused(2, *args)
+        self.refused(2, "bench", "--pass", "bwd", says="not in this version: forward and decode only")
+        self.refused(2, "attend", "--input", sample, "--pattern", "random", "--segment-lengths", "32",
+                     says="dilated_segments")
+
+    # ---- formats ----
+
+    def test_every_command_in_every_format(self):
+        sample = self.dir / "x.safetensors"
+        write_safetensors(sample, Sample().tensors)
+        commands = {
+            "pattern": ["pattern", "--seq", "64", "--pattern", "local_window,random", "--block", "16"],
+            "bench": TINY_BENCH + ["--pattern", "dense"],
+            "attend": ["attend", "--input", sample, "--pattern", "dense", "--block", "16"],
+            "analyze": ["analyze", "--input", sample, "--block", "16", "--density", "0.5,1"],
+            "search": ["analyze", "--input", sample, "--block", "16", "--target-coverage", "0.5"],
+            "check": ["check", "--cases", "2"],
+            "info": ["info", "--no-peaks"],
+        }
+        for name, args in commands.items():
+            with self.subTest(command=name):
+                value = json.loads(self.ok(*args, "--format", "json"))
+                self.assertIsInstance(value, dict if name in ("attend", "check", "info") else list)
+                rows = list(csv.reader(io.StringIO(self.ok(*args, "--format", "csv"))))
+                self.assertGreaterEqual(len(rows), 2)
+                self.assertEqual({len(row) for row in rows}, {len(rows[0])})
+                self.assertEqual(len(set(rows[0])), len(rows[0]))
+                self.assertGreater(len(self.ok(*args).splitlines()), 1)
+
+    def test_json_and_csv_hold_the_same(self):
+        args = ["pattern", "--seq", "100", "--pattern", "strided", "--stride", "2", "--block", "16"]
+        record = json.loads(self.ok(*args, "--format", "json"))[0]
+        row = next(csv.DictReader(io.StringIO(self.ok(*args, "--format", "csv"))))
+        for key, value in record.items():
+            if isinstance(value, float) and key != "build_seconds":
+                self.assertEqual(float(row[key]), value, key)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                self.assertEqual(int(row[key]), value, key)
+
+    # ---- attend ----
+
+    def pattern_json(self, sample, *args):
+        path = self.dir / "pattern.json"
+        self.ok("pattern", "--seq", sample.seqlen_q, "--seq-k", sample.seqlen_k, "--heads", sample.heads, *args,
+                "--output", path)
+        return path, json.loads(path.read_text())
+
+    def test_attend_is_attention(self):
+        patterns = [["--pattern", "dense"], ["--pattern", "random", "--density", "0.4", "--pattern-heads", "2"],
+                    ["--pattern", "local_window", "--window", "20"]]
+        for layout in ("bhsd", "bshd"):
+            for causal in (False, True):
+                for lengths in ((40, 40), (17, 50), (50, 17)):
+                    sample = Sample(layout=layout, seqlen_q=lengths[0], seqlen_k=lengths[1])
+                    path = self.dir / "x.safetensors"
+                    write_safetensors(path, sample.tensors)
+                    for pattern in patterns:
+                        args = [*pattern, "--block", "16"] + (["--causal"] if causal else [])
+                        with self.subTest(layout=layout, lengths=lengths, args=args):
+                            file, kept = self.pattern_json(sample, *args)
+                            want_out, want_lse = sample.attention(kept, causal)
+                            output = self.dir / "out.safetensors"
+                            for given in (args, ["--pattern-file", file] + (["--causal"] if causal else [])):
+                                self.ok("attend", "--input", path, "--layout", layout, *given, "--check", "--output",
+                                        output)
+                                got = read_safetensors(output)
+                                shape = list(sample.tensors["q"][0])
+                                shape[3] = sample.dim_v
+                                self.assertEqual(got["out"][:2], ("F32", shape))
+                                self.assertEqual(got["lse"][:2], ("F32", [1, sample.heads, sample.seqlen_q]))
+                                self.assertNear(got["out"][2], want_out, 2e-6)
+                                self.assertNear(got["lse"][2], want_lse, 2e-6)
+
+    def test_windows(self):
+        """--window is the pattern's where it has one, token-exact elsewhere; --token-window is always token-exact."""
+        sample = Sample()
+        path, output = self.dir / "x.safetensors", self.dir / "out.safetensors"
+        write_safetensors(path, sample.tensors)
+        for causal in (False, True):
+            flags = ["--block", "16"] + (["--causal"] if causal else [])
+            left, right = (7, 10**9) if causal else (3, 3)
+            for pattern, window in ((["--pattern", "dense"], ["--window", "7"]),
+                                    (["--pattern", "dense"], ["--token-window", "7"]),
+                                    (["--pattern", "local_window", "--window", "20"], ["--token-window", "7"])):
+                with self.subTest(causal=causal, pattern=pattern, window=window):
+                    kept = self.pattern_json(sample, *pattern, *flags)[1]
+                    self.ok("attend", "--input", path, *pattern, *window, *flags, "--output", output)
+                    self.assertNear(read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0],
+                                    2e-6)
+                    self.ok("attend", "--input", path, "--pattern-file", self.dir / "pattern.json", "--token-window",
+                            "7", *flags[2:], "--output", output)
+                    self.assertNear(read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0],
+                                    2e-6)
+
+    def test_attend_npy_and_scale(self):
+        sample = Sample(layout="bshd", heads=4, kv_heads=2)
+        for name, (shape, values) in sample.tensors.items():
+            write_npy(self.dir / f"{name}.npy", shape, values)
+        files = [x for name in "qkv" for x in (f"--{name}", self.dir / f"{name}.npy")]
+        kept = self.pattern_json(sample, "--pattern", "dense", "--block", "16")[1]
+        self.ok("attend", *files, "--layout", "bshd", "--pattern", "dense", "--block", "16", "--scale", "0.3",
+                "--output", self.dir / "out.npy")
+        want_out, want_lse = sample.attention(kept, scale=0.3)
+        shape, out = read_npy(self.dir / "out.npy")
+        self.assertEqual(shape, (1, 40, 4, 3))
+        self.assertNear(out, want_out, 2e-6)
+        shape, lse = read_npy(self.dir / "out.lse.npy")
+        self.assertEqual(shape, (1, 4, 40))
+        self.assertNear(lse, want_lse, 2e-6)
+
+    def test_attend_dtypes(self):
+        sample = Sample()
+        path, output = self.dir / "x.safetensors", self.dir / "out.safetensors"
+        write_safetensors(path, sample.tensors)
+        kept = self.pattern_json(sample, "--pattern", "dense", "--block", "16")[1]
+        want = sample.attention(kept)[0]
+        for dtype, name, tolerance in (("bf16", "BF16", 0.05), ("fp16", "F16", 5e-3), ("fp32", "F32", 2e-6),
+                                       ("fp64", "F64", 1e-6)):
+            self.ok("attend", "--input", path, "--pattern", "dense", "--block", "16", "--dtype", dtype, "--check",
+                    "--output", output)
+            got = read_safetensors(output)
+            self.assertEqual(got["out"][0], name)
+            self.assertNear(got["out"][2], want, tolerance)
+            # A 16-bit file is computed in its own dtype.
+            if dtype != "fp64":
+                record = json.loads(self.ok("attend", "--input", path, "--pattern", "dense", "--dtype", dtype,
+                                            "--format", "json"))
+                self.assertEqual(record["dtype"], dtype)
+
+    def test_hostile_files(self):
+        good = self.dir / "good.safetensors"
+        write_safetensors(good, Sample().tensors)
+        raw = good.read_bytes()
+        text = json.dumps({"q": {"dtype": "F32", "shape": [1 << 62, 1 << 62, 4, 4], "data_offsets": [0, 4]}}).encode()
+        tensors = Sample().tensors
+        shape, values = tensors["q"]
+        cases = {
+            "missing": None, "empty": b"", "short": raw[:7], "cut": raw[:-1], "left over": raw + b"x",
+            "huge header": struct.pack("<Q", 1 << 60) + raw[8:],
+            "no json": struct.pack("<Q", 4) + b"nope" + raw,
+            "overflow": struct.pack("<Q", len(text)) + text + b"\0" * 4,
+        }
+        for name, content in cases.items():
+            path = self.dir / "bad.safetensors"
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(content)
+            with self.subTest(file=name):
+                self.refused(1, "attend", "--input", path, "--pattern", "dense", says="bad.safetensors")
+        for name, change in {"rank": ((4, 40, 2, 1, 1), values), "no batch": (shape[1:], values),
+                             "head dim": ((1, 2, 20, 8), values), "no v": None}.items():
+            bad = dict(tensors)
+            if change is None:
+                del bad["v"]
+            else:
+                bad["q"] = (change[0], (values * 2)[:math.prod(change[0])])
+            write_safetensors(self.dir / "bad.safetensors", bad)
+            with self.subTest(tensors=name):
+                self.refused(1, "attend", "--input", self.dir / "bad.safetensors", "--pattern", "dense")
+        for text in ("", "[]", "{", '{"seqlen_q": 40}', '{"seqlen_q": 40, "seqlen_k": 40, "block_q": 16, "block_k": 16,'
+                     ' "heads": [{"indptr": [0, 1, 2, 3], "indices": [0, 1, 7]}]}'):
+            (self.dir / "p.json").write_text(text)
+            with self.subTest(pattern=text):
+                self.refused(1, "attend", "--input", good, "--pattern-file", self.dir / "p.json")
+        # A pattern of other lengths.
+        self.ok("pattern", "--seq", "64", "--pattern", "dense", "--output", self.dir / "p.json")
+        self.refused(1, "attend", "--input", good, "--pattern-file", self.dir / "p.json", says="pattern")
+
+    def test_output_that_cannot_be_written(self):
+        sample = self.dir / "x.safetensors"
+        write_safetensors(sample, Sample().tensors)
+        # A folder below a file cannot exist, not even for root.
+        self.refused(1, "attend", "--input", sample, "--pattern", "dense", "--output", sample / "out.safetensors")
+        self.refused(1, "pattern", "--seq", "64", "--pattern", "dense", "--png", sample / "p.png")
+        self.refused(1, "analyze", "--input", sample, "--png", sample / "pictures")
+        self.refused(1, "demo", "--quick", "--out", sample / "demo")
+        self.assertEqual([p.name for p in self.dir.iterdir()], ["x.safetensors"])
+        if os.geteuid() != 0:
+            closed = self.dir / "closed"
+            closed.mkdir(mode=0o500)
+            self.refused(1, "demo", "--quick", "--out", closed)
+            self.refused(1, "demo", "--quick", "--out", closed / "new")
+
+    # ---- pattern ----
+
+    def test_pattern_ascii_and_picture(self):
+        text = self.ok("pattern", "--seq", "64", "--pattern", "local_window", "--window", "16", "--block", "16",
+                       "--causal", "--ascii", "--png", self.dir / "p.png")
+        self.assertIn("#...\n##..\n.##.\n..##\n", text)
+        self.assertEqual((self.dir / "p.png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+        self.ok("pattern", "--seq", "64", "--pattern", "random,strided", "--density", "0.3,0.6", "--png",
+                self.dir / "sheet.png")
+        self.assertEqual((self.dir / "sheet.png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+
+    def test_pattern_sweep(self):
+        records = json.loads(self.ok("pattern", "--seq", "1024", "--pattern", "dense,local_window,random", "--density",
+                                     "0.25,0.5", "--block", "16,32", "--format", "json"))
+        self.assertEqual([(r["pattern"], r.get("requested_density"), r["block_q"]) for r in records],
+                         [("dense", None, 16), ("dense", None, 32)] +
+                         [(p, d, b) for p in ("local_window", "random") for d in (0.25, 0.5) for b in (16, 32)])
+        for r in records:
+            self.assertAlmostEqual(r["density"], r.get("requested_density", 1))
+            self.assertAlmostEqual(r["density"] + r["sparsity"], 1)
+
+    def test_pattern_seed(self):
+        args = ["pattern", "--seq", "512", "--pattern", "random", "--density", "0.2", "--block", "16", "--output"]
+        files = [self.dir / f"{i}.json" for i in range(3)]
+        for file, seed in zip(files, (1, 1, 2)):
+            self.ok(*args, file, "--seed", seed)
+        a, b, c = (file.read_text() for file in files)
+        self.assertEqual(a, b)
+        self.assertNotEqual(a, c)
+
+    # ---- analyze ----
+
+    def test_analyze(self):
+        path = self.dir / "x.safetensors"
+        write_safetensors(path, Sample().tensors)
+        dense, half = json.loads(self.ok("analyze", "--input", path, "--pattern", "dense,local_window", "--density",
+                                         "0.5", "--block", "16", "--format", "json"))
+        self.assertAlmostEqual(dense["coverage"], 1, places=5)
+        self.assertAlmostEqual(dense["output_error"], 0, places=5)
+        self.assertLess(half["coverage"], 1)
+        self.assertGreater(half["output_error"], 0.01)
+        self.assertGreaterEqual(half["oracle_coverage"] + 1e-6, half["coverage"])
+        self.assertEqual(len(half["heads"]), 2)
+        rows = list(csv.DictReader(io.StringIO(self.ok("analyze", "--input", path, "--density", "0.5", "--block", "16",
+                                                       "--per-head", "--format", "csv"))))
+        self.assertEqual([r["head"] for r in rows], ["all", "0", "1"])
+        self.ok("analyze", "--input", path, "--density", "0.3,0.6,0.9", "--block", "16", "--png", self.dir / "pictures")
+        self.assertEqual(sorted(p.name for p in (self.dir / "pictures").iterdir()),
+                         ["local_window-0.3-b16.png", "local_window-0.6-b16.png", "local_window-0.9-b16.png",
+                          "quality.png"])
+
+    def test_analyze_coverage_is_the_attention_mass(self):
+        """Coverage of a pattern is the mean share of exp(lse), which attend writes for both."""
+        path, output = self.dir / "x.safetensors", self.dir / "out.safetensors"
+        write_safetensors(path, Sample().tensors)
+        lse = []
+        for pattern in (["--pattern", "random", "--density", "0.4"], ["--pattern", "dense"]):
+            self.ok("attend", "--input", path, *pattern, "--block", "16", "--output", output)
+            lse.append(read_safetensors(output)["lse"][2])
+        share = [math.exp(a - b) for a, b in zip(*lse)]
+        record = json.loads(self.ok("analyze", "--input", path, "--pattern", "random", "--density", "0.4", "--block",
+                                    "16", "--format", "json"))[0]
+        self.assertAlmostEqual(record["coverage"], sum(share) / len(share), places=5)
+        self.assertAlmostEqual(record["coverage_min"], min(share), places=5)
+
+    def test_analyze_search(self):
+        path = self.dir / "x.safetensors"
+        write_safetensors(path, Sample().tensors)
+        found = json.loads(self.ok("analyze", "--input", path, "--block", "16", "--target-coverage", "0.6", "--format",
+                                   "json"))
+        best = [c for c in found if c["best"]]
+        self.assertTrue(best)
+        self.assertGreaterEqual(best[0]["coverage"], 0.6)
+        self.assertEqual(best[0]["density"], min(c["density"] for c in found if c["reached"]))
+
+    # ---- bench ----
+
+    def test_bench_record(self):
+        record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--vs-dense", "--format", "json"))
+        for key in BENCH_KEYS + ["dense_seconds", "speedup_vs_dense"]:
+            self.assertIn(key, record)
+        self.assertEqual((record["pass"], record["dtype"], record["seq"], record["block"]), ("fwd", "fp32", 64, 16))
+        self.assertEqual(record["density"], 1)
+        self.assertAlmostEqual(record["gflops"], 4 * 8 * 64 * 64 / record["seconds"] / 1e9)
+        self.assertAlmostEqual(record["fraction_of_peak"], record["gflops"] / record["peak_gflops"])
+        self.assertAlmostEqual(record["speedup_vs_dense"], record["dense_seconds"] / record["seconds"])
+        self.assertLessEqual(record["min_seconds"], record["seconds"])
+        self.assertLessEqual(record["seconds"], record["max_seconds"])
+        self.assertGreater(record["peak_rss_bytes"], 1 << 20)
+
+    def test_bench_counts_admitted_pairs_only(self):
+        record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "causal", "--format", "json"))
+        self.assertTrue(record["causal"])
+        self.assertAlmostEqual(record["gflops"], 4 * 8 * (64 * 65 // 2) / record["seconds"] / 1e9)
+        record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--causal", "--window", "9", "--format",
+                                     "json"))
+        pairs = sum(min(i + 1, 10) for i in range(64))
+        self.assertAlmostEqual(record["gflops"], 4 * 8 * pairs / record["seconds"] / 1e9)
+
+    def test_bench_sweep(self):
+        tiny = ["bench", "--heads", "2", "--head-dim", "8", "--repeat", "1", "--block", "16", "--format", "json"]
+        records = json.loads(self.ok(*tiny, "--seq", "64,96", "--dtype", "fp32,bf16", "--threads", "1,2", "--pattern",
+                                     "dense"))
+        self.assertEqual([(r["threads"], r["dtype"], r["seq"]) for r in records],
+                         [(t, d, s) for t in (1, 2) for d in ("fp32", "bf16") for s in (64, 96)])
+        records = json.loads(self.ok(*tiny[:-4], "--block", "16,32", "--format", "json", "--seq", "64", "--pattern",
+                                     "dense,random", "--density", "0.3,0.5"))
+        self.assertEqual([(r["pattern"], r.get("requested_density"), r["block"]) for r in records],
+                         [("dense", None, 16), ("dense", None, 32)] +
+                         [("random", d, b) for d in (0.3, 0.5) for b in (16, 32)])
+
+    def test_bench_decode(self):
+        record, = json.loads(self.ok("bench", "--pass", "decode", "--seq", "100", "--heads", "4", "--kv-heads", "2",
+                                     "--head-dim", "8", "--block", "16", "--pattern", "dense", "--repeat", "1", "--format",
+                                     "json"))
+        self.assertEqual((record["pass"], record["queries"], record["seq"]), ("decode", 1, 100))
+        self.assertAlmostEqual(record["gbytes_per_second"], 2 * 100 * (8 + 8) * 4 / record["seconds"] / 1e9)
+        self.assertGreater(record["read_gbytes_per_second"], 0)
+
+    def test_isa_is_the_one_asked_for(self):
+        for isa in json.loads(self.ok("info", "--no-peaks", "--format", "json"))["isas_usable"]:
+            record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--isa", isa, "--format", "json"))
+            self.assertEqual(record["isa"], isa)
+            report = json.loads(self.ok("check", "--cases", "3", "--isa", isa, "--format", "json"))
+            self.assertTrue(report["passed"])
+            self.assertEqual({r["isa"] for r in report["rows"]}, {isa})
+
+    # ---- check, info, demo ----
+
+    def test_check(self):
+        report = json.loads(self.ok("check", "--cases", "20", "--seed", "3", "--format", "json"))
+        self.assertTrue(report["passed"])
+        self.assertEqual((report["cases"], report["seed"], report["failures"]), (20, 3, []))
+        self.assertGreater(sum(r["cases"] for r in report["rows"]), 0)
+        self.assertIn("passed: 20 cases, seed 3", self.ok("check", "--cases", "20", "--seed", "3"))
+
+    def test_info(self):
+        info = json.loads(self.ok("info", "--format", "json"))
+        self.assertRegex(info["version"], r"^\d+\.\d+\.\d+$")
+        self.assertTrue(set(info["isas_usable"]) <= set(info["isas_compiled"]))
+        self.assertFalse(info["features"]["cuda"])
+        threads = {p["threads"] for p in info["peaks"]}
+        self.assertIn(1, threads)
+        self.assertTrue(all(p["fma_gflops"] > 0 for p in info["peaks"]))
+        self.assertTrue(any(p["read_gbytes_per_second"] for p in info["peaks"]))
+
+    def test_demo(self):
+        sample, out = self.dir / "x.safetensors", self.dir / "new" / "demo"
+        write_safetensors(sample, Sample(heads=2, kv_heads=2, seqlen_q=300, seqlen_k=300, dim=8, dim_v=8).tensors)
+        args = ["demo", "--quick", "--input", sample, "--longest", "0", "--out", out]
+        results = json.loads(self.ok(*args, "--format", "json"))
+        self.assertEqual(json.loads((out / "results.json").read_text())["errors"], results["errors"])
+        for section in ("errors", "quality", "times"):
+            names = [r["pattern"] for r in results[section]]
+            for name in ("preset local", "preset dilated", "preset global_local", "preset ultra_sparse"):
+                self.assertIn(name, names)
+        self.assertAlmostEqual(results["quality"][0]["coverage"], 1, places=5)  # dense
+        self.assertTrue(all(r["passed"] for r in results["errors"]))
+        text = self.ok(*args)
+        for picture in ("patterns.png", "quality.png"):
+            self.assertEqual((out / picture).read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
+            self.assertIn(str(out / picture), text)
+        self.assertLessEqual(max(map(len, text.replace(str(self.dir), "").splitlines())), 100)
+        rows = list(csv.reader(io.StringIO(self.ok(*args, "--format", "csv"))))
+        self.assertEqual({len(row) for row in rows}, {len(rows[0])})
+
+    # ---- terminals and pipes ----
+
+    def test_closed_pipe_is_quiet(self):
+        for args in (["pattern", "--seq", "64", "--pattern", "dense"], ["--help"], ["--version"],
+                     ["check", "--cases", "1", "--format", "json"]):
+            read, write = os.pipe()
+            os.close(read)
+            process = subprocess.run([PROGRAM, *args], stdout=write, stderr=subprocess.PIPE, timeout=300)
+            os.close(write)
+            self.assertEqual(process.stderr, b"")
+            self.assertEqual(process.returncode, 1)
+
+    def test_full_disk_is_an_error(self):
+        with open("/dev/full", "w") as full:
+            process = subprocess.run([PROGRAM, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("tessera: standard output", process.stderr)
+
+    def test_progress_on_a_terminal_only(self):
+        master, slave = pty.openpty()
+        process = subprocess.Popen([PROGRAM, "check", "--cases", "40"], stdout=subprocess.PIPE, stderr=slave)
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                chunk = os.read(master, 4096)
+            except OSError:  # Linux: the other side is closed
+                break
+            if not chunk:
+                break
+            seen += chunk
+        process.communicate(timeout=300)
+        os.close(master)
+        self.assertEqual(process.returncode, 0)
+        self.assertIn(b"case ", seen)
+        self.assertTrue(seen.endswith(b"\r\x1b[K"), "the bar is wiped")
+
+
+if __name__ == "__main__":
+    unittest.main()
