@@ -196,7 +196,8 @@ class RowKernel {
     const PanelPlace place{b_, h_, panel.q, segment.k, panel.rows, keys, segment.entry};
     const PatternShape& shape = p_.pattern.shape;
     float factor = factor_;
-    if (ModifiesScores(p_)) {
+    // A scale of 0 goes in before the masks do: 0 * -inf is no weight.
+    if (ModifiesScores(p_) || factor == 0) {
       ModifyScores<NV>(p_, place, factor, scores_);
       factor = 1.0f;
     }
