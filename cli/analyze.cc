@@ -30,7 +30,7 @@ constexpr Column kColumns[] = {
     {"oracle_coverage", "oracle", 8, Style::percent},
     {"oracle_ratio", "of oracle", 9, Style::percent},
     {"locality", "nearest", 8, Style::percent},
-    {"efficiency", "efficiency", 10, Style::ratio},
+    {"efficiency", ""},
     {"rows", ""},
 };
 
@@ -224,7 +224,9 @@ void analyze(Context& context, const AnalyzeFlags& flags) {
   judge(context, flags, x, all, pool);
   if (!flags.png.empty()) write_pictures(context, flags.png, x, all, pool);
   context.progress.clear();
-  RecordWriter writer(context.output, context.format, kColumns);
+  std::vector<Column> columns(std::begin(kColumns), std::end(kColumns));
+  if (!flags.per_head) std::ranges::find(columns, "head", &Column::key)->header = {};
+  RecordWriter writer(context.output, context.format, columns);
   for (const Judged& j : all) {
     Record r = j.fields;
     if (flags.per_head) r["head"] = "all";
@@ -263,7 +265,7 @@ void add_analyze(CLI::App& app, Context& context) {
                       "Search all named patterns for the cheapest one that keeps this share of the attention mass")
       ->type_name("C");
   command->add_option("--sample-rows", flags->sample_rows, "Judge about this many rows of each head; 0: all of them")
-      ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->capture_default_str();
+      ->check(integer(0))->type_name("N")->capture_default_str();
   command->add_flag("--per-head", flags->per_head, "A line for each head too (JSON has them always)");
   add_threads(*command, flags->threads);
   command->add_option("--png", flags->png,

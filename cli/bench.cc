@@ -54,6 +54,8 @@ constexpr Column kColumns[] = {
     {"peak_rss_bytes", ""},
 };
 
+constexpr int kMostDecodeQueries = 16;  // more take the schedule of fwd
+
 struct BenchFlags {
   PatternOptions pattern;
   std::string pass = "fwd", layout = "bshd", isa;
@@ -108,7 +110,8 @@ class Bench {
     std::vector<Column> columns(std::begin(kColumns), std::end(kColumns));
     for (Column& c : columns) {
       const bool read = c.key == "gbytes_per_second" || c.key == "fraction_of_read";
-      if ((read && !decode()) || (c.key == "speedup_vs_dense" && !flags_.vs_dense)) c.header = {};
+      const bool one_block = c.key == "block" && flags_.pattern.num_blocks() == 1;
+      if (one_block || (read && !decode()) || (c.key == "speedup_vs_dense" && !flags_.vs_dense)) c.header = {};
     }
     return columns;
   }
@@ -251,15 +254,15 @@ void add_bench(CLI::App& app, Context& context) {
       "  tessera bench --dtype fp32,bf16 --seq 4096 --heads 4 --pattern dense --threads 1,2 --format json\n"
       "  tessera bench --pass decode --seq 16384 --heads 32 --kv-heads 8 --head-dim 128 --pattern dense");
   auto flags = std::make_shared<BenchFlags>();
-  const auto positive = CLI::PositiveNumber.description("");
+  const auto positive = integer(1);
   command->add_option("--pass", flags->pass, "fwd, or decode: a few queries against --seq keys")
       ->check(check_pass)->type_name("fwd|decode")->capture_default_str();
   add_list(*command, "--dtype", flags->dtypes, "fp32, bf16, fp16 or fp64 (the slow reference). Default fp32")
       ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))->type_name("NAME,..");
   add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")
       ->check(positive)->type_name("N,..");
-  command->add_option("--queries", flags->queries, "decode: queries")->check(positive)->type_name("N")
-      ->capture_default_str();
+  command->add_option("--queries", flags->queries, "decode: queries, up to 16")
+      ->check(integer(1, kMostDecodeQueries))->type_name("N")->capture_default_str();
   command->add_option("--batch", flags->batch, "Batch")->check(positive)->type_name("N")->capture_default_str();
   command->add_option("--heads", flags->heads, "Query heads")->check(positive)->type_name("N")->capture_default_str();
   command->add_option("--kv-heads", flags->kv_heads, "Key and value heads. Default: --heads")
@@ -272,11 +275,12 @@ void add_bench(CLI::App& app, Context& context) {
       ->check(CLI::IsMember({"bshd", "bhsd"}).description(""))->type_name("bshd|bhsd")->capture_default_str();
   flags->pattern.add_to(*command, {.file = false, .attention = true, .fallback = "dilated_sparse"});
   add_list(*command, "--threads", flags->threads, "Threads; 0: all CPUs. Default 0")
-      ->check(CLI::Range(0, 1024).description(""))->type_name("N,..");
+      ->check(integer(0, 1024))->type_name("N,..");
   add_isa(*command, flags->isa);
   command->add_option("--repeat", flags->repeat, "Timed runs after the warm-up; seconds is their median")
       ->check(positive)->type_name("N")->capture_default_str();
-  command->add_option("--input-seed", flags->seed, "Seed of the random inputs")->type_name("N")->capture_default_str();
+  command->add_option("--input-seed", flags->seed, "Seed of the random inputs")->check(integer(0))
+      ->type_name("N")->capture_default_str();
   command->add_flag("--vs-dense", flags->vs_dense, "Time the dense pattern too");
   command->callback([&context, flags] { bench(context, *flags); });
 }

@@ -87,10 +87,11 @@ void add_check(CLI::App& app, Context& context) {
                                   "  tessera check --cases 1 --seed 7 --first-case 123     (one case alone)");
   auto flags = std::make_shared<CheckFlags>();
   command->add_option("--cases", flags->cases, "Random cases; each runs on each ISA")
-      ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->capture_default_str();
-  command->add_option("--seed", flags->seed, "Seed of the cases")->type_name("N")->capture_default_str();
+      ->check(integer(0))->type_name("N")->capture_default_str();
+  command->add_option("--seed", flags->seed, "Seed of the cases")
+      ->check(integer(0))->type_name("N")->capture_default_str();
   command->add_option("--first-case", flags->first_case, "Number of the first case")
-      ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->capture_default_str();
+      ->check(integer(0))->type_name("N")->capture_default_str();
   add_list(*command, "--isa", flags->isas, "Only these instruction sets")->type_name("NAME,..");
   add_threads(*command, flags->threads)->description("Threads of the fp64 reference; 0: all CPUs");
   command->callback([&context, flags] { check(context, *flags); });

@@ -151,7 +151,7 @@ void add_demo(CLI::App& app, Context& context) {
       ->type_name("FILE");
   command->add_option("--longest", flags->longest,
                       "Longest sequence of the scale table. Default 131072; --quick: 16384")
-      ->check(CLI::NonNegativeNumber.description(""))->type_name("N");
+      ->check(integer(0))->type_name("N");
   add_threads(*command, flags->threads);
   command->callback([&context, flags] { demo(context, *flags); });
 }

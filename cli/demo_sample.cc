@@ -246,8 +246,8 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
     series.push_back(std::move(s));
   }
   write("quality.png",
-        draw_lines(series, {.title = "Attention mass kept, by pattern",
-                            .x_label = "density (share of block pairs kept)", .y_label = "coverage", .log_x = true, .log_y = false, .y_min = 0, .y_max = 1}),
+        draw_lines(series, {.title = "Attention mass kept, by pattern", .x_label = "density (share of pairs kept)",
+                            .y_label = "coverage", .log_x = true, .log_y = false, .y_min = 0, .y_max = 1}),
         "coverage against density, with the best possible choice");
 
   Series fp32{"fp32, here", {}, {}, false}, bf16{"bf16, here", {}, {}, false};

@@ -84,8 +84,8 @@ Record demo_scale(Context& context, int64_t longest, ThreadPool& pool) {
   Record records = Record::array();
   if (longest < kGuide[0].seqlen) return records;
   demo_heading(context, "4. How far does it scale?",
-               fmt::format("{} heads of {} numbers, dilated_sparse, blocks of {}, not causal, random inputs. Beside it\n"
-                           "the guides' milliseconds on a GTX 1080, and how many times faster. Tensors: in fp32.",
+               fmt::format("{} heads of {} numbers, dilated_sparse, blocks of {}, not causal, random inputs. Beside\n"
+                           "it the guides' milliseconds on a GTX 1080, and how many times faster. Tensors: in fp32.",
                            kHeads, kHeadDim, kBlock));
   RecordWriter writer(context.output, Format::table, kColumns);
   size_t done = 0;

@@ -1,6 +1,7 @@
 #include "options.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -10,6 +11,7 @@ namespace tessera::cli {
 namespace {
 
 constexpr double kDefaultDensity = 0.1;
+constexpr int kMostThreads = 1024;
 
 // Which flags mean something to which kind (patterns.h says what).
 struct Takes {
@@ -41,8 +43,6 @@ std::string names_where(bool Takes::*option) {
   return fmt::format("{}", fmt::join(names, ", "));
 }
 
-const CLI::Range kPositive(int64_t{1}, std::numeric_limits<int64_t>::max(), "POSITIVE");
-
 std::string check_density(const std::string& text) {
   double value = 0;
   if (!CLI::detail::lexical_cast(text, value) || !(value > 0 && value <= 1)) {
@@ -69,6 +69,16 @@ std::string check_block(const std::string& text) {
 
 }  // namespace
 
+std::function<std::string(const std::string&)> integer(int64_t min, int64_t max) {
+  return [min, max](const std::string& text) -> std::string {
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error == std::errc() && end == text.data() + text.size() && value >= min && value <= max) return {};
+    if (max == INT64_MAX) return fmt::format("got {}; allowed: a whole number from {}", text, min);
+    return fmt::format("got {}; allowed: a whole number from {} to {}", text, min, max);
+  };
+}
+
 void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   flags_ = flags;
   const std::string group = "Pattern";
@@ -93,28 +103,28 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
     app.add_option("--token-window", token_window_,
                    "Token-exact attention window with any pattern: causal admits 0 <= q - k <= N, otherwise "
                    "|q - k| <= N / 2")
-        ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->group(group);
+        ->check(integer(0))->type_name("N")->group(group);
   }
-  app.add_option("--window", window_, window)->check(kPositive.description(""))->type_name("N")->group(group);
+  app.add_option("--window", window_, window)->check(integer(1))->type_name("N")->group(group);
   add_list(app, "--dilation-rates", dilation_rates_,
            "dilated_sparse: distances in blocks (default 1,2,4,8,16); dilated_segments: one a segment length")
-      ->check(kPositive.description(""))->type_name("R,..")->group(group);
+      ->check(integer(1))->type_name("R,..")->group(group);
   add_list(app, "--segment-lengths", segment_lengths_, "dilated_segments: tokens of a segment, one a rate")
-      ->check(kPositive.description(""))->type_name("N,..")->group(group);
+      ->check(integer(1))->type_name("N,..")->group(group);
   app.add_option("--global-tokens", global_tokens_, "Tokens that see and are seen by all (" +
                  names_where(&Takes::global) + ")")
-      ->check(CLI::NonNegativeNumber.description(""))->type_name("N")->group(group);
+      ->check(integer(0))->type_name("N")->group(group);
   app.add_option("--stride", stride_, "strided: blocks")
-      ->check(kPositive.description(""))->type_name("N")->group(group);
+      ->check(integer(1))->type_name("N")->group(group);
   app.add_option("--seed", seed_, "Seed of the random pairs (" + names_where(&Takes::seed) + ")")
-      ->type_name("N")->group(group);
+      ->check(integer(0))->type_name("N")->group(group);
   app.add_option("--pattern-heads", heads_, "1: all heads share one pattern; or one a head. Default 1, and one a head "
                  "for dilated_segments")
-      ->check(kPositive.description(""))->type_name("N")->group(group);
+      ->check(integer(1))->type_name("N")->group(group);
   app.add_option("--ranks", ranks_, "hierarchical: equal shards of the sequence")
-      ->check(kPositive.description(""))->type_name("N")->group(group);
+      ->check(integer(1))->type_name("N")->group(group);
   app.add_option("--ranks-per-node", ranks_per_node_, "hierarchical")
-      ->check(kPositive.description(""))->type_name("N")->group(group);
+      ->check(integer(1))->type_name("N")->group(group);
   app.add_option("--local-density", local_density_, "hierarchical: inside a rank")
       ->check(check_density)->type_name("D")->group(group);
   app.add_option("--global-density", global_density_, "hierarchical: inside a node")
@@ -242,7 +252,7 @@ CLI::Option* add_isa(CLI::App& app, std::string& isa) {
 
 CLI::Option* add_threads(CLI::App& app, int& threads) {
   return app.add_option("--threads", threads, "Threads; 0: all CPUs")
-      ->check(CLI::Range(0, 1024).description(""))->type_name("N")->capture_default_str();
+      ->check(integer(0, kMostThreads))->type_name("N")->capture_default_str();
 }
 
 DType parse_dtype(const std::string& name) {

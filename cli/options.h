@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,6 +21,9 @@ template <class T>
 CLI::Option* add_list(CLI::App& app, const std::string& name, std::vector<T>& values, const std::string& description) {
   return app.add_option(name, values, description)->delimiter(',')->allow_extra_args(false);
 }
+
+// Validator of a whole number in min..max: nothing before it, nothing after it, nothing that overflows.
+std::function<std::string(const std::string&)> integer(int64_t min, int64_t max = INT64_MAX);
 
 struct PatternFlags {
   bool file = false;          // --pattern-file is taken
@@ -50,7 +54,7 @@ class PatternOptions {
   std::vector<PatternChoice> choices() const;
   // The only combination; UsageError if it is a sweep.
   PatternChoice single() const;
-  bool is_sweep() const { return choices().size() > 1; }
+  size_t num_blocks() const { return blocks_.size(); }  // values of --block
 
  private:
   PatternChoice choice(PatternKind kind, std::optional<double> density, int block) const;

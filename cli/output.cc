@@ -109,6 +109,7 @@ RecordWriter::RecordWriter(Output& output, Format format, std::span<const Column
     : output_(output), format_(format), columns_(columns) {}
 
 RecordWriter::~RecordWriter() {
+  if (!started_) return;  // an error before the first record: stdout stays empty
   try {
     finish();
   } catch (const OutputError&) {

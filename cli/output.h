@@ -47,7 +47,7 @@ struct Column {
 };
 
 // Writes records one by one, as they are ready. JSON: an array, closed by finish() or, when an error ends the
-// command, by the destructor, so that what was measured is still readable.
+// command after the first record, by the destructor, so that what was measured is still readable.
 class RecordWriter {
  public:
   RecordWriter(Output& output, Format format, std::span<const Column> columns);

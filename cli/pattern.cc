@@ -13,7 +13,7 @@ namespace {
 
 constexpr Column kColumns[] = {
     {"pattern", "pattern", 16, Style::text},
-    {"requested_density", "asked", 8, Style::percent},
+    {"requested_density", ""},
     {"block_q", "block", 5, Style::integer},
     {"block_k", ""},
     {"seqlen_q", ""},
@@ -23,14 +23,14 @@ constexpr Column kColumns[] = {
     {"causal", ""},
     {"rows", ""},
     {"cols", ""},
-    {"kept_blocks", "kept", 9, Style::integer},
+    {"kept_blocks", "kept", 8, Style::integer},
     {"partial_blocks", ""},
     {"admissible_blocks", ""},
-    {"density", "density", 8, Style::percent},
+    {"density", "density", 7, Style::percent},
     {"sparsity", ""},
     {"row_density_mean", ""},
-    {"row_density_min", "row min", 8, Style::percent},
-    {"row_density_max", "row max", 8, Style::percent},
+    {"row_density_min", "row min", 7, Style::percent},
+    {"row_density_max", "row max", 7, Style::percent},
     {"row_density_std", ""},
     {"column_density_mean", ""},
     {"column_density_min", ""},
@@ -40,7 +40,7 @@ constexpr Column kColumns[] = {
     {"empty_rows", "empty", 5, Style::integer},
     {"load_imbalance", "imbalance", 9, Style::ratio},
     {"bytes", "memory", 9, Style::bytes},
-    {"build_seconds", "built ms", 8, Style::milliseconds},
+    {"build_seconds", ""},
 };
 
 struct PatternFlagsValues {
@@ -138,11 +138,11 @@ void add_pattern(CLI::App& app, Context& context) {
       "  tessera pattern --pattern global_local --seq 8192 --window 512 --global-tokens 64 --output p.json");
   auto flags = std::make_shared<PatternFlagsValues>();
   command->add_option("--seq", flags->seqlen, "Tokens: queries, and keys unless --seq-k")
-      ->check(CLI::NonNegativeNumber.description(""))->type_name("N");
-  command->add_option("--seq-k", flags->seqlen_k, "Keys")->check(CLI::NonNegativeNumber.description(""))
+      ->check(integer(0))->type_name("N");
+  command->add_option("--seq-k", flags->seqlen_k, "Keys")->check(integer(0))
       ->type_name("N");
   command->add_option("--heads", flags->heads, "Query heads, for patterns that differ by head")
-      ->check(CLI::PositiveNumber.description(""))->type_name("N")->capture_default_str();
+      ->check(integer(1))->type_name("N")->capture_default_str();
   flags->pattern.add_to(*command, {.file = true, .attention = false, .fallback = ""});
   command->add_option("--output", flags->output, "Write the pattern as JSON")->type_name("FILE");
   command->add_option("--png", flags->png, "Draw the pattern; a sweep becomes one sheet")->type_name("FILE");
