@@ -95,7 +95,7 @@ void demo(Context& context, const DemoFlags& flags) {
     }
     results["errors"] = demo_errors(context, sample, flags.quick, pool);
     results["quality"] = demo_quality(context, sample, pool);
-    results["times"] = demo_times(context, sample, pool);
+    results["times"] = demo_times(context, sample, flags.quick, pool);
     results["scale"] = demo_scale(context, flags.longest.value_or(flags.quick ? kQuickLongest : kLongest), pool);
     results["pictures"] = demo_pictures(context, sample, results["scale"], flags.quick, folder, pool);
   });
