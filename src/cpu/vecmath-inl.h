@@ -71,7 +71,7 @@ HWY_INLINE Vec WeightBias(Vec m) {
 }
 template <bool kScaled>  // false: factor is 1
 HWY_INLINE Vec Weight(Vec s, Vec factor, Vec bias) {
-  const Floats d;
+  [[maybe_unused]] const Floats d;
   Vec x;
   if constexpr (kScaled) {
     x = hn::MulSub(s, factor, bias);
