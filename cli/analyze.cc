@@ -15,7 +15,7 @@
 namespace tessera::cli {
 namespace {
 
-constexpr Column kColumns[] = {
+constexpr Column kAnalyzeColumns[] = {
     {"pattern", "pattern", 16, Style::text},
     {"requested_density", ""},
     {"block_q", "block", 5, Style::integer},
@@ -224,7 +224,7 @@ void analyze(Context& context, const AnalyzeFlags& flags) {
   judge(context, flags, x, all, pool);
   if (!flags.png.empty()) write_pictures(context, flags.png, x, all, pool);
   context.progress.clear();
-  std::vector<Column> columns(std::begin(kColumns), std::end(kColumns));
+  std::vector<Column> columns(std::begin(kAnalyzeColumns), std::end(kAnalyzeColumns));
   if (!flags.per_head) std::ranges::find(columns, "head", &Column::key)->header = {};
   RecordWriter writer(context.output, context.format, columns);
   for (const Judged& j : all) {

@@ -14,7 +14,7 @@
 namespace tessera::cli {
 namespace {
 
-constexpr Column kColumns[] = {
+constexpr Column kBenchColumns[] = {
     {"pass", ""},
     {"dtype", "dtype", 5, Style::text},
     {"batch", ""},
@@ -107,7 +107,7 @@ class Bench {
  private:
   // The table leaves out what this sweep does not measure.
   std::vector<Column> shown_columns() const {
-    std::vector<Column> columns(std::begin(kColumns), std::end(kColumns));
+    std::vector<Column> columns(std::begin(kBenchColumns), std::end(kBenchColumns));
     for (Column& c : columns) {
       const bool read = c.key == "gbytes_per_second" || c.key == "fraction_of_read";
       const bool one_block = c.key == "block" && flags_.pattern.num_blocks() == 1;

@@ -47,7 +47,7 @@ constexpr Column kTimes[] = {
     {"fp32_scratch_bytes", "scratch", 9, Style::bytes},
 };
 
-constexpr int kBlock = 64;  // what the presets use
+constexpr int kSampleBlock = 64;  // what the presets use
 constexpr int kUltraSparseBlock = 128;
 
 PatternSpec spec_of(PatternKind kind, int block, std::optional<double> density) {
@@ -81,15 +81,15 @@ DemoSample prepare_sample(const std::string& path, bool quick, Executor& executo
   const auto add = [&](std::string name, const PatternSpec& spec) {
     sample.patterns.push_back({std::move(name), spec, build_pattern(spec, x.seqlen_q(), x.seqlen_k(), x.heads())});
   };
-  add("dense", spec_of(PatternKind::causal, kBlock, std::nullopt));
+  add("dense", spec_of(PatternKind::causal, kSampleBlock, std::nullopt));
   // The guides' presets.
-  PatternSpec local = spec_of(PatternKind::local_window, kBlock, std::nullopt);
+  PatternSpec local = spec_of(PatternKind::local_window, kSampleBlock, std::nullopt);
   local.window = 256;
   add("preset local", local);
-  PatternSpec dilated = spec_of(PatternKind::dilated_sparse, kBlock, 0.1);
+  PatternSpec dilated = spec_of(PatternKind::dilated_sparse, kSampleBlock, 0.1);
   dilated.dilation_rates = {1, 2, 4, 8};
   add("preset dilated", dilated);
-  PatternSpec global_local = spec_of(PatternKind::global_local, kBlock, std::nullopt);
+  PatternSpec global_local = spec_of(PatternKind::global_local, kSampleBlock, std::nullopt);
   global_local.window = 256;
   global_local.global_tokens = 64;
   add("preset global_local", global_local);
@@ -99,10 +99,10 @@ DemoSample prepare_sample(const std::string& path, bool quick, Executor& executo
   std::vector<double> densities = {0.05, 0.1};
   if (!quick) densities = {0.02, 0.05, 0.1, 0.2, 0.4};
   for (const double density : densities) {
-    add(fmt::format("local_window {}", density), spec_of(PatternKind::local_window, kBlock, density));
+    add(fmt::format("local_window {}", density), spec_of(PatternKind::local_window, kSampleBlock, density));
   }
   for (const double density : densities) {
-    add(fmt::format("dilated_sparse {}", density), spec_of(PatternKind::dilated_sparse, kBlock, density));
+    add(fmt::format("dilated_sparse {}", density), spec_of(PatternKind::dilated_sparse, kSampleBlock, density));
   }
   return sample;
 }
@@ -212,7 +212,7 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   const AnalysisInput input{sample.fp32.q_view(), sample.fp32.k_view(), {}, sample.options};
   context.progress.show("drawing patterns");
   const int64_t seqlen = sample.fp32.seqlen_q();
-  const MassMap mass = attention_mass(input, kBlock, kBlock, executor);
+  const MassMap mass = attention_mass(input, kSampleBlock, kSampleBlock, executor);
   constexpr int kPanel = 320;        // pixels
   constexpr int64_t kPanelHeads = 4;  // as many as presets, so that the sheet is full
   std::vector<Image> panels;
@@ -232,13 +232,13 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   std::vector<PatternSpec> specs;
   for (PatternKind kind : {PatternKind::local_window, PatternKind::dilated_sparse, PatternKind::global_local,
                            PatternKind::bigbird, PatternKind::random}) {
-    specs.push_back(spec_of(kind, kBlock, std::nullopt));
+    specs.push_back(spec_of(kind, kSampleBlock, std::nullopt));
     specs.back().seqlen_q = specs.back().seqlen_k = seqlen;
   }
   std::vector<double> densities = {0.05, 0.1, 0.2, 0.4};
   if (!quick) densities = {0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7};
   std::vector<Series> series;
-  for (const QualityCurve& curve : quality_curves(input, specs, densities, kBlock, kBlock, executor)) {
+  for (const QualityCurve& curve : quality_curves(input, specs, densities, kSampleBlock, kSampleBlock, executor)) {
     Series s{curve.name, {}, {}, curve.name == "oracle"};
     if (s.dashed) s.name = "best possible";
     for (const QualityCurve::Point& point : curve.points) {

@@ -18,9 +18,9 @@ constexpr GuideRow kGuide[] = {
     {4096, 0.10, 50.4e-3},   {8192, 0.05, 105.6e-3},  {16384, 0.05, 196.4e-3},
     {32768, 0.02, 415.4e-3}, {65536, 0.01, 1003.6e-3}, {131072, 0.005, 2472.2e-3},
 };
-constexpr int kHeads = 8, kHeadDim = 64, kBlock = 128;
+constexpr int kHeads = 8, kHeadDim = 64, kScaleBlock = 128;
 
-constexpr Column kColumns[] = {
+constexpr Column kScaleColumns[] = {
     {"seq", "tokens", 7, Style::integer},
     {"density", "density", 7, Style::percent},
     {"fp32_seconds", "fp32 ms", 7, Style::milliseconds},
@@ -40,7 +40,7 @@ int64_t needed_bytes(int64_t tensor_bytes) { return tensor_bytes + tensor_bytes 
 Record measure(const GuideRow& row, DType dtype, ThreadPool& pool) {
   PatternSpec spec;
   spec.kind = PatternKind::dilated_sparse;
-  spec.block_q = spec.block_k = kBlock;
+  spec.block_q = spec.block_k = kScaleBlock;
   spec.density = row.density;
   QkvShape shape;
   shape.heads = shape.kv_heads = kHeads;
@@ -49,7 +49,7 @@ Record measure(const GuideRow& row, DType dtype, ThreadPool& pool) {
   const int64_t lse_bytes = shape.batch * kHeads * row.seqlen * 4;
   const int64_t tensor_bytes = (shape.q_elements() + shape.kv_elements() + shape.out_elements()) *
                                    static_cast<int64_t>(size_of(dtype)) + lse_bytes;
-  Record r = {{"seq", row.seqlen}, {"pattern", "dilated_sparse"}, {"block", kBlock}, {"dtype", name_of(dtype)},
+  Record r = {{"seq", row.seqlen}, {"pattern", "dilated_sparse"}, {"block", kScaleBlock}, {"dtype", name_of(dtype)},
               {"requested_density", row.density}, {"guide_seconds", row.seconds}, {"tensor_bytes", tensor_bytes}};
   const int64_t available = available_memory_bytes();
   if (available > 0 && available < needed_bytes(tensor_bytes)) {
@@ -86,8 +86,8 @@ Record demo_scale(Context& context, int64_t longest, ThreadPool& pool) {
   demo_heading(context, "4. How far does it scale?",
                fmt::format("{} heads of {} numbers, dilated_sparse, blocks of {}, not causal, random inputs. Beside\n"
                            "it the guides' milliseconds on a GTX 1080, and how many times faster. Tensors: in fp32.",
-                           kHeads, kHeadDim, kBlock));
-  RecordWriter writer(context.output, Format::table, kColumns);
+                           kHeads, kHeadDim, kScaleBlock));
+  RecordWriter writer(context.output, Format::table, kScaleColumns);
   size_t done = 0;
   for (const GuideRow& guide : kGuide) {
     if (guide.seqlen > longest) break;

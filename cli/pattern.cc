@@ -11,7 +11,7 @@
 namespace tessera::cli {
 namespace {
 
-constexpr Column kColumns[] = {
+constexpr Column kPatternColumns[] = {
     {"pattern", "pattern", 16, Style::text},
     {"requested_density", ""},
     {"block_q", "block", 5, Style::integer},
@@ -88,7 +88,7 @@ void show(Context& context, const PatternFlagsValues& flags) {
   }
   if (flags.ascii && context.format == Format::csv) throw UsageError("--ascii goes with --format table or json");
 
-  RecordWriter writer(context.output, context.format, kColumns);
+  RecordWriter writer(context.output, context.format, kPatternColumns);
   std::vector<Image> panels;
   for (size_t i = 0; i < std::max<size_t>(1, choices.size()); ++i) {
     BlockPattern pattern;
