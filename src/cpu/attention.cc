@@ -89,7 +89,7 @@ class DecodeUnits {
   explicit DecodeUnits(const Problem& p) : p_(p) {
     const PatternShape& s = p.pattern.shape;
     // With [B, S, H, D] in memory all heads of a key are neighbours; otherwise each kv head streams by itself.
-    const bool interleaved = p.kv_heads > 1 && std::abs(p.k.seq) >= p.kv_heads * p.head_dim;
+    const bool interleaved = p.kv_heads > 1 && p.k.head == p.head_dim && p.v.head == p.head_dim_v;
     const int64_t together = s.heads > 1 ? 1 : interleaved ? p.heads : p.group();
     const int64_t split = std::max<int64_t>(1, kDecodeSplitKeys / s.block_k);
     for (int64_t b = 0; b < p.batch; ++b) {
