@@ -58,7 +58,7 @@ constexpr int kMostDecodeQueries = 16;  // more take the schedule of fwd
 
 struct BenchFlags {
   PatternOptions pattern;
-  std::string pass = "fwd", layout = "bshd", isa;
+  std::string pass = "fwd", layout = "bhsd", isa;
   std::vector<std::string> dtypes{"fp32"};
   std::vector<int64_t> seqlens{8192};
   std::vector<int> threads{0};

@@ -26,6 +26,10 @@ constexpr int64_t kDecodeQueries = 16;  // up to here a call takes the decode sc
 // Decode units of about this many keys: enough to drown the join, few enough for many threads.
 constexpr int64_t kDecodeSplitKeys = 512;
 
+// Units that a thread takes at once: its share of what is left over kSharesLeft, at most kMostAtOnce.
+constexpr int kSharesLeft = 8;
+constexpr int kMostAtOnce = 8;
+
 struct AlignedFree {
   void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(Scratch::kAlign)); }
 };
@@ -63,8 +67,9 @@ class PanelUnits {
     for (int64_t i = 0; i < s.batches * s.heads; ++i) orders_.push_back(longest_first(p.pattern, i * rows_));
   }
   int64_t count() const { return p_.batch * p_.heads * rows_; }
+  const Problem& problem() const { return p_; }
 
-  void run(int64_t unit, const KernelTable& kernels, std::byte* scratch) const {
+  RowUnit unit(int64_t unit) const {
     const int64_t member = unit % together_;
     const int64_t place = unit / together_ % rows_;
     const int64_t set = unit / (together_ * rows_);
@@ -72,7 +77,7 @@ class PanelUnits {
     const int64_t b = set * together_ / p_.heads;
     const PatternShape& s = p_.pattern.shape;
     const auto& order = orders_[(s.batches == 1 ? 0 : b) * s.heads + (s.heads == 1 ? 0 : h)];
-    kernels.forward_row(p_, b, h, order[place], scratch);
+    return {b, h, order[place]};
   }
 
  private:
@@ -162,7 +167,8 @@ class DecodeUnits {
   AlignedBytes partials_;
 };
 
-// Runs `run(unit, scratch)` for all units on the executor's threads, each with `scratch_bytes` of its own.
+// Runs `run(unit, follows, scratch)` for all units on the executor's threads, each with `scratch_bytes` of its own.
+// Threads take a few units at a time, fewer towards the end; `follows` says that unit + 1 runs next on this thread.
 template <class Run>
 size_t run_units(int64_t units, size_t scratch_bytes, Executor& executor, const Run& run) {
   if (units == 0) return 0;
@@ -171,8 +177,12 @@ size_t run_units(int64_t units, size_t scratch_bytes, Executor& executor, const 
   for (int i = 0; i < threads; ++i) scratch.push_back(allocate(scratch_bytes, "scratch"));
   std::atomic<int64_t> next{0};
   executor.run(threads, [&](int thread) {
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-      run(unit, scratch[thread].get());
+    for (int64_t begin = next.load(std::memory_order_relaxed); begin < units;) {
+      const int64_t share = (units - begin) / (int64_t{kSharesLeft} * threads);
+      const int64_t end = std::min(units, begin + std::clamp<int64_t>(share, 1, kMostAtOnce));
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      for (int64_t unit = begin; unit < end; ++unit) run(unit, unit + 1 < end, scratch[thread].get());
+      begin = next.load(std::memory_order_relaxed);
     }
   });
   return scratch_bytes * threads;
@@ -204,11 +214,14 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
   const auto owner = [](const std::vector<int64_t>& begin, int64_t unit) {
     return std::upper_bound(begin.begin(), begin.end(), unit) - begin.begin() - 1;
   };
-  info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, [&](int64_t unit, std::byte* scratch) {
+  info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, [&](int64_t unit, bool follows, std::byte* scratch) {
     const auto i = owner(panel_begin, unit);
-    panels[i].run(unit - panel_begin[i], kernels, scratch);
+    const RowUnit now = panels[i].unit(unit - panel_begin[i]);
+    follows = follows && unit + 1 < panel_begin[i + 1];
+    const RowUnit next = follows ? panels[i].unit(unit + 1 - panel_begin[i]) : RowUnit{};
+    kernels.forward_row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
   });
-  size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, [&](int64_t unit, std::byte* scratch) {
+  size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, [&](int64_t unit, bool, std::byte* scratch) {
     const auto i = owner(decode_begin, unit);
     decodes[i].run(unit - decode_begin[i], kernels, scratch);
   });

@@ -55,6 +55,9 @@ class ChunkReader {
     Open();
   }
 
+  // The keys that Next will start with.
+  Segment First() const { return entry_ < end_ ? Segment{entry_, keys_.begin, keys_.size()} : Segment{}; }
+
   // False at the end of the row.
   bool Next(Chunk& chunk) {
     chunk.count = 0;
@@ -106,6 +109,30 @@ class ChunkReader {
   int64_t entry_ = 0, end_ = 0;
   Interval keys_;  // left of the entry
   bool masked_ = false;
+};
+
+// Rows to bring into the cache.
+struct FetchList {
+  struct Rows {
+    const char* row = nullptr;
+    int64_t stride = 0, bytes = 0, count = 0;
+  };
+  Rows ranges[4];
+  int size = 0;
+  int64_t rows = 0;
+
+  void Add(const char* row, int64_t stride, int64_t bytes, int64_t count) {
+    ranges[size++] = {row, stride, bytes, count};
+    rows += count;
+  }
+  void FetchRow() {
+    while (size > 0 && ranges[size - 1].count == 0) --size;
+    if (size == 0) return;
+    Rows& r = ranges[size - 1];
+    for (int64_t i = 0; i < r.bytes; i += 64) __builtin_prefetch(r.row + i, 0, 2);
+    r.row += r.stride;
+    --r.count;
+  }
 };
 
 // Brings the K and V rows of a chunk into the form that the products read: fp32 in dense rows, or bf16 with values in
@@ -162,12 +189,19 @@ class Stager {
     copy_.Start(*this, chunk);
     ahead_.Start(*this, chunk);
     if (!(in_place_k_ && in_place_v_)) {
-      for (int64_t i = 0; i < kLead; ++i) Fetch();
+      for (int64_t i = 0; i < kLead; ++i) FetchAhead();
     }
+  }
+
+  // Instead of a next chunk: fetches rows into the cache, within about `visits` calls of Some().
+  void Fetch(const FetchList& list, int64_t visits) {
+    list_ = list;
+    quota_ = (list.rows + std::max<int64_t>(visits, 1) - 1) / std::max<int64_t>(visits, 1);
   }
 
   void Some() {
     for (int64_t i = 0; i < quota_ && left_ > 0; ++i) CopyRow();
+    for (int64_t i = 0; i < quota_ && list_.size > 0; ++i) list_.FetchRow();
   }
 
   Staged Finish() {
@@ -214,7 +248,7 @@ class Stager {
     bool done() const { return segments == 0; }
   };
 
-  void Fetch() {
+  void FetchAhead() {
     if (ahead_.done()) return;
     for (int64_t i = 0; i < p_.head_dim * int64_t{sizeof(T)}; i += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(ahead_.k) + i, 0, 2);
@@ -226,7 +260,7 @@ class Stager {
   }
 
   void CopyRow() {
-    Fetch();
+    FetchAhead();
     if (!in_place_k_) {
       if constexpr (kPairs) {
         k_to_[steps_ - 1] = 0;  // an odd head dim ends in half a pair
@@ -262,6 +296,7 @@ class Stager {
   bool in_place_k_ = false, in_place_v_ = false;
   int64_t first_ = 0, left_ = 0, quota_ = 0;
   Cursor copy_, ahead_;
+  FetchList list_;
   Element* k_to_ = nullptr;
   Element* v_to_ = nullptr;
   const T* waiting_ = nullptr;  // first value row of a pair

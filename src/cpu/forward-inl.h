@@ -44,14 +44,14 @@ class RowKernel {
  public:
   static size_t ScratchBytes(const Problem& p) {
     Scratch sizing(nullptr);
-    RowKernel(p, 0, 0, 0, sizing);
+    RowKernel(p, RowUnit{}, sizing);
     return sizing.used();
   }
 
-  RowKernel(const Problem& p, int64_t b, int64_t h, int64_t row, Scratch& scratch)
-      : p_(p), b_(b), h_(h), mask_(p.mask(b)), row_(row), stager_(p, b, h, scratch) {
+  RowKernel(const Problem& p, const RowUnit& unit, Scratch& scratch)
+      : p_(p), b_(unit.b), h_(unit.h), mask_(p.mask(unit.b)), row_(unit.row), stager_(p, unit.b, unit.h, scratch) {
     const PatternShape& shape = p.pattern.shape;
-    q_begin_ = row * shape.block_q;
+    q_begin_ = row_ * shape.block_q;
     q_end_ = std::min(q_begin_ + shape.block_q, p.seqlen_q);
     steps_ = (p.head_dim + P::kElementsPerStep - 1) / P::kElementsPerStep;
     padded_ = hwy::RoundUpTo(std::max<int64_t>({p.head_dim, p.head_dim_v, 1}), 16);
@@ -67,7 +67,7 @@ class RowKernel {
     factor_ = kPairs ? static_cast<float>(std::abs(p.scale) * kLog2eDouble) : 1.0f;
   }
 
-  void Run() {
+  void Run(const RowUnit* next) {
     ChunkReader reader(p_, b_, h_, row_, mask_);
     Chunk chunks[2];
     bool more = reader.Next(chunks[0]);
@@ -76,13 +76,39 @@ class RowKernel {
     for (int i = 0; more; i ^= 1) {
       const Staged staged = stager_.Finish();
       more = reader.Next(chunks[i ^ 1]);
-      if (more) stager_.Begin(chunks[i ^ 1], num_panels_ * (chunks[i].keys / kTileRows));
+      const int64_t tiles = num_panels_ * (chunks[i].keys / kTileRows);
+      if (more) {
+        stager_.Begin(chunks[i ^ 1], tiles);
+      } else {
+        stager_.Fetch(LastRows(next), tiles);
+      }
       RunChunk(chunks[i], staged);
     }
     StorePanels();
   }
 
  private:
+  // What is touched after the last chunk: the output, and the first rows of the next unit.
+  FetchList LastRows(const RowUnit* next) const {
+    constexpr int64_t size = sizeof(T);
+    FetchList list;
+    list.Add(p_.out.at(b_, q_begin_, h_, size), p_.out.seq * size, p_.head_dim_v * size, q_end_ - q_begin_);
+    if (next == nullptr) return list;
+    const PatternShape& shape = p_.pattern.shape;
+    const int64_t q = next->row * shape.block_q;
+    list.Add(p_.q.at(next->b, q, next->h, size), p_.q.seq * size, p_.head_dim * size,
+             std::min<int64_t>(shape.block_q, p_.seqlen_q - q));
+    const MaskGeometry mask = p_.mask(next->b);
+    ChunkReader reader(p_, next->b, next->h, next->row, mask);
+    const Segment first = reader.First();
+    if (first.keys == 0) return list;
+    const int64_t block = shape.block_k, kv_head = next->h / p_.group();
+    const int64_t j = first.k / block, skip = first.k % block, rows = std::min<int64_t>(first.keys, kChunk);
+    list.Add(p_.k_block(next->b, j, kv_head) + skip * p_.k.seq * size, p_.k.seq * size, p_.head_dim * size, rows);
+    list.Add(p_.v_block(next->b, j, kv_head) + skip * p_.v.seq * size, p_.v.seq * size, p_.head_dim_v * size, rows);
+    return list;
+  }
+
   // Queries into panels: transposed, with scale * log2(e) folded in (bf16 pairs keep their bits, but for a sign).
   void LoadPanels() {
     num_panels_ = 0;

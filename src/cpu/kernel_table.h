@@ -22,10 +22,16 @@ struct DecodeUnit {
   int64_t entry_begin = 0, entry_end = 0;
 };
 
+// A unit of the forward pass: query block `row` of head h.
+struct RowUnit {
+  int64_t b = 0, h = 0, row = 0;
+};
+
 struct KernelTable {
-  // Forward over one row of blocks: writes out and lse of query block `row` of head h.
+  // Forward over one row of blocks: writes its out and lse. `next`, if not null, is the unit that this thread runs
+  // after it: what that one reads first is fetched into the cache.
   size_t (*forward_scratch)(const Problem& problem);
-  void (*forward_row)(const Problem& problem, int64_t b, int64_t h, int64_t row, std::byte* scratch);
+  void (*forward_row)(const Problem& problem, const RowUnit& unit, const RowUnit* next, std::byte* scratch);
   // Decode (Sq <= 16): one unit into a partial whose rows are (head - head_begin) * Sq + query.
   size_t (*decode_scratch)(const Problem& problem);
   void (*decode)(const Problem& problem, const DecodeUnit& unit, const DecodePartial& partial, std::byte* scratch);

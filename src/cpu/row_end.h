@@ -18,15 +18,13 @@ struct RowEnd {
 // key returns its value exactly). A row without keys: -inf and 0, the sink notwithstanding.
 inline RowEnd EndOfRow(const Problem& p, int64_t h, float reference, float sum, float used) {
   if (sum == 0.0f) return {-std::numeric_limits<float>::infinity(), 0.0f};
-  double top = reference, denominator = sum, normaliser = used, shrink = 1;
-  if (p.sinks) {
-    const double sink = static_cast<double>(p.sinks[h * p.sinks_head]) * 1.4426950408889634;
-    top = sink > reference ? sink : reference;
-    shrink = std::exp2(reference - top);
-    const double weight = std::exp2(sink - top);
-    denominator = sum * shrink + weight;
-    normaliser = used * shrink + weight;
+  if (p.sinks == nullptr) {  // the usual way: one logf a row counts where a row has one block
+    return {static_cast<float>((static_cast<double>(reference) + std::log2(sum)) * 0.6931471805599453), 1.0f / used};
   }
+  const double sink = static_cast<double>(p.sinks[h * p.sinks_head]) * 1.4426950408889634;
+  const double top = sink > reference ? sink : reference;
+  const double shrink = std::exp2(reference - top), weight = std::exp2(sink - top);
+  const double denominator = sum * shrink + weight, normaliser = used * shrink + weight;
   return {static_cast<float>((top + std::log2(denominator)) * 0.6931471805599453),
           static_cast<float>(shrink / normaliser)};
 }

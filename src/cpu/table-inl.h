@@ -29,9 +29,9 @@ size_t ForwardScratch(const Problem& p) {
   return bytes;
 }
 
-void ForwardRow(const Problem& p, int64_t b, int64_t h, int64_t row, std::byte* memory) {
+void ForwardRow(const Problem& p, const RowUnit& unit, const RowUnit* next, std::byte* memory) {
   Scratch scratch(memory);
-#define TESSERA_CALL(T) RowKernel<T>(p, b, h, row, scratch).Run()
+#define TESSERA_CALL(T) RowKernel<T>(p, unit, scratch).Run(next)
   TESSERA_BY_DTYPE(p, TESSERA_CALL)
 #undef TESSERA_CALL
 }
