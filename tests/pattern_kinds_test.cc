@@ -491,6 +491,17 @@ TEST(PatternSpecErrors, MissingOptionsAreNamed) {
   expect_error(s, "inter_node_density");
 }
 
+// 6e11 blocks would be 2 TB: the error must come before the memory is asked for.
+TEST(PatternSpecErrors, TooManyBlocksAreRefusedAtOnce) {
+  using enum PatternKind;
+  for (const PatternKind kind : {dense, causal}) expect_error(spec_of(kind, 100'000'000, 128), "pattern");
+  for (const PatternKind kind : {dilated_sparse, random}) {
+    PatternSpec s = spec_of(kind, 100'000'000, 128);
+    s.density = 0.1;
+    expect_error(s, "pattern");
+  }
+}
+
 TEST(PatternSpecErrors, ForeignOptionsAreNamed) {
   using enum PatternKind;
   const auto with = [](PatternKind kind, auto&& change) {

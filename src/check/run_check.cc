@@ -21,6 +21,7 @@ class Checker {
     isas_ = options.isas;
     const std::span<const Isa> usable = usable_isas();
     if (isas_.empty()) isas_.assign(usable.begin(), usable.end());
+    if (isas_.empty()) throw Error("isas", "isas: this CPU has none of the instruction sets that Tessera was built for");
     for (const Isa isa : isas_) {
       if (std::find(usable.begin(), usable.end(), isa) == usable.end()) {
         fail("isas", name_of(isa), "an ISA that this CPU and build have");

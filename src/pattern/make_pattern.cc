@@ -24,6 +24,19 @@ void check_kept(int64_t kept, int64_t heads) {
   }
 }
 
+// Kept blocks of all rows of a head, where the kind tells without building them; 0 elsewhere.
+int64_t kept_in_advance(const PatternSpec& spec, const PatternShape& shape) {
+  const bool all = spec.kind == PatternKind::dense || spec.kind == PatternKind::causal;
+  const bool budget = spec.kind == PatternKind::dilated_sparse || spec.kind == PatternKind::random;
+  if (!all && !(budget && spec.density)) return 0;
+  const double density = all ? 1.0 : *spec.density;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < shape.rows() && kept <= kMaxKeptBlocks; ++i) {
+    kept += row_budget(density, admissible_cols(shape, spec.causal, i));
+  }
+  return kept;
+}
+
 }  // namespace
 
 int64_t admissible_cols(const PatternShape& s, bool causal, int64_t row) {
@@ -63,6 +76,7 @@ BlockPattern make_pattern(const PatternSpec& given) {
   check_shape(shape);
   check_spec(spec);
   check_kept(shape.rows(), shape.heads);  // at least one a row, before memory is asked for
+  check_kept(kept_in_advance(spec, shape), shape.heads);
 
   const std::unique_ptr<RowBuilder> builder = make_row_builder(spec, shape);
   const int64_t rows = shape.rows(), cols = shape.cols();
