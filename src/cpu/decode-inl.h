@@ -3,8 +3,8 @@
 // the head dimension here; scores of four keys times up to four rows are reduced together.
 //
 // Tiles are pulled into the cache by one load a line, in the order of memory, before they are used: this is what the
-// hardware's prefetchers follow. (32/8 heads, D = 128, 16,384 keys on two Zen 4 cores, GB/s of 30 read: loads as the
-// tiles come 17, software prefetch a tile ahead 17 to 21, pulled 23 to 26.)
+// hardware's prefetchers follow. (32/8 heads, D = 128, 16,384 keys on two Zen 4 cores, GB/s: loads as the tiles come
+// 17, software prefetch a tile ahead 17 to 21, pulled 21 to 25.)
 #if defined(TESSERA_CPU_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TESSERA_CPU_DECODE_INL_H_
 #undef TESSERA_CPU_DECODE_INL_H_
@@ -43,7 +43,8 @@ HWY_INLINE hn::Vec<Four> SumsOf4(Vec a, Vec b, Vec c, Vec e) {
   return SumOfBlocks(d, hn::Add(lower, upper));
 }
 
-// Rows that are prefetched a few lines at a time while others are computed.
+// Rows of the current tile that are prefetched again a few lines at a time: where heads lie side by side they were
+// pulled together and may have left L1.
 struct FetchRows {
   const char* row = nullptr;
   int64_t stride = 0, bytes = 0;  // of a row

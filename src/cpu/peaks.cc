@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/huge_pages.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 
@@ -48,7 +49,11 @@ double burn_gflops(double (*burn)(int64_t), int threads, Executor& executor) {
 double read_gbytes(const KernelTable& kernels, int threads, Executor& executor) {
   const size_t share = kReadBytes / threads / 1024 * 1024;
   std::vector<std::unique_ptr<std::byte[]>> data(threads);
-  executor.run(threads, [&](int i) { data[i] = std::make_unique<std::byte[]>(share); });  // zeroed: pages exist
+  executor.run(threads, [&](int i) {
+    data[i] = std::make_unique_for_overwrite<std::byte[]>(share);
+    advise_huge_pages(data[i].get(), share);  // as Tensor does
+    std::fill_n(data[i].get(), share, std::byte{1});  // pages exist only once they are written
+  });
   double best = 0;
   std::atomic<uint64_t> keep{0};
   for (int round = 0; round < kRounds; ++round) {

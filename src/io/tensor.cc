@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "core/huge_pages.h"
 #include "io/tensor_bytes.h"
 #include "tessera/error.h"
 #include "tessera/io.h"
@@ -112,6 +113,7 @@ Tensor::Tensor(DType dtype, std::vector<int64_t> shape) : dtype_(dtype), shape_(
   if (*bytes == 0) return;
   try {
     data_.reset(static_cast<std::byte*>(::operator new[](static_cast<size_t>(*bytes), kAlignment)));
+    advise_huge_pages(data_.get(), static_cast<size_t>(*bytes));
   } catch (const std::bad_alloc&) {
     fail("shape", fmt::format("[{}] of {}, {} bytes", fmt::join(shape_, ", "), name_of(dtype_), *bytes),
          "what fits into memory");
