@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -40,6 +41,9 @@ AlignedBytes allocate(size_t bytes, const char* what) {
   if (p == nullptr) {
     throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
   }
+#ifndef NDEBUG
+  std::memset(p, 0xff, bytes);  // NaN in every dtype: a kernel that reads what it has not written shows it
+#endif
   return AlignedBytes(static_cast<std::byte*>(p));
 }
 
