@@ -151,8 +151,10 @@ class RowKernel {
         for (int64_t i = 0; i < steps_; ++i) bits[i] ^= 0x80008000u;
       }
     } else {
-      RowToFloat(q, p_.head_dim, row);
-      for (int64_t i = 0; i < p_.head_dim; ++i) row[i] *= scale;
+      const Floats d;
+      int64_t i = 0;
+      for (; i + kLanes <= p_.head_dim; i += kLanes) hn::StoreU(hn::Mul(LoadFloats(q + i), hn::Set(d, scale)), d, row + i);
+      for (; i < p_.head_dim; ++i) row[i] = ToFloat(q[i]) * scale;
     }
   }
 
@@ -296,6 +298,13 @@ class RowKernel {
         }
       }
       for (int64_t r = 0; r < panel.rows; r += 4) {
+        if constexpr (std::is_same_v<T, float>) {
+          if (r + 4 <= panel.rows) {
+            float* out = reinterpret_cast<float*>(p_.out.at(b_, panel.q + r, h_, sizeof(T)));
+            FourLanesToRows(panel.out + r, width, p_.head_dim_v, out, p_.out.seq);
+            continue;
+          }
+        }
         FourLanesToRows(panel.out + r, width, p_.head_dim_v, rows_, padded_);
         for (int64_t n = 0; n < std::min<int64_t>(4, panel.rows - r); ++n) {
           T* out = reinterpret_cast<T*>(p_.out.at(b_, panel.q + r + n, h_, sizeof(T)));
