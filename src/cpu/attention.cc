@@ -218,17 +218,19 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
   const auto owner = [](const std::vector<int64_t>& begin, int64_t unit) {
     return std::upper_bound(begin.begin(), begin.end(), unit) - begin.begin() - 1;
   };
-  info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, [&](int64_t unit, bool follows, std::byte* scratch) {
+  const auto run_panel = [&](int64_t unit, bool follows, std::byte* scratch) {
     const auto i = owner(panel_begin, unit);
     const RowUnit now = panels[i].unit(unit - panel_begin[i]);
     follows = follows && unit + 1 < panel_begin[i + 1];
     const RowUnit next = follows ? panels[i].unit(unit + 1 - panel_begin[i]) : RowUnit{};
     kernels.forward_row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
-  });
-  size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, [&](int64_t unit, bool, std::byte* scratch) {
+  };
+  const auto run_decode = [&](int64_t unit, bool, std::byte* scratch) {
     const auto i = owner(decode_begin, unit);
     decodes[i].run(unit - decode_begin[i], kernels, scratch);
-  });
+  };
+  info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, run_panel);
+  size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, run_decode);
   for (const DecodeUnits& d : decodes) {
     d.join();
     decode_bytes += d.bytes();

@@ -39,7 +39,8 @@ HWY_INLINE hn::Vec<Four> SumsOf4(Vec a, Vec b, Vec c, Vec e) {
   const Vec ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));
   const Vec ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
   const auto x = hn::BitCast(dd, ab), y = hn::BitCast(dd, ce);
-  const Vec lower = hn::BitCast(d, hn::InterleaveLower(dd, x, y)), upper = hn::BitCast(d, hn::InterleaveUpper(dd, x, y));
+  const Vec lower = hn::BitCast(d, hn::InterleaveLower(dd, x, y));
+  const Vec upper = hn::BitCast(d, hn::InterleaveUpper(dd, x, y));
   return SumOfBlocks(d, hn::Add(lower, upper));
 }
 
@@ -338,7 +339,9 @@ class DecodeKernel {
     for (; c + kVecs * kLanes <= dv_; c += kVecs * kLanes) {
       AddValues<R, kVecs>(weights, kTile, keys, v + c, v_stride, c == 0 ? fetch : FetchRows{}, out + c, dv_);
     }
-    for (; c < dv_; c += kLanes) AddValues<R, 1>(weights, kTile, keys, v + c, v_stride, c == 0 ? fetch : FetchRows{}, out + c, dv_);
+    for (; c < dv_; c += kLanes) {
+      AddValues<R, 1>(weights, kTile, keys, v + c, v_stride, c == 0 ? fetch : FetchRows{}, out + c, dv_);
+    }
   }
 
   bool Admits(const Tile& tile, int64_t q, int64_t j) const {

@@ -153,7 +153,9 @@ class RowKernel {
     } else {
       const Floats d;
       int64_t i = 0;
-      for (; i + kLanes <= p_.head_dim; i += kLanes) hn::StoreU(hn::Mul(LoadFloats(q + i), hn::Set(d, scale)), d, row + i);
+      for (; i + kLanes <= p_.head_dim; i += kLanes) {
+        hn::StoreU(hn::Mul(LoadFloats(q + i), hn::Set(d, scale)), d, row + i);
+      }
       for (; i < p_.head_dim; ++i) row[i] = ToFloat(q[i]) * scale;
     }
   }
