@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/device.h"
 #include "attention/overlap.h"
 #include "attention/philox.h"
 #include "attention/reference.h"
@@ -14,15 +15,14 @@
 
 namespace tessera {
 
-namespace {
-
-// All problems have the same dtype.
-ForwardInfo run(std::span<const Problem> problems, DType dtype, Isa isa, Executor& executor) {
+ForwardInfo run_forward(std::span<const Problem> problems, DType dtype, Isa isa, Executor& executor) {
   if (dtype != DType::f64) return cpu::forward(problems, isa, executor);
   if (isa != Isa::automatic) fail("isa", name_of(isa), "auto for fp64, which the reference kernel computes");
   for (const Problem& p : problems) reference_attention(p, executor);
   return {};
 }
+
+namespace {
 
 void check_offsets(const char* name, std::span<const int64_t> offsets, int64_t sequences, const char* tensor,
                    int64_t total) {
@@ -95,11 +95,11 @@ void check_packed(const VarlenForwardArgs& args) {
 
 ForwardInfo forward(const ForwardArgs& args, Executor& executor) {
   const Problem problem = resolve(args);
-  return run({&problem, 1}, problem.dtype, args.isa, executor);
+  return run_forward({&problem, 1}, problem.dtype, args.isa, executor);
 }
 
 ForwardInfo forward_varlen(const VarlenForwardArgs& args, Executor& executor) {
-  return run(resolve_varlen(args), args.q.dtype, args.isa, executor);
+  return run_forward(resolve_varlen(args), args.q.dtype, args.isa, executor);
 }
 
 std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args) {

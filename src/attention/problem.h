@@ -51,6 +51,8 @@ struct Problem {
   int64_t sinks_head = 0;
   Dropout dropout;
   int64_t batch_base = 0;  // number of batch 0 for dropout: a packed sequence is a problem of its own
+  // Dropout stream of (b, h) where heads and batches are picked from larger tensors; stream_head 0: not so.
+  int64_t stream_first = 0, stream_batch = 0, stream_head = 0;
 
   int64_t group() const { return heads / kv_heads; }  // query heads per kv head
 
@@ -71,7 +73,10 @@ struct Problem {
   // Positions that dropout hashes: global ones where offsets are given.
   int64_t dropout_q(int64_t q) const { return q + (q_offset_given ? q_offset : 0); }
   int64_t dropout_k(int64_t k) const { return k + k_offset; }
-  uint64_t dropout_stream(int64_t b, int64_t h) const { return static_cast<uint64_t>((batch_base + b) * heads + h); }
+  uint64_t dropout_stream(int64_t b, int64_t h) const {
+    if (stream_head == 0) return static_cast<uint64_t>((batch_base + b) * heads + h);
+    return static_cast<uint64_t>(stream_first + b * stream_batch + h * stream_head);
+  }
 
   // First key of block column j, for kv head h: rows follow at k.seq / v.seq.
   const char* k_block(int64_t b, int64_t j, int64_t h) const { return kv_block(k, b, j, h); }
