@@ -13,7 +13,7 @@ import sys
 HEADER_ROOMS = {
     "error.h": "core", "dtype.h": "core", "tensor_view.h": "core", "executor.h": "core",
     "block_pattern.h": "pattern", "patterns.h": "pattern", "pattern_combine.h": "pattern",
-    "pattern_custom.h": "pattern", "pattern_statistics.h": "pattern",
+    "pattern_cache.h": "pattern", "pattern_custom.h": "pattern", "pattern_statistics.h": "pattern",
     "attention.h": "attention", "backward.h": "attention", "dilated.h": "attention",
     "io.h": "io",
     "analysis.h": "analysis", "picture.h": "analysis",
