@@ -12,6 +12,7 @@ namespace tessera {
 struct BackwardProblem {
   // out and lse of `forward` are inputs here: what the forward call gave.
   Problem forward;
+  TransposedView transposed;   // of the pattern
   Strided dout;                // [B, Sq, H, Dv], forward.dtype
   const char* dlse = nullptr;  // [B, H, Sq] in forward.lse_dtype, or nullptr
   int64_t dlse_batch = 0, dlse_head = 0, dlse_seq = 0;
