@@ -1,0 +1,84 @@
+// Dilated attention (LongNet: Ding et al. 2023, sections 2.2 and 2.3).
+//
+// For each (w, r) of segment_lengths, dilation_rates the sequence is cut into segments of w tokens; of each, head h
+// keeps rows o, o + r, o + 2r, ... with o = h mod r, and attends among them. The results of all (w, r) are joined by
+// their lse, which equals ONE softmax over the multiset of all keys that the (w, r) admit for a query. Segments longer
+// than the sequence are clipped, the last one may be ragged. A query that no (w, r) covers has output 0, lse -inf and
+// zero gradients; q, k and v rows that none reads may hold anything.
+//
+// Rows are read and written where they lie, by strides: nothing is gathered.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+
+#include "tessera/attention.h"
+#include "tessera/backward.h"
+#include "tessera/patterns.h"
+
+namespace tessera {
+
+struct Dilation {
+  std::span<const int64_t> segment_lengths;  // w: tokens, each >= 1; at least one
+  std::span<const int64_t> dilation_rates;   // r: each >= 1, one a segment length
+  // The pattern inside each dilated segment: its tokens are the rows that are left, row i being token o + i r of the
+  // segment. A template: seqlen_q and seqlen_k (both the length of a dilated segment) are filled in for every length
+  // that occurs, and causal is set where the options say so. heads: 1 or H. Not given: dense.
+  std::optional<PatternSpec> pattern;
+  // What makes a pattern of the filled-in template; not given: make_pattern. A cache goes here, or a pattern of one's
+  // own (batches 1).
+  std::function<BlockPattern(const PatternSpec&)> make;
+};
+
+// Options: scale, causal, window_left and window_right (tokens), key_lengths, softcap, alibi_slopes (distance in
+// tokens), attn_bias (of token pairs; no gradient), dropout (each (w, r) draws on its own: stream
+// (b * segments + segment) * H + h, positions inside the dilated segment). Error for the others: positions are those of
+// the sequence (q_offset, k_offset, align_to_key_lengths), a block bias has no pattern to belong to, and a sink would
+// join the denominator once per (w, r).
+struct DilatedForwardArgs {
+  TensorView q;           // [B, S, H, D]; last stride 1
+  TensorView k;           // [B, S, Hkv, D], H % Hkv == 0
+  TensorView v;           // [B, S, Hkv, Dv]
+  MutableTensorView out;  // [B, S, H, Dv], dtype of q; must not overlap an input
+  MutableTensorView lse;  // fp32 [B, H, S] (fp64 inputs: or fp64), natural log, of the joined softmax; may be undefined
+  Dilation dilation;
+  AttentionOptions options;
+  Isa isa = Isa::automatic;
+};
+
+// dtypes as in forward(). One (w, r) writes to out directly. Of several, each but the first with rate 1 has a partial
+// result of its rows until the join, in the dtype of q: about 1 / r of out and lse, counted in scratch_bytes. Partials
+// of bf16 and fp16 are rounded once more than the result: their weights in the join sum to 1, so an element is at most
+// one rounding (half an epsilon of the largest partial) further away than it would be without.
+ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor);
+
+struct DilatedBackwardArgs {
+  TensorView q;     // [B, S, H, D]; last stride 1
+  TensorView k;     // [B, S, Hkv, D]
+  TensorView v;     // [B, S, Hkv, Dv]
+  TensorView out;   // [B, S, H, Dv]: what dilated_forward() gave
+  TensorView lse;   // [B, H, S]: what dilated_forward() gave
+  TensorView dout;  // [B, S, H, Dv], dtype of q; last stride 1
+  TensorView dlse;  // gradient that reaches lse, as lse; may be undefined: 0
+  // Each may be undefined: not wanted. dtype of q, or fp32; all that are given have the same one.
+  MutableTensorView dq;  // [B, S, H, D]; last stride 1
+  MutableTensorView dk;  // [B, S, Hkv, D]
+  MutableTensorView dv;  // [B, S, Hkv, Dv]
+  bool accumulate = false;  // adds to dq, dk and dv instead of writing them; they are then fp32 (fp64 inputs: fp64)
+  Dilation dilation;        // those of the forward call
+  AttentionOptions options;
+  Isa isa = Isa::automatic;
+};
+
+// Gradients through attention and join together: the weight of a key in the joined softmax is exp(score - lse), so each
+// (w, r) is a backward() with the joined out and lse, and their gradients add up. The (w, r) run one after the other;
+// 16-bit gradients have an fp32 buffer unless there is but one (w, r), of rate 1.
+BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executor);
+
+// Number of (q, k) pairs over all (w, r), B and H: what "effective" FLOP counts are made of.
+int64_t dilated_pairs(int64_t seqlen, const Dilation& dilation, const AttentionOptions& options, int64_t batch,
+                      int64_t heads);
+
+}  // namespace tessera

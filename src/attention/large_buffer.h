@@ -1,0 +1,38 @@
+// Memory of a call that grows with its tensors: partial results, fp32 gradients.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "core/huge_pages.h"
+#include "tessera/error.h"
+
+namespace tessera {
+
+// Uninitialised bytes, aligned to a cache line.
+class LargeBuffer {
+ public:
+  LargeBuffer() = default;
+  LargeBuffer(size_t bytes, const char* what) : size_(bytes) {
+    if (bytes == 0) return;
+    data_.reset(static_cast<char*>(::operator new(bytes, kAlign, std::nothrow)));
+    if (data_ == nullptr) {
+      throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
+    }
+    advise_huge_pages(data_.get(), bytes);
+  }
+  char* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t size_ = 0;
+};
+
+}  // namespace tessera
