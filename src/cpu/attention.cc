@@ -7,16 +7,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
+#include "cpu/aligned_bytes.h"
 #include "cpu/isa.h"
 #include "cpu/row_end.h"
 #include "cpu/scratch.h"
-#include "tessera/error.h"
 
 namespace tessera::cpu {
 
@@ -30,22 +27,6 @@ constexpr int64_t kDecodeSplitKeys = 512;
 // Units that a thread takes at once: its share of what is left over kSharesLeft, at most kMostAtOnce.
 constexpr int kSharesLeft = 8;
 constexpr int kMostAtOnce = 8;
-
-struct AlignedFree {
-  void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(Scratch::kAlign)); }
-};
-using AlignedBytes = std::unique_ptr<std::byte, AlignedFree>;
-
-AlignedBytes allocate(size_t bytes, const char* what) {
-  void* p = ::operator new(std::max<size_t>(bytes, 1), std::align_val_t(Scratch::kAlign), std::nothrow);
-  if (p == nullptr) {
-    throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
-  }
-#ifndef NDEBUG
-  std::memset(p, 0xff, bytes);  // NaN in every dtype: a kernel that reads what it has not written shows it
-#endif
-  return AlignedBytes(static_cast<std::byte*>(p));
-}
 
 // Rows of one pattern head, longest first: a permutation of 0 .. rows - 1.
 std::vector<int32_t> longest_first(const BlockPatternView& pattern, int64_t first_row) {

@@ -214,8 +214,9 @@ class RowKernel {
     } else if (!ModifiedWeights<NV>(panel, segment, chunk.masked, max)) {
       return;
     }
-    AddOut<P, NV>(reinterpret_cast<const Element*>(scores_), (keys + P::kElementsPerStep - 1) / P::kElementsPerStep,
-                  staged.v, staged.v_stride, p_.head_dim_v, panel.out);
+    AddOut<P, NV>(reinterpret_cast<const Element*>(scores_), NV * kLanes,
+                  (keys + P::kElementsPerStep - 1) / P::kElementsPerStep, staged.v, staged.v_stride, p_.head_dim_v,
+                  panel.out);
   }
 
   // The long way from scores to weights: modifiers, masks, dropout. False when out is already done: V holds NaN or

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention/problem.h"
+#include "cpu/backward_state.h"
 
 namespace tessera::cpu {
 
@@ -35,6 +36,11 @@ struct KernelTable {
   // Decode (Sq <= 16): one unit into a partial whose rows are (head - head_begin) * Sq + query.
   size_t (*decode_scratch)(const Problem& problem);
   void (*decode)(const Problem& problem, const DecodeUnit& unit, const DecodePartial& partial, std::byte* scratch);
+  // Backward. First delta and lse of block row i of each (b, h); returns its share of the gradient of the head's sink.
+  double (*prepare_row)(const BackwardState& state, int64_t b, int64_t h, int64_t i);
+  size_t (*backward_scratch)(const BackwardProblem& problem);
+  void (*backward_column)(const BackwardState& state, const ColumnUnit& unit, std::byte* scratch);
+  void (*attn_bias_gradient)(const BackwardState& state, const BiasUnit& unit, std::byte* scratch);
   // Runs `iterations` rounds of independent FMAs (or bf16 dots) in registers; returns the flops done.
   double (*fma_burn)(int64_t iterations);
   double (*bf16_burn)(int64_t iterations);  // nullptr without the native dot

@@ -115,10 +115,9 @@ HWY_INLINE void MultiplyWide(hn::Vec<Uints> a, uint32_t m, hn::Vec<Uints>& high,
   high = hn::OddEven(odd, hn::BitCast(du, hn::ShiftRight<32>(hn::BitCast(dw, even))));
 }
 
-// attention/philox.h on vectors: one counter a lane, differing in the query (word 1).
-HWY_INLINE Philox4 PhiloxWords(const Philox::Counter& counter, hn::Vec<Uints> query, Philox::Key key) {
+// attention/philox.h on vectors: one counter a lane; `x` is the counters.
+HWY_INLINE Philox4 PhiloxWords(Philox4 x, Philox::Key key) {
   const Uints du;
-  Philox4 x{{hn::Set(du, counter[0]), query, hn::Set(du, counter[2]), hn::Set(du, counter[3])}};
   for (int round = 0; round < Philox::kRounds; ++round) {
     hn::Vec<Uints> high0, low0, high1, low1;
     MultiplyWide(x.word[0], Philox::kMultiplier0, high0, low0);
@@ -144,8 +143,9 @@ HWY_NOINLINE void DropWeights(const Problem& p, const PanelPlace& place, float* 
   const int64_t first = p.dropout_k(place.k), last = first + place.keys;
   for (int64_t group = first >> 2; group <= (last - 1) >> 2; ++group) {
     for (int v = 0; v < NV; ++v) {
-      const auto query = hn::Iota(du, static_cast<uint32_t>(p.dropout_q(place.q + v * kLanes)));
-      const Philox4 random = PhiloxWords(dropout_counter(p.dropout, stream, 0, group * 4), query, key);
+      const Philox::Counter first_of = dropout_counter(p.dropout, stream, p.dropout_q(place.q + v * kLanes), group * 4);
+      const Philox4 random = PhiloxWords({{hn::Set(du, first_of[0]), hn::Iota(du, first_of[1]),
+                                           hn::Set(du, first_of[2]), hn::Set(du, first_of[3])}}, key);
       for (int w = 0; w < 4; ++w) {
         const int64_t i = group * 4 + w - first;
         if (i < 0 || i >= place.keys) continue;

@@ -6,6 +6,7 @@
 #define TESSERA_CPU_TABLE_INL_H_
 #endif
 
+#include "cpu/backward-inl.h"
 #include "cpu/decode-inl.h"
 #include "cpu/forward-inl.h"
 #include "cpu/kernel_table.h"
@@ -48,6 +49,37 @@ void Decode(const Problem& p, const DecodeUnit& unit, const DecodePartial& parti
   Scratch scratch(memory);
 #define TESSERA_CALL(T) DecodeKernel<T>(p, unit, partial, scratch).Run()
   TESSERA_BY_DTYPE(p, TESSERA_CALL)
+#undef TESSERA_CALL
+}
+
+double BackwardPrepare(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
+  double sink = 0;
+#define TESSERA_CALL(T) sink = PrepareRow<T>(state, b, h, i)
+  TESSERA_BY_DTYPE(state.problem->forward, TESSERA_CALL)
+#undef TESSERA_CALL
+  return sink;
+}
+
+size_t BackwardScratch(const BackwardProblem& g) {
+  size_t bytes = 0;
+#define TESSERA_CALL(T) \
+  bytes = std::max(ColumnKernel<T>::ScratchBytes(g), g.dattn_bias ? AttnBiasKernel<T>::ScratchBytes(g) : size_t{0})
+  TESSERA_BY_DTYPE(g.forward, TESSERA_CALL)
+#undef TESSERA_CALL
+  return bytes;
+}
+
+void BackwardColumn(const BackwardState& state, const ColumnUnit& unit, std::byte* memory) {
+  Scratch scratch(memory);
+#define TESSERA_CALL(T) ColumnKernel<T>(state, unit, scratch).Run()
+  TESSERA_BY_DTYPE(state.problem->forward, TESSERA_CALL)
+#undef TESSERA_CALL
+}
+
+void AttnBiasGradient(const BackwardState& state, const BiasUnit& unit, std::byte* memory) {
+  Scratch scratch(memory);
+#define TESSERA_CALL(T) AttnBiasKernel<T>(state, unit, scratch).Run()
+  TESSERA_BY_DTYPE(state.problem->forward, TESSERA_CALL)
 #undef TESSERA_CALL
 }
 #undef TESSERA_BY_DTYPE
@@ -109,10 +141,21 @@ uint64_t Read(const std::byte* data, size_t n) {
 
 const KernelTable* Table() {
 #if TESSERA_BF16_DOT
-  static constexpr KernelTable table{ForwardScratch, ForwardRow, DecodeScratch, Decode, FmaBurn, Bf16Burn, Read};
+  constexpr auto bf16_burn = Bf16Burn;
 #else
-  static constexpr KernelTable table{ForwardScratch, ForwardRow, DecodeScratch, Decode, FmaBurn, nullptr, Read};
+  constexpr double (*bf16_burn)(int64_t) = nullptr;
 #endif
+  static constexpr KernelTable table{.forward_scratch = ForwardScratch,
+                                     .forward_row = ForwardRow,
+                                     .decode_scratch = DecodeScratch,
+                                     .decode = Decode,
+                                     .prepare_row = BackwardPrepare,
+                                     .backward_scratch = BackwardScratch,
+                                     .backward_column = BackwardColumn,
+                                     .attn_bias_gradient = AttnBiasGradient,
+                                     .fma_burn = FmaBurn,
+                                     .bf16_burn = bf16_burn,
+                                     .read = Read};
   return &table;
 }
 

@@ -14,6 +14,7 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/vecmath-inl.h"
 
@@ -53,109 +54,102 @@ struct Bf16Product {
 };
 #endif
 
-// scores [KR][W] = K tile x q panel, and column maxima joined into `max` [W].
-template <class P, int KR, int NV>
-HWY_NOINLINE void ScoreTile(const typename P::Element* HWY_RESTRICT q, int64_t steps,
-                            const typename P::Element* HWY_RESTRICT k, int64_t k_stride, float* HWY_RESTRICT scores,
-                            float* HWY_RESTRICT max) {
-  const Floats d;
-  constexpr int W = NV * kLanes;
-  Vec acc[KR][NV];
+// acc [R][NV] += sum over i of a[r * a_row + i * a_step] (broadcast) x b[i * b_step ..] (vectors).
+template <class P, int R, int NV>
+HWY_INLINE void Accumulate(const typename P::Element* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
+                           const typename P::Element* HWY_RESTRICT b, int64_t b_step, int64_t steps,
+                           Vec (&acc)[R][NV]) {
+  for (int64_t i = 0; i < steps; ++i) {
+    decltype(P::Load(b)) vectors[NV];
 #pragma GCC unroll 8
-  for (int r = 0; r < KR; ++r)
+    for (int v = 0; v < NV; ++v) vectors[v] = P::Load(b + i * b_step + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const auto x = P::Broadcast(a + r * a_row + i * a_step);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] = P::MulAdd(x, vectors[v], acc[r][v]);
+    }
+  }
+}
+
+// out [R][NV] = rows of a x panel b; with kMax, column maxima joined into `max` [NV].
+template <class P, int R, int NV, bool kMax>
+HWY_NOINLINE void RowTile(const typename P::Element* HWY_RESTRICT a, int64_t a_stride,
+                          const typename P::Element* HWY_RESTRICT b, int64_t b_stride, int64_t steps,
+                          float* HWY_RESTRICT out, int64_t out_stride, float* HWY_RESTRICT max) {
+  const Floats d;
+  Vec acc[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) acc[r][v] = hn::Zero(d);
-  for (int64_t i = 0; i < steps; ++i) {
-    decltype(P::Load(q)) a[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) a[v] = P::Load(q + i * W + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < KR; ++r) {
-      const auto b = P::Broadcast(k + r * k_stride + i);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = P::MulAdd(b, a[v], acc[r][v]);
-    }
-  }
+  Accumulate<P, R, NV>(a, a_stride, 1, b, b_stride, steps, acc);
 #pragma GCC unroll 8
   for (int v = 0; v < NV; ++v) {
-    Vec m = hn::Load(d, max + v * kLanes);
+    Vec m = kMax ? hn::Load(d, max + v * kLanes) : hn::Zero(d);
 #pragma GCC unroll 8
-    for (int r = 0; r < KR; ++r) {
-      hn::Store(acc[r][v], d, scores + r * W + v * kLanes);
-      m = hn::Max(m, acc[r][v]);
+    for (int r = 0; r < R; ++r) {
+      hn::Store(acc[r][v], d, out + r * out_stride + v * kLanes);
+      if constexpr (kMax) m = hn::Max(m, acc[r][v]);
     }
-    hn::Store(m, d, max + v * kLanes);
+    if constexpr (kMax) hn::Store(m, d, max + v * kLanes);
   }
 }
 
-// out [DR][W] += V columns x weights, over `steps` keys (or pairs of keys).
-template <class P, int DR, int NV>
-HWY_NOINLINE void OutTile(const typename P::Element* HWY_RESTRICT weights, int64_t steps,
-                          const typename P::Element* HWY_RESTRICT v, int64_t v_stride, float* HWY_RESTRICT out) {
+// out [R][W] += columns of a x b, over `steps` rows of both.
+template <class P, int R, int NV>
+HWY_NOINLINE void ColumnTile(const typename P::Element* HWY_RESTRICT a, int64_t a_stride,
+                             const typename P::Element* HWY_RESTRICT b, int64_t b_stride, int64_t steps,
+                             float* HWY_RESTRICT out) {
   const Floats d;
   constexpr int W = NV * kLanes;
-  Vec acc[DR][NV];
+  Vec acc[R][NV];
 #pragma GCC unroll 8
-  for (int r = 0; r < DR; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) acc[r][c] = hn::Load(d, out + r * W + c * kLanes);
-  for (int64_t i = 0; i < steps; ++i) {
-    decltype(P::Load(weights)) a[NV];
+    for (int v = 0; v < NV; ++v) acc[r][v] = hn::Load(d, out + r * W + v * kLanes);
+  Accumulate<P, R, NV>(a, 1, a_stride, b, b_stride, steps, acc);
 #pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) a[c] = P::Load(weights + i * W + c * kLanes);
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int r = 0; r < DR; ++r) {
-      const auto b = P::Broadcast(v + i * v_stride + r);
-#pragma GCC unroll 8
-      for (int c = 0; c < NV; ++c) acc[r][c] = P::MulAdd(b, a[c], acc[r][c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < DR; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < NV; ++c) hn::Store(acc[r][c], d, out + r * W + c * kLanes);
+    for (int v = 0; v < NV; ++v) hn::Store(acc[r][v], d, out + r * W + v * kLanes);
 }
 
-// scores [keys][W] of a chunk. `between` runs once a tile: work for other execution units than the multipliers, which
-// overlaps with the tiles around it.
+// Calls tile(integral_constant<int, R>, i) for rows i .. i + R - 1 until n are done: R = kTileRows, then what is left.
+template <class Tile>
+HWY_INLINE void ForTiles(int64_t n, Tile tile) {
+  int64_t i = 0;
+  for (; i + kTileRows <= n; i += kTileRows) tile(std::integral_constant<int, kTileRows>(), i);
+  switch (n - i) {
+    case 5: tile(std::integral_constant<int, 5>(), i); break;
+    case 4: tile(std::integral_constant<int, 4>(), i); break;
+    case 3: tile(std::integral_constant<int, 3>(), i); break;
+    case 2: tile(std::integral_constant<int, 2>(), i); break;
+    case 1: tile(std::integral_constant<int, 1>(), i); break;
+    default: break;
+  }
+}
+
+// scores [keys][W] of a chunk, and their column maxima. `between` runs once a tile: work for other execution units than
+// the multipliers, which overlaps with the tiles around it.
 template <class P, int NV, class Between>
 void Scores(const typename P::Element* q, int64_t steps, const typename P::Element* k, int64_t k_stride, int64_t keys,
             float* scores, float* max, Between& between) {
   constexpr int W = NV * kLanes;
-  int64_t i = 0;
-  for (; i + kTileRows <= keys; i += kTileRows) {
-    ScoreTile<P, kTileRows, NV>(q, steps, k + i * k_stride, k_stride, scores + i * W, max);
+  ForTiles(keys, [&](auto rows, int64_t i) {
+    RowTile<P, rows(), NV, true>(k + i * k_stride, k_stride, q, W, steps, scores + i * W, W, max);
     between.Some();
-  }
-  const auto* tail = k + i * k_stride;
-  float* s = scores + i * W;
-  switch (keys - i) {
-    case 5: ScoreTile<P, 5, NV>(q, steps, tail, k_stride, s, max); break;
-    case 4: ScoreTile<P, 4, NV>(q, steps, tail, k_stride, s, max); break;
-    case 3: ScoreTile<P, 3, NV>(q, steps, tail, k_stride, s, max); break;
-    case 2: ScoreTile<P, 2, NV>(q, steps, tail, k_stride, s, max); break;
-    case 1: ScoreTile<P, 1, NV>(q, steps, tail, k_stride, s, max); break;
-    default: break;
-  }
+  });
 }
 
+// out [dims][W] += columns of v x weights (vectors, b_stride apart), over `steps` keys (or pairs of keys).
 template <class P, int NV>
-void AddOut(const typename P::Element* weights, int64_t steps, const typename P::Element* v, int64_t v_stride,
-            int64_t dims, float* out) {
+void AddOut(const typename P::Element* weights, int64_t stride, int64_t steps, const typename P::Element* v,
+            int64_t v_stride, int64_t dims, float* out) {
   constexpr int W = NV * kLanes;
-  int64_t i = 0;
-  for (; i + kTileRows <= dims; i += kTileRows) {
-    OutTile<P, kTileRows, NV>(weights, steps, v + i, v_stride, out + i * W);
-  }
-  float* o = out + i * W;
-  switch (dims - i) {
-    case 5: OutTile<P, 5, NV>(weights, steps, v + i, v_stride, o); break;
-    case 4: OutTile<P, 4, NV>(weights, steps, v + i, v_stride, o); break;
-    case 3: OutTile<P, 3, NV>(weights, steps, v + i, v_stride, o); break;
-    case 2: OutTile<P, 2, NV>(weights, steps, v + i, v_stride, o); break;
-    case 1: OutTile<P, 1, NV>(weights, steps, v + i, v_stride, o); break;
-    default: break;
-  }
+  ForTiles(dims, [&](auto rows, int64_t i) {
+    ColumnTile<P, rows(), NV>(v + i, v_stride, weights, stride, steps, out + i * W);
+  });
 }
 
 }  // namespace tessera::cpu::TESSERA_KERNELS
