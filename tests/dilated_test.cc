@@ -110,6 +110,49 @@ TEST(Dilated, IsGatherAttendScatterJoin) {
   }
 }
 
+// The oracle agrees with gather-attend-scatter-join to fp64, and its bounds hold for every kernel. They are also worth
+// something: no looser than 1000 fp32 roundings of the largest value, 1, and 8 of the dtype; a row taken wrongly is off
+// by some tenths.
+TEST(Dilated, ReferenceAndItsBounds) {
+  InlineExecutor executor;
+  for (const DilatedCase& c : dilated_cases()) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      Setting setting(c, dtype, c.layout);
+      Numbers out(DType::f64, {c.batch, c.seqlen, c.heads, c.head_dim_v});
+      Numbers lse(DType::f64, {c.batch, c.heads, c.seqlen});
+      std::vector<float> out_bound(out.view.numel(), -1), lse_bound(lse.view.numel(), -1);
+      DilatedForwardArgs reference = setting.args;
+      reference.out = out.view;
+      reference.lse = lse.view;
+      reference_dilated_forward(reference, executor, out_bound.data(), lse_bound.data());
+      dilated_forward(setting.args, executor);
+      std::string wrong, rounded;
+      int64_t i = 0;
+      setting.out.for_each([&](int64_t b, int64_t s, int64_t h, int64_t d) {
+        const double want = setting.truth.out.row(b, s, h)[d], got = setting.out.get(b, s, h, d), bound = out_bound[i];
+        if (!(std::abs(out.get(i) - want) <= 1e-12)) wrong = fmt::format("{}: {}, not {}", i, out.get(i), want);
+        const double largest = (1000 * 0x1p-24 + 8 * epsilon_of(dtype)) / (1 - c.dropout.p);
+        if (!(std::abs(got - want) <= bound && bound <= largest)) {
+          rounded = fmt::format("{}: {} for {}, bound {}", i, got, want, bound);
+        }
+        ++i;
+      });
+      for (int64_t n = 0; n < lse.view.numel(); ++n) {
+        const int64_t b = n / c.seqlen / c.heads, h = n / c.seqlen % c.heads, s = n % c.seqlen;
+        const double want = *setting.truth.lse.row(b, s, h), got = setting.lse.get(n);
+        if (!(lse.get(n) == want || std::abs(lse.get(n) - want) <= 1e-12)) {
+          wrong = fmt::format("lse {}: {}, not {}", n, lse.get(n), want);
+        }
+        if (!(got == want || (std::abs(got - want) <= lse_bound[n] && lse_bound[n] <= 1000 * 0x1p-24))) {
+          rounded = fmt::format("lse {}: {} for {}, bound {}", n, got, want, lse_bound[n]);
+        }
+      }
+      EXPECT_EQ(wrong, "") << c.name << " " << name_of(dtype);
+      EXPECT_EQ(rounded, "") << c.name << " " << name_of(dtype);
+    }
+  }
+}
+
 TEST(Dilated, EveryCaseInTheOtherLayout) {
   InlineExecutor executor;
   for (const DilatedCase& c : dilated_cases()) {

@@ -54,6 +54,12 @@ struct DilatedForwardArgs {
 // one rounding (half an epsilon of the largest partial) further away than it would be without.
 ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor);
 
+// The same attention in fp64 throughout, by the plainest code there is; `out` and `lse` of args may be fp64 whatever
+// the inputs are. out_bound [B, S, H, Dv] and lse_bound [B, H, S] (contiguous), if not null, receive a bound on the
+// error that dilated_forward() may have there: rounding alone. Memory: out in fp64 and its bound for each (w, r).
+void reference_dilated_forward(const DilatedForwardArgs& args, Executor& executor, float* out_bound = nullptr,
+                               float* lse_bound = nullptr);
+
 struct DilatedBackwardArgs {
   TensorView q;     // [B, S, H, D]; last stride 1
   TensorView k;     // [B, S, Hkv, D]

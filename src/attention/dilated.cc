@@ -130,9 +130,9 @@ void clear_uncovered(const Problem& whole, const DilatedGroup& group, Executor& 
   });
 }
 
-// The call as one problem over the sequence.
-Problem resolve_dilated(const DilatedForwardArgs& args, BlockPattern& pattern) {
-  pattern = check_dilated(args.q, args.k, args.dilation, args.options);
+}  // namespace
+
+Problem resolve_dilated(const DilatedForwardArgs& args, const BlockPattern& pattern, Purpose purpose) {
   ForwardArgs all;
   all.q = args.q;
   all.k = args.k;
@@ -141,14 +141,12 @@ Problem resolve_dilated(const DilatedForwardArgs& args, BlockPattern& pattern) {
   all.out = args.out;
   all.lse = args.lse;
   all.options = args.options;
-  return resolve(all);
+  return resolve(all, purpose);
 }
 
-}  // namespace
-
 ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) {
-  BlockPattern pattern;
-  const Problem whole = resolve_dilated(args, pattern);
+  const BlockPattern pattern = check_dilated(args.q, args.k, args.dilation, args.options);
+  const Problem whole = resolve_dilated(args, pattern, Purpose::forward);
   const DilatedPlan plan(whole, args.dilation, args.options, evenly_spaced(whole));
   const std::vector<DilatedGroup>& groups = plan.groups();
   const size_t size = size_of(whole.dtype);
@@ -174,12 +172,7 @@ ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) 
     if (groups.size() == 1) continue;
     Partial& partial = partials[part.group];
     if (!partial.in_place) p.out = plan.compact(part, partial.out.data(), whole.head_dim_v, size);
-    const Strided lse = plan.compact(part, partial.lse.data(), 1, size_of(lse_dtype));
-    p.lse = lse.data;
-    p.lse_dtype = lse_dtype;
-    p.lse_batch = lse.batch;
-    p.lse_seq = lse.seq;
-    p.lse_head = lse.head;
+    set_lse(p, plan.compact(part, partial.lse.data(), 1, size_of(lse_dtype)), lse_dtype);
   }
   ForwardInfo info = run_forward(problems, whole.dtype, args.isa, executor);
   if (groups.size() == 1) {

@@ -92,6 +92,14 @@ bool evenly_spaced(const Problem& p) {
          evenly_spaced(bias[0], bias[2] + bias[3], n) && p.alibi_batch == 0;
 }
 
+void set_lse(Problem& p, const Strided& lse, DType dtype) {
+  p.lse = lse.data;
+  p.lse_dtype = dtype;
+  p.lse_batch = lse.batch;
+  p.lse_seq = lse.seq;
+  p.lse_head = lse.head;
+}
+
 Dropout dropout_of(const Dropout& dropout, int64_t group) {
   Dropout d = dropout;
   if (group > 0) d.seed ^= mix(static_cast<uint64_t>(group));
@@ -261,12 +269,8 @@ Problem DilatedPlan::problem(const DilatedPart& part) const {
   p.k = rows(part, whole_.k, size_of(p.dtype), true);
   p.v = rows(part, whole_.v, size_of(p.dtype), true);
   p.out = rows(part, whole_.out, size_of(p.out_dtype));
-  const Strided lse =
-      rows(part, {whole_.lse, whole_.lse_batch, whole_.lse_seq, whole_.lse_head}, size_of(p.lse_dtype));
-  p.lse = lse.data;
-  p.lse_batch = lse.batch;
-  p.lse_seq = lse.seq;
-  p.lse_head = lse.head;
+  const Strided lse{whole_.lse, whole_.lse_batch, whole_.lse_seq, whole_.lse_head};
+  set_lse(p, rows(part, lse, size_of(p.lse_dtype)), p.lse_dtype);
   p.pattern = part.pattern.view();
   // Distances between rows are rate tokens.
   if (p.window_left < MaskGeometry::kUnlimited) p.window_left /= g.rate;

@@ -95,6 +95,11 @@ BlockPattern check_dilated(const TensorView& q, const TensorView& k, const Dilat
 inline bool evenly_spaced(int64_t batch, int64_t seq, int64_t seqlen) { return batch == seq * seqlen; }
 bool evenly_spaced(const Problem& whole);  // q, k, v, out, lse and biases
 
+// The forward call as one problem over the sequence, with that pattern.
+Problem resolve_dilated(const DilatedForwardArgs& args, const BlockPattern& pattern, Purpose purpose);
+
+void set_lse(Problem& p, const Strided& lse, DType dtype);
+
 // Dropout of one (w, r): a seed of its own; that of the first is the caller's, so that one (w, r) of rate 1 over the
 // whole sequence is the ordinary call.
 Dropout dropout_of(const Dropout& dropout, int64_t group);
