@@ -1,4 +1,5 @@
 // tessera attend: block-sparse attention of tensors in files.
+#include <algorithm>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -24,6 +25,8 @@ constexpr Column kFields[] = {
     {"dtype", "dtype", 0, Style::text},
     {"layout", "layout", 0, Style::text},
     {"pattern", "pattern", 0, Style::text},
+    {"segment_lengths", "segment lengths", 0, Style::text},
+    {"dilation_rates", "dilation rates", 0, Style::text},
     {"block_q", "block of queries", 0, Style::integer},
     {"block_k", "block of keys", 0, Style::integer},
     {"causal", "causal", 0, Style::text},
@@ -56,13 +59,42 @@ struct AttendFlags {
 bool ends_with_npy(const std::string& path) { return path.size() > 4 && path.ends_with(".npy"); }
 
 // out in the layout of the input; lse [B, H, Sq].
-void write_result(const std::string& path, const ForwardCall& call) {
+void write_result(const std::string& path, const Tensor& out, const Tensor& lse) {
   if (!ends_with_npy(path)) {
-    write_safetensors(path, {{"out", call.out.view()}, {"lse", call.lse.view()}});
+    write_safetensors(path, {{"out", out.view()}, {"lse", lse.view()}});
     return;
   }
-  write_npy(path, call.out);
-  write_npy(path.substr(0, path.size() - 4) + ".lse.npy", call.lse);
+  write_npy(path, out);
+  write_npy(path.substr(0, path.size() - 4) + ".lse.npy", lse);
+}
+
+// Runs, times, checks and writes a call of either kind, and adds to the record what came of it.
+template <class Call>
+void run(Context& context, const AttendFlags& flags, const Qkv& x, int64_t pairs, Call& call, ThreadPool& pool,
+         Record& record) {
+  context.progress.show("attention");
+  ForwardInfo info;
+  const double seconds = time_once([&] { info = call(pool); });
+  record["isa"] = x.q.dtype() == DType::f64 ? "fp64 reference" : std::string(name_of(info.isa));
+  record["threads"] = pool.num_threads();
+  record["seconds"] = seconds;
+  record["gflops"] = seconds > 0 ? forward_flops(pairs, x.head_dim(), x.head_dim_v()) / seconds / 1e9 : 0;
+  record["scratch_bytes"] = info.scratch_bytes;
+  if (flags.check) {
+    context.progress.show("checking against fp64");
+    const ReferenceError error = compare_to_reference(call, pool);
+    record["max_error"] = error.out_error;
+    record["max_lse_error"] = error.lse_error;
+    record["error_ratio"] = error.out_ratio;
+    record["lse_error_ratio"] = error.lse_ratio;
+    record["check"] = error.passed ? "passed" : "FAILED";
+    if (!error.passed) context.exit_status = 1;
+  }
+  if (!flags.output.empty()) {
+    context.progress.show("writing");
+    write_result(flags.output, call.out, call.lse);
+    record["output"] = flags.output;
+  }
 }
 
 void attend(Context& context, const AttendFlags& flags) {
@@ -86,10 +118,6 @@ void attend(Context& context, const AttendFlags& flags) {
     throw UsageError("--output: .npy has no bf16; write a .safetensors file, or choose another --dtype");
   }
   const bool causal = from_file ? flags.pattern.causal() : choice.spec.causal;
-  context.progress.show("pattern");
-  BlockPattern pattern = from_file
-                             ? read_pattern(flags.pattern.file())
-                             : build_pattern(choice.spec, x.seqlen_q(), x.seqlen_k(), x.heads());
   AttentionOptions options;
   options.causal = causal;
   options.scale = flags.scale;
@@ -97,42 +125,41 @@ void attend(Context& context, const AttendFlags& flags) {
   std::optional<int64_t> token_window = choice.token_window;
   if (from_file) token_window = flags.pattern.token_window() ? flags.pattern.token_window() : flags.pattern.window();
   set_token_window(options, causal, token_window);
-
-  ForwardCall call(x, pattern, options, isa);
-  context.progress.show("attention");
-  ForwardInfo info;
-  const double seconds = time_once([&] { info = call(pool); });
-
-  const PatternStatistics stats = statistics(pattern, causal);
-  const int64_t pairs = admitted_pairs(pattern, options, x.batch(), x.heads());
-  const double gflops = seconds > 0 ? forward_flops(pairs, x.head_dim(), x.head_dim_v()) / seconds / 1e9 : 0;
   Record record = {{"batch", x.batch()}, {"heads", x.heads()}, {"kv_heads", x.kv_heads()},
                    {"seqlen_q", x.seqlen_q()}, {"seqlen_k", x.seqlen_k()}, {"head_dim", x.head_dim()},
                    {"head_dim_v", x.head_dim_v()}, {"dtype", name_of(x.q.dtype())}, {"layout", flags.input.layout},
                    {"pattern", from_file ? flags.pattern.file() : std::string(name_of(choice.spec.kind))},
-                   {"block_q", pattern.shape().block_q}, {"block_k", pattern.shape().block_k}, {"causal", causal}};
+                   {"causal", causal}};
   if (token_window) record["token_window"] = *token_window;
-  record["density"] = stats.density;
-  record["kept_blocks"] = pattern.num_blocks();
-  record["isa"] = x.q.dtype() == DType::f64 ? "fp64 reference" : std::string(name_of(info.isa));
-  record["threads"] = pool.num_threads();
-  record["seconds"] = seconds;
-  record["gflops"] = gflops;
-  record["scratch_bytes"] = info.scratch_bytes;
-  if (flags.check) {
-    context.progress.show("checking against fp64");
-    const ReferenceError error = compare_to_reference(call, pool);
-    record["max_error"] = error.out_error;
-    record["max_lse_error"] = error.lse_error;
-    record["error_ratio"] = error.out_ratio;
-    record["lse_error_ratio"] = error.lse_ratio;
-    record["check"] = error.passed ? "passed" : "FAILED";
-    if (!error.passed) context.exit_status = 1;
-  }
-  if (!flags.output.empty()) {
-    context.progress.show("writing");
-    write_result(flags.output, call);
-    record["output"] = flags.output;
+
+  context.progress.show("pattern");
+  if (choice.dilated()) {
+    const Dilation dilation = choice.dilation();
+    const auto count = [&](const Dilation& d, const AttentionOptions& o) {
+      return as_usage([&] { return dilated_pairs(x.seqlen_q(), d, o, x.batch(), x.heads()); });
+    };
+    record["segment_lengths"] = comma_list(choice.segment_lengths);
+    record["dilation_rates"] = comma_list(choice.dilation_rates);
+    record["block_q"] = choice.spec.block_q;
+    record["block_k"] = choice.spec.block_k;
+    const int64_t whole[] = {std::max<int64_t>(1, x.seqlen_q())}, one[] = {1};
+    AttentionOptions all;
+    all.causal = causal;
+    const int64_t pairs = count(dilation, options), most = count({whole, one, {}, {}}, all);
+    record["density"] = most > 0 ? static_cast<double>(pairs) / static_cast<double>(most) : 0;
+    DilatedCall call(x, dilation, options, isa);
+    run(context, flags, x, pairs, call, pool, record);
+  } else {
+    BlockPattern pattern = from_file
+                               ? read_pattern(flags.pattern.file())
+                               : build_pattern(choice.spec, x.seqlen_q(), x.seqlen_k(), x.heads());
+    record["block_q"] = pattern.shape().block_q;
+    record["block_k"] = pattern.shape().block_k;
+    record["density"] = statistics(pattern, causal).density;
+    record["kept_blocks"] = pattern.num_blocks();
+    const int64_t pairs = admitted_pairs(pattern, options, x.batch(), x.heads());
+    ForwardCall call(x, pattern, options, isa);
+    run(context, flags, x, pairs, call, pool, record);
   }
   context.progress.clear();
   write_single(context.output, context.format, record, kFields);
@@ -147,10 +174,11 @@ void add_attend(CLI::App& app, Context& context) {
       "  tessera attend --input qkv.safetensors --pattern dilated_sparse --density 0.1 --block 64 --causal \\\n"
       "      --check --output out.safetensors\n"
       "  tessera attend --q q.npy --k k.npy --v v.npy --layout bshd --pattern local_window --window 512\n"
-      "  tessera attend --input qkv.safetensors --pattern-file p.json --dtype bf16");
+      "  tessera attend --input qkv.safetensors --pattern-file p.json --dtype bf16\n"
+      "  tessera attend --input qkv.safetensors --segment-lengths 1024,2048 --dilation-rates 1,2 --causal");
   auto flags = std::make_shared<AttendFlags>();
   flags->input.add_to(*command);
-  flags->pattern.add_to(*command, {.file = true, .attention = true, .fallback = ""});
+  flags->pattern.add_to(*command, {.file = true, .attention = true, .dilation = true, .fallback = ""});
   command->add_option("--scale", flags->scale, "Softmax scale. Default 1 / sqrt(head dim)")->type_name("X");
   command->add_option("--softcap", flags->softcap, "Scores become X tanh(score / X). Default: off")->type_name("X");
   command->add_option("--dtype", flags->dtype,

@@ -8,7 +8,6 @@
 
 #include <sys/resource.h>
 
-#include "attention/reference.h"
 
 namespace tessera::cli {
 namespace {
@@ -102,30 +101,48 @@ std::string cpu_model() {
   return "unknown";
 }
 
-ForwardCall::ForwardCall(const Qkv& x, BlockPattern pattern, AttentionOptions options, Isa isa) {
+namespace {
+
+// Everything but what the attention attends to.
+template <class Call>
+void prepare(Call& call, const Qkv& x, const AttentionOptions& options, Isa isa) {
   std::vector<int64_t> out_shape = x.q.shape();
   out_shape[3] = x.v.shape()[3];
-  out = Tensor(x.q.dtype(), std::move(out_shape));
-  lse = Tensor(DType::f32, {x.batch(), x.heads(), x.seqlen_q()});
-  args.q = x.q_view();
-  args.k = x.k_view();
-  args.v = x.v_view();
-  args.pattern = std::move(pattern);
-  args.out = x.as_bshd(out);
-  args.lse = lse.view();
-  args.options = options;
-  args.isa = isa;
+  call.out = Tensor(x.q.dtype(), std::move(out_shape));
+  call.lse = Tensor(DType::f32, {x.batch(), x.heads(), x.seqlen_q()});
+  call.args.q = x.q_view();
+  call.args.k = x.k_view();
+  call.args.v = x.v_view();
+  call.args.out = x.as_bshd(call.out);
+  call.args.lse = call.lse.view();
+  call.args.options = options;
+  call.args.isa = isa;
 }
 
-ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor) {
-  const ForwardArgs& a = call.args;
+}  // namespace
+
+ForwardCall::ForwardCall(const Qkv& x, BlockPattern pattern, AttentionOptions options, Isa isa) {
+  prepare(*this, x, options, isa);
+  args.pattern = std::move(pattern);
+}
+
+DilatedCall::DilatedCall(const Qkv& x, Dilation dilation, AttentionOptions options, Isa isa) {
+  prepare(*this, x, options, isa);
+  args.dilation = std::move(dilation);
+}
+
+namespace {
+
+// Compares out and lse of a call with what `reference` makes of the same call in fp64.
+template <class Args, class Reference>
+ReferenceError compare_outputs(const Args& a, Reference reference) {
   const int64_t batch = a.q.sizes[0], seqlen = a.q.sizes[1], heads = a.q.sizes[2], dim = a.v.sizes[3];
   Tensor out(DType::f64, {batch, seqlen, heads, dim}), lse(DType::f64, {batch, heads, seqlen});
   std::vector<float> out_bound(out.numel()), lse_bound(lse.numel());
-  ForwardArgs reference = a;
-  reference.out = out.view();
-  reference.lse = lse.view();
-  reference_attention(resolve(reference, Purpose::reference), executor, out_bound.data(), lse_bound.data());
+  Args wide = a;
+  wide.out = out.view();
+  wide.lse = lse.view();
+  reference(wide, out_bound.data(), lse_bound.data());
 
   ReferenceError result;
   const auto compare = [&](double got, double want, double bound, double& error, double& ratio) {
@@ -153,6 +170,20 @@ ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor)
     compare(load_as_double(a.lse.data, a.lse.dtype, i), want[i], lse_bound[i], result.lse_error, result.lse_ratio);
   }
   return result;
+}
+
+}  // namespace
+
+ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor) {
+  return compare_outputs(call.args, [&](const ForwardArgs& args, float* out_bound, float* lse_bound) {
+    reference_forward(args, executor, out_bound, lse_bound);
+  });
+}
+
+ReferenceError compare_to_reference(const DilatedCall& call, Executor& executor) {
+  return compare_outputs(call.args, [&](const DilatedForwardArgs& wide, float* out_bound, float* lse_bound) {
+    reference_dilated_forward(wide, executor, out_bound, lse_bound);
+  });
 }
 
 }  // namespace tessera::cli

@@ -10,6 +10,7 @@
 #include "cpu/attention.h"
 #include "tensors.h"
 #include "tessera/attention.h"
+#include "tessera/dilated.h"
 
 namespace tessera::cli {
 
@@ -50,6 +51,16 @@ struct ForwardCall {
   ForwardInfo operator()(Executor& executor) { return forward(args, executor); }
 };
 
+// The same for dilated attention; `dilation` borrows its lists.
+struct DilatedCall {
+  DilatedForwardArgs args;
+  Tensor out, lse;
+
+  DilatedCall(const Qkv& qkv, Dilation dilation, AttentionOptions options, Isa isa);
+  DilatedCall(const DilatedCall&) = delete;
+  ForwardInfo operator()(Executor& executor) { return dilated_forward(args, executor); }
+};
+
 // Error of a result against the fp64 reference on the same pattern and the same inputs.
 struct ReferenceError {
   double out_error = 0;  // largest |out - reference|
@@ -59,5 +70,6 @@ struct ReferenceError {
   bool passed = true;    // nothing beyond its bound; NaN and infinities where the reference has them
 };
 ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor);
+ReferenceError compare_to_reference(const DilatedCall& call, Executor& executor);
 
 }  // namespace tessera::cli

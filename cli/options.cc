@@ -106,11 +106,16 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
         ->check(integer(0))->type_name("N")->group(group);
   }
   app.add_option("--window", window_, window)->check(integer(1))->type_name("N")->group(group);
-  add_list(app, "--dilation-rates", dilation_rates_,
-           "dilated_sparse: distances in blocks (default 1,2,4,8,16); dilated_segments: one a segment length")
-      ->check(integer(1))->type_name("R,..")->group(group);
-  add_list(app, "--segment-lengths", segment_lengths_, "dilated_segments: tokens of a segment, one a rate")
-      ->check(integer(1))->type_name("N,..")->group(group);
+  std::string rates =
+      "dilated_sparse: distances in blocks (default 1,2,4,8,16); dilated_segments: one a segment length";
+  std::string segments = "dilated_segments: tokens of a segment, one a rate";
+  if (flags.dilation) {
+    rates += ". With --segment-lengths: those of dilated attention";
+    segments += ". Any other pattern: dilated attention (LongNet) over segments of these lengths, one a dilation rate, "
+                "with the pattern inside each dilated segment (default dense)";
+  }
+  add_list(app, "--dilation-rates", dilation_rates_, rates)->check(integer(1))->type_name("R,..")->group(group);
+  add_list(app, "--segment-lengths", segment_lengths_, segments)->check(integer(1))->type_name("N,..")->group(group);
   app.add_option("--global-tokens", global_tokens_, "Tokens that see and are seen by all (" +
                  names_where(&Takes::global) + ")")
       ->check(integer(0))->type_name("N")->group(group);
@@ -137,6 +142,10 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   }
 }
 
+bool PatternOptions::dilated(PatternKind kind) const {
+  return flags_.dilation && !segment_lengths_.empty() && kind != PatternKind::dilated_segments;
+}
+
 PatternChoice PatternOptions::choice(PatternKind kind, std::optional<double> density, int block) const {
   const Takes t = takes(kind);
   PatternChoice c;
@@ -148,7 +157,12 @@ PatternChoice PatternOptions::choice(PatternKind kind, std::optional<double> den
   s.causal = causal_ || kind == PatternKind::causal;
   s.density = density;
   if (t.window) s.window = window_;
-  if (t.rates) s.dilation_rates = dilation_rates_;
+  if (dilated(kind)) {
+    c.segment_lengths = segment_lengths_;
+    c.dilation_rates = dilation_rates_;
+  } else if (t.rates) {
+    s.dilation_rates = dilation_rates_;
+  }
   if (t.segments) s.segment_lengths = segment_lengths_;
   if (t.global) s.global_tokens = global_tokens_;
   if (t.stride) s.stride = stride_;
@@ -170,13 +184,16 @@ std::vector<PatternChoice> PatternOptions::choices() const {
     if (!patterns_.empty() && patterns_ != std::vector<std::string>{flags_.fallback}) {
       throw UsageError("--pattern and --pattern-file exclude each other");
     }
+    if (!segment_lengths_.empty()) throw UsageError("--segment-lengths and --pattern-file exclude each other");
     return {};
   }
-  if (patterns_.empty()) {
+  std::vector<std::string> patterns = patterns_;
+  if (patterns.empty() && dilated(PatternKind::dense)) patterns = {std::string(name_of(PatternKind::dense))};
+  if (patterns.empty()) {
     throw UsageError(fmt::format("--pattern is required{}", flags_.file ? " (or --pattern-file)" : ""));
   }
   std::vector<PatternKind> kinds;
-  for (const std::string& name : patterns_) kinds.push_back(as_usage([&] { return pattern_kind(name); }));
+  for (const std::string& name : patterns) kinds.push_back(as_usage([&] { return pattern_kind(name); }));
 
   // A flag that no pattern of the sweep takes is a mistake, not something to skip over.
   const auto require = [&](bool given, bool Takes::*option, const char* flag) {
@@ -184,13 +201,18 @@ std::vector<PatternChoice> PatternOptions::choices() const {
     for (PatternKind kind : kinds) {
       if (takes(kind).*option) return;
     }
-    throw UsageError(fmt::format("{}: {} does not take it; the patterns that do: {}", flag, fmt::join(patterns_, ", "),
+    throw UsageError(fmt::format("{}: {} does not take it; the patterns that do: {}", flag, fmt::join(patterns, ", "),
                                  names_where(option)));
   };
   require(!densities_.empty(), &Takes::density, "--density");
   require(window_ && !flags_.attention, &Takes::window, "--window");
-  require(!dilation_rates_.empty(), &Takes::rates, "--dilation-rates");
-  require(!segment_lengths_.empty(), &Takes::segments, "--segment-lengths");
+  if (!std::ranges::any_of(kinds, [&](PatternKind kind) { return dilated(kind); })) {
+    require(!dilation_rates_.empty(), &Takes::rates, "--dilation-rates");
+    require(!segment_lengths_.empty(), &Takes::segments, "--segment-lengths");
+  } else if (segment_lengths_.size() != dilation_rates_.size()) {
+    throw UsageError(fmt::format("--dilation-rates: got {}; allowed: one for each of the {} --segment-lengths",
+                                 dilation_rates_.size(), segment_lengths_.size()));
+  }
   require(global_tokens_.has_value(), &Takes::global, "--global-tokens");
   require(stride_.has_value(), &Takes::stride, "--stride");
   require(seed_.has_value(), &Takes::seed, "--seed");
@@ -235,6 +257,8 @@ std::string pattern_label(const PatternSpec& spec) {
   if (spec.density) label += fmt::format(" {}", *spec.density);
   return label;
 }
+
+std::string comma_list(const std::vector<int64_t>& values) { return fmt::format("{}", fmt::join(values, ",")); }
 
 void set_token_window(AttentionOptions& options, bool causal, std::optional<int64_t> tokens) {
   if (!tokens) return;

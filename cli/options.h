@@ -11,6 +11,7 @@
 
 #include "command.h"
 #include "tessera/attention.h"
+#include "tessera/dilated.h"
 #include "tessera/error.h"
 #include "tessera/patterns.h"
 
@@ -28,6 +29,7 @@ std::function<std::string(const std::string&)> integer(int64_t min, int64_t max 
 struct PatternFlags {
   bool file = false;          // --pattern-file is taken
   bool attention = false;     // the pattern is used by attention: --causal, --window reach token level
+  bool dilation = false;      // --segment-lengths may ask for LongNet's dilated attention
   std::string fallback;       // --pattern when not given; empty: it must be given
 };
 
@@ -36,6 +38,13 @@ struct PatternChoice {
   PatternSpec spec;  // seqlen_q, seqlen_k still 0, heads 1 unless asked for
   // What attention makes of --window where the pattern has no window of its own, and of --token-window.
   std::optional<int64_t> token_window;
+  // Dilated attention, with the pattern inside each dilated segment; empty: ordinary attention. Not with
+  // dilated_segments, which takes the same flags for its blocks.
+  std::vector<int64_t> segment_lengths, dilation_rates;
+
+  bool dilated() const { return !segment_lengths.empty(); }
+  // Borrows the lists of this choice.
+  Dilation dilation() const { return {segment_lengths, dilation_rates, spec, {}}; }
 };
 
 // Flags -> PatternSpec.
@@ -58,6 +67,7 @@ class PatternOptions {
 
  private:
   PatternChoice choice(PatternKind kind, std::optional<double> density, int block) const;
+  bool dilated(PatternKind kind) const;
 
   PatternFlags flags_;
   std::vector<std::string> patterns_;
@@ -77,6 +87,7 @@ class PatternOptions {
 // otherwise. What the library refuses here came from the command line: UsageError.
 BlockPattern build_pattern(PatternSpec spec, int64_t seqlen_q, int64_t seqlen_k, int64_t heads);
 std::string pattern_label(const PatternSpec& spec);  // "dilated_sparse 0.1"
+std::string comma_list(const std::vector<int64_t>& values);  // "1,2,4"
 
 // Token-exact window of `tokens`: causal admits q - k in [0, tokens], otherwise |q - k| <= tokens / 2.
 void set_token_window(AttentionOptions& options, bool causal, std::optional<int64_t> tokens);

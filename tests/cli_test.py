@@ -99,18 +99,22 @@ class Sample:
         start = ((head * s + i) if self.layout == "bhsd" else (i * h + head)) * shape[3]
         return values[start:start + shape[3]]
 
-    def attention(self, pattern, causal=False, left=10**9, right=10**9, scale=None):
-        """out in the layout of the sample, lse [H, Sq]; pattern as its JSON."""
+    def attention(self, pattern, causal=False, left=10**9, right=10**9, scale=None, dilation=None):
+        """out in the layout of the sample, lse [H, Sq]; pattern as its JSON, or dilation as [(w, r), ...]."""
         scale = 1 / math.sqrt(self.dim) if scale is None else scale
         shift = self.seqlen_k - self.seqlen_q
         out, lse = {}, []
         for h in range(self.heads):
-            entry = pattern["heads"][h if len(pattern["heads"]) > 1 else 0]
             for i in range(self.seqlen_q):
-                r = i // pattern["block_q"]
-                columns = set(entry["indices"][entry["indptr"][r]:entry["indptr"][r + 1]])
-                keys = [j for j in range(self.seqlen_k) if j // pattern["block_k"] in columns and
-                        -right <= i + shift - j <= left and (not causal or j <= i + shift)]
+                if dilation:  # LongNet: one softmax over the keys of all (w, r)
+                    keys = [j for w, r in dilation for j in range(self.seqlen_k)
+                            if i // w == j // w and i % w % r == j % w % r == h % r]
+                else:
+                    entry = pattern["heads"][h if len(pattern["heads"]) > 1 else 0]
+                    r = i // pattern["block_q"]
+                    columns = set(entry["indices"][entry["indptr"][r]:entry["indptr"][r + 1]])
+                    keys = [j for j in range(self.seqlen_k) if j // pattern["block_k"] in columns]
+                keys = [j for j in keys if -right <= i + shift - j <= left and (not causal or j <= i + shift)]
                 kv = h * self.kv_heads // self.heads
                 q = self.row("q", h, i)
                 scores = [scale * sum(a * b for a, b in zip(q, self.row("k", kv, j))) for j in keys]
@@ -201,6 +205,11 @@ class CliTest(unittest.TestCase):
                 ["attend", "--input", sample, "--pattern", "dense", "--softcap", "-1"],
                 ["attend", "--input", sample, "--pattern", "dense", "--layout", "sbhd"],
                 ["attend", "--input", sample, "--pattern", "dense", "--segment-lengths", "32"],
+                ["attend", "--input", sample, "--segment-lengths", "32,64", "--dilation-rates", "1"],
+                ["attend", "--input", sample, "--pattern", "dense", "--dilation-rates", "1"],
+                ["attend", "--input", sample, "--segment-lengths", "32", "--dilation-rates", "0"],
+                ["attend", "--input", sample, "--pattern-file", "p.json", "--segment-lengths", "32",
+                 "--dilation-rates", "1"],
                 ["attend", "--input", sample, "--pattern", "dense", "--dtype", "bf16", "--output", "o.npy"],
                 ["analyze"], ["analyze", "--input", sample, "--target-coverage", "2"],
                 ["bench", "--seq", "9223372036854775808"], ["bench", "--seq", "64x"], ["bench", "--seq", "1e3"],
@@ -211,7 +220,7 @@ class CliTest(unittest.TestCase):
                 self.refused(2, *args)
         self.refused(2, "bench", "--pass", "bwd", says="not in this version: forward and decode only")
         self.refused(2, "attend", "--input", sample, "--pattern", "random", "--segment-lengths", "32",
-                     says="dilated_segments")
+                     says="--dilation-rates")
 
     # ---- formats ----
 
@@ -301,6 +310,36 @@ class CliTest(unittest.TestCase):
                             "7", *flags[2:], "--output", output)
                     self.assertNear(read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0],
                                     2e-6)
+
+    def test_attend_dilated(self):
+        """Clipped and ragged segments, rates that leave tokens to no one; dense and with a window inside."""
+        path, output = self.dir / "x.safetensors", self.dir / "out.safetensors"
+        for layout in ("bhsd", "bshd"):
+            sample = Sample(heads=4, kv_heads=2, layout=layout)
+            write_safetensors(path, sample.tensors)
+            for dilation in ([(16, 1), (64, 3)], [(12, 5)]):
+                lists = ["--segment-lengths", ",".join(str(w) for w, _ in dilation),
+                         "--dilation-rates", ",".join(str(r) for _, r in dilation)]
+                for pattern, left in ([], 10**9), (["--pattern", "dense", "--window", "9"], 9):
+                    with self.subTest(layout=layout, dilation=dilation, pattern=pattern):
+                        record = json.loads(self.ok(
+                            "attend", "--input", path, "--layout", layout, *pattern, *lists, "--causal", "--block",
+                            "16", "--check", "--output", output, "--format", "json"))
+                        want_out, want_lse = sample.attention(None, True, left, dilation=dilation)
+                        got = read_safetensors(output)
+                        self.assertNear(got["out"][2], want_out, 2e-6)
+                        self.assertNear(got["lse"][2], want_lse, 2e-6)
+                        self.assertEqual(record["check"], "passed")
+                        self.assertEqual(record["dilation_rates"], lists[3])
+            # A block pattern that takes the same flags stays one; a pattern inside has its budget there.
+            self.ok("attend", "--input", path, "--layout", layout, "--pattern", "dilated_segments", "--block", "16",
+                    "--segment-lengths", "32", "--dilation-rates", "2", "--check", "--output", output)
+            self.assertNotIn("segment_lengths", json.loads(self.ok(
+                "attend", "--input", path, "--layout", layout, "--pattern", "dilated_segments", "--block", "16",
+                "--segment-lengths", "32", "--dilation-rates", "2", "--format", "json")))
+            self.ok("attend", "--input", path, "--layout", layout, "--pattern", "dilated_sparse", "--density", "0.5",
+                    "--block", "16", "--segment-lengths", "32,64", "--dilation-rates", "1,2", "--dtype", "bf16",
+                    "--check", "--output", output)
 
     def test_attend_npy_and_scale(self):
         sample = Sample(layout="bshd", heads=4, kv_heads=2)
