@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention/error_bound.h"
 #include "attention/parallel.h"
 #include "attention/scores.h"
 
@@ -14,28 +15,13 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Error of a kernel that computes a row in fp32, first order in u, the unit roundoff of fp32, after Higham, Accuracy
-// and Stability of Numerical Algorithms, section 3.1 (sums of n terms in any order: relative error n u).
-//
-// The weight of a key is exp(s - max). Its relative error `weight_error` is the absolute error of s, plus that of the
-// exponential. Through the softmax an output gets sum p e |v| + |out| sum p e.
-struct ErrorBound {
-  static constexpr double u = 0x1p-24;
-  // exp2 as a polynomial in fp32, and the conversion of its argument to base 2.
-  static constexpr double kExpRoundings = 4;
-  // scale and softcap as fp32 numbers, their products, tanh by way of exp.
-  static constexpr double kScoreRoundings = 8;
-
-  static double weight_error(const Problem& p, double magnitude, double score, double max, double biases) {
-    const double capped = p.softcap > 0 ? p.softcap : 0;
-    const double error = u * ((static_cast<double>(p.head_dim) + kScoreRoundings) * magnitude +
-                              kScoreRoundings * capped + 4 * biases + 2 * std::abs(score) + 2 * std::abs(max) +
-                              2 * std::abs(score - max) + kExpRoundings);
-    return std::expm1(std::min(error, 700.0));
-  }
-  // What it gains when the max moves away by `distance`.
-  static double farther(double distance) { return 4 * u * distance; }
-};
+// The weight of a key is exp(s - max). Its relative error is the absolute error of s, plus that of the exponential.
+// Through the softmax an output gets sum p e |v| + |out| sum p e.
+double weight_error(const Problem& p, double magnitude, double score, double max, double biases) {
+  return ErrorBound::exp_error(score, max, ErrorBound::score_error(p, magnitude, score, biases));
+}
+// What it gains when the max moves away by `distance`.
+double error_of_moving(double distance) { return 4 * ErrorBound::u * distance; }
 
 // Running softmax state of one query row: max, sum, weighted values; in fp64 rescaling costs no accuracy.
 struct RowState {
@@ -51,7 +37,7 @@ struct RowState {
     if (std::isnan(score) || score == kInfinity) poisoned = true;
     if (poisoned || score <= max) return 1;
     const double factor = std::exp(max - score);
-    if (factor > 0) error = factor * (error + ErrorBound::farther(score - max) * sum);
+    if (factor > 0) error = factor * (error + error_of_moving(score - max) * sum);
     max = score;
     sum *= factor;
     return factor;
@@ -125,8 +111,8 @@ class Reference {
     if (out_bound_ == nullptr && lse_bound_ == nullptr) return;
     double magnitude = 0;
     for (int64_t i = 0; i < d; ++i) magnitude += std::abs(query[i] * key[i]);
-    const double error = ErrorBound::weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max,
-                                                  scores.bias_magnitude(entry, k));
+    const double error = weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max,
+                                      scores.bias_magnitude(entry, k));
     if (weight > 0) state.error += weight * error;
     // Weights are stored in the dtype of the inputs before they meet V; below its smallest normal number in steps, or
     // as 0. A kernel's own maximum may be a power of two away.
@@ -141,7 +127,7 @@ class Reference {
 
   void rescale(int64_t r, double factor) {
     const int64_t dv = p_.head_dim_v;
-    const double farther = factor > 0 ? ErrorBound::farther(-std::log(factor)) : 0;
+    const double farther = factor > 0 ? error_of_moving(-std::log(factor)) : 0;
     for (int64_t i = r * dv; i < (r + 1) * dv; ++i) {
       out_[i] *= factor;
       error_[i] = factor * (error_[i] + farther * magnitude_[i]);
@@ -166,7 +152,7 @@ class Reference {
       if (factor != 1) rescale(r, factor);
       const double weight = std::exp(sink - state.max);
       state.sum += weight;
-      if (weight > 0) state.error += weight * ErrorBound::weight_error(p_, 0, sink, state.max, 0);
+      if (weight > 0) state.error += weight * weight_error(p_, 0, sink, state.max, 0);
     }
     const double poison = state.poisoned ? std::numeric_limits<double>::quiet_NaN() : 0;
     const double lse = empty ? -kInfinity : state.max + std::log(state.sum) + poison;

@@ -1,0 +1,28 @@
+// The entry points of the backward pass, and its switch on the device.
+#include <span>
+#include <vector>
+
+#include "attention/device.h"
+#include "attention/reference_backward.h"
+#include "cpu/attention.h"
+#include "tessera/error.h"
+
+namespace tessera {
+
+BackwardInfo run_backward(std::span<const BackwardProblem> problems, DType dtype, Isa isa, Executor& executor) {
+  if (dtype != DType::f64) return cpu::backward(problems, isa, executor);
+  if (isa != Isa::automatic) fail("isa", name_of(isa), "auto for fp64, which the reference kernel computes");
+  fp64_backward(problems, executor);
+  return {};
+}
+
+BackwardInfo backward(const BackwardArgs& args, Executor& executor) {
+  const BackwardProblem problem = resolve_backward(args);
+  return run_backward({&problem, 1}, problem.forward.dtype, args.isa, executor);
+}
+
+BackwardInfo backward_varlen(const VarlenBackwardArgs& args, Executor& executor) {
+  return run_backward(resolve_backward_varlen(args), args.q.dtype, args.isa, executor);
+}
+
+}  // namespace tessera

@@ -1,0 +1,199 @@
+// Packed sequences as problems, one a sequence.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "attention/backward_problem.h"
+#include "attention/problem.h"
+#include "tessera/error.h"
+
+namespace tessera {
+
+namespace {
+
+void check_offsets(const char* name, std::span<const int64_t> offsets, int64_t sequences, const char* tensor,
+                   int64_t total) {
+  if (static_cast<int64_t>(offsets.size()) != sequences + 1) {
+    fail(name, fmt::format("{} numbers", offsets.size()), fmt::format("N + 1 = {} (one pattern a sequence)",
+                                                                      sequences + 1));
+  }
+  if (offsets[0] != 0) fail(name, fmt::format("{} first", offsets[0]), "0");
+  for (int64_t i = 0; i < sequences; ++i) {
+    if (offsets[i + 1] < offsets[i]) {
+      fail(name, fmt::format("{} after {}", offsets[i + 1], offsets[i]), "non-decreasing offsets");
+    }
+  }
+  if (offsets[sequences] != total) {
+    fail(name, fmt::format("{} last", offsets[sequences]), fmt::format("{}, the rows of {}", total, tensor));
+  }
+}
+
+// Rows begin .. end of a packed [total, H, D] tensor as [1, S, H, D].
+template <class View>
+View sequence_of(const View& t, int64_t begin, int64_t end) {
+  if (!t.defined()) return {};
+  View s = t;
+  s.rank = 4;
+  s.sizes = {1, end - begin, t.sizes[1], t.sizes[2]};
+  s.strides = {0, t.strides[0], t.strides[1], t.strides[2]};
+  // An empty sequence touches nothing: its base stays valid even at the end of the tensor.
+  if (begin < end) {
+    const int64_t bytes = begin * t.strides[0] * static_cast<int64_t>(size_of(t.dtype));
+    s.data = static_cast<std::conditional_t<std::is_same_v<View, TensorView>, const char*, char*>>(t.data) + bytes;
+  }
+  return s;
+}
+
+// Columns begin .. end of a packed [H, total] tensor as [1, H, S].
+template <class View>
+View row_numbers_of(const View& t, int64_t begin, int64_t end) {
+  if (!t.defined()) return {};
+  View s = t;
+  s.rank = 3;
+  s.sizes = {1, t.sizes[0], end - begin};
+  s.strides = {0, t.strides[0], t.strides[1]};
+  if (begin < end) {
+    const int64_t bytes = begin * t.strides[1] * static_cast<int64_t>(size_of(t.dtype));
+    s.data = static_cast<std::conditional_t<std::is_same_v<View, TensorView>, const char*, char*>>(t.data) + bytes;
+  }
+  return s;
+}
+
+// A packed tensor as one sequence of all its rows. `optional`: may be undefined.
+template <class View>
+View whole(const char* name, const View& t, bool optional = false) {
+  if (optional && !t.defined()) return {};
+  if (t.rank != 3) fail(name, t.defined() ? fmt::format("rank {}", t.rank) : "no tensor", "[total, H, D]");
+  return sequence_of(t, 0, t.sizes[0]);
+}
+
+template <class View>
+View whole_numbers(const char* name, const View& t, bool optional = true) {
+  if (optional && !t.defined()) return {};
+  if (t.rank != 2) fail(name, t.defined() ? fmt::format("rank {}", t.rank) : "no tensor", "[H, total_q]");
+  return row_numbers_of(t, 0, t.sizes[1]);
+}
+
+// The fields that calls in both directions have. Tensors as a batch of one sequence, so that the checks of `resolve`
+// see the whole of them at once: sizes, dtypes, strides, and that no sequence's output overlaps another's input.
+template <class Args, class VarlenArgs>
+Args packed(const VarlenArgs& args) {
+  const AttentionOptions& o = args.options;
+  if (!o.key_lengths.empty()) fail("key_lengths", "key lengths", "none for packed sequences");
+  if (o.q_offset) fail("q_offset", fmt::format("{}", *o.q_offset), "none for packed sequences");
+  if (o.attn_bias.defined()) fail("attn_bias", "a tensor", "none for packed sequences");
+  if (o.block_bias.defined()) fail("block_bias", "a tensor", "none for packed sequences");
+  Args all;
+  all.q = whole("q", args.q);
+  all.k = whole("k", args.k);
+  all.v = whole("v", args.v);
+  PatternShape shape;
+  shape.seqlen_q = std::max<int64_t>(0, args.q.sizes[0]);
+  shape.seqlen_k = std::max<int64_t>(0, args.k.sizes[0]);
+  if (shape.seqlen_q > (int64_t{1} << 40) || shape.seqlen_k > (int64_t{1} << 40)) {
+    fail("q", fmt::format("{} and {} rows", shape.seqlen_q, shape.seqlen_k), "at most 2^40 packed tokens");
+  }
+  shape.block_q = shape.block_k = 256;
+  all.pattern = BlockPattern::from_csr(shape, std::vector<int64_t>(shape.rows() + 1, 0), {});
+  all.options.sinks = o.sinks;
+  if (o.alibi_slopes.rank == 1) all.options.alibi_slopes = o.alibi_slopes;
+  return all;
+}
+
+void check_sequences(std::span<const int64_t> cu_seqlens_q, std::span<const int64_t> cu_seqlens_k,
+                     std::span<const BlockPattern> patterns, const TensorView& q, const TensorView& k,
+                     const TensorView& slopes) {
+  const int64_t sequences = static_cast<int64_t>(patterns.size());
+  check_offsets("cu_seqlens_q", cu_seqlens_q, sequences, "q", q.sizes[0]);
+  check_offsets("cu_seqlens_k", cu_seqlens_k, sequences, "k", k.sizes[0]);
+  if (slopes.rank == 2 && slopes.sizes[0] != sequences) {
+    fail("alibi_slopes", fmt::format("slopes for {} sequences", slopes.sizes[0]), fmt::format("{}", sequences));
+  }
+}
+
+// Those of sequence i: [B, H] slopes are picked, all else is common.
+AttentionOptions options_of(const AttentionOptions& o, int64_t i) {
+  AttentionOptions one = o;
+  const TensorView& slopes = o.alibi_slopes;
+  if (slopes.rank == 2 && slopes.sizes[1] > 0) {
+    one.alibi_slopes.sizes[0] = 1;
+    one.alibi_slopes.data = static_cast<const char*>(slopes.data) + i * slopes.strides[0] * 4;
+  }
+  return one;
+}
+
+// resolve_one(), with the sequence in front of what an Error says.
+template <class Resolve>
+auto resolve_sequence(int64_t i, Resolve resolve_one) {
+  try {
+    return resolve_one();
+  } catch (const Error& e) {
+    throw Error(e.argument(), fmt::format("sequence {}: {}", i, e.what()));
+  }
+}
+
+}  // namespace
+
+std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args) {
+  ForwardArgs one = packed<ForwardArgs>(args);
+  one.out = whole("out", args.out);
+  one.lse = whole_numbers("lse", args.lse);
+  resolve(one);
+  check_sequences(args.cu_seqlens_q, args.cu_seqlens_k, args.patterns, args.q, args.k, args.options.alibi_slopes);
+  std::vector<Problem> problems;
+  problems.reserve(args.patterns.size());
+  for (size_t i = 0; i < args.patterns.size(); ++i) {
+    const int64_t q_begin = args.cu_seqlens_q[i], q_end = args.cu_seqlens_q[i + 1];
+    const int64_t k_begin = args.cu_seqlens_k[i], k_end = args.cu_seqlens_k[i + 1];
+    one.q = sequence_of(args.q, q_begin, q_end);
+    one.k = sequence_of(args.k, k_begin, k_end);
+    one.v = sequence_of(args.v, k_begin, k_end);
+    one.out = sequence_of(args.out, q_begin, q_end);
+    one.lse = row_numbers_of(args.lse, q_begin, q_end);
+    one.pattern = args.patterns[i];
+    one.options = options_of(args.options, static_cast<int64_t>(i));
+    problems.push_back(resolve_sequence(static_cast<int64_t>(i), [&] { return resolve(one); }));
+    problems.back().batch_base = static_cast<int64_t>(i);
+  }
+  return problems;
+}
+
+std::vector<BackwardProblem> resolve_backward_varlen(const VarlenBackwardArgs& args) {
+  BackwardArgs one = packed<BackwardArgs>(args);
+  one.out = whole("out", args.out);
+  one.lse = whole_numbers("lse", args.lse, false);
+  one.dout = whole("dout", args.dout);
+  one.dlse = whole_numbers("dlse", args.dlse);
+  one.dq = whole("dq", args.dq, true);
+  one.dk = whole("dk", args.dk, true);
+  one.dv = whole("dv", args.dv, true);
+  one.dsinks = args.dsinks;
+  resolve_backward(one);
+  check_sequences(args.cu_seqlens_q, args.cu_seqlens_k, args.patterns, args.q, args.k, args.options.alibi_slopes);
+  std::vector<BackwardProblem> problems;
+  problems.reserve(args.patterns.size());
+  for (size_t i = 0; i < args.patterns.size(); ++i) {
+    const int64_t q_begin = args.cu_seqlens_q[i], q_end = args.cu_seqlens_q[i + 1];
+    const int64_t k_begin = args.cu_seqlens_k[i], k_end = args.cu_seqlens_k[i + 1];
+    one.q = sequence_of(args.q, q_begin, q_end);
+    one.k = sequence_of(args.k, k_begin, k_end);
+    one.v = sequence_of(args.v, k_begin, k_end);
+    one.out = sequence_of(args.out, q_begin, q_end);
+    one.dout = sequence_of(args.dout, q_begin, q_end);
+    one.lse = row_numbers_of(args.lse, q_begin, q_end);
+    one.dlse = row_numbers_of(args.dlse, q_begin, q_end);
+    one.dq = sequence_of(args.dq, q_begin, q_end);
+    one.dk = sequence_of(args.dk, k_begin, k_end);
+    one.dv = sequence_of(args.dv, k_begin, k_end);
+    one.pattern = args.patterns[i];
+    one.options = options_of(args.options, static_cast<int64_t>(i));
+    problems.push_back(resolve_sequence(static_cast<int64_t>(i), [&] { return resolve_backward(one); }));
+    problems.back().forward.batch_base = static_cast<int64_t>(i);
+  }
+  return problems;
+}
+
+}  // namespace tessera
