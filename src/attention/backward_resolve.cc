@@ -115,7 +115,8 @@ void resolve_bias_gradients(const BackwardArgs& args, Purpose purpose, BackwardP
     check_shape("dattn_bias", t, {size[0], size[1], size[2], size[3]}, false, "the sizes of attn_bias");
     const bool fp64 = purpose == Purpose::reference && t.dtype == DType::f64;
     if (t.dtype != o.attn_bias.dtype && t.dtype != DType::f32 && !fp64) {
-      fail("dattn_bias", name_of(t.dtype), fmt::format("{}, the dtype of attn_bias, or fp32", name_of(o.attn_bias.dtype)));
+      fail("dattn_bias", name_of(t.dtype),
+           fmt::format("{}, the dtype of attn_bias, or fp32", name_of(o.attn_bias.dtype)));
     }
     check_output("dattn_bias", t);
     p.dattn_bias = static_cast<char*>(args.dattn_bias.data);

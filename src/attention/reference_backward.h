@@ -8,8 +8,8 @@
 namespace tessera {
 
 // out and lse of the problem are not used: they are recomputed in fp64. gradient_dtype and dattn_bias_dtype may be f64
-// whatever the inputs are. `bounds` is of one problem: dq, dk, dv contiguous as [B, S, heads, dim], the others contiguous
-// in the sizes of the biases; those of fp64 gradients leave out the last rounding, to the dtype of the gradient.
+// whatever the inputs are. `bounds`: dq, dk, dv contiguous as [B, S, heads, dim], the others contiguous in the sizes of
+// the biases; those of fp64 gradients leave out the last rounding, to the dtype of the gradient.
 void reference_gradients(const BackwardProblem& problem, Executor& executor, const GradientBounds& bounds = {});
 
 // What backward() is for fp64: out and lse are used as given. dblock_bias, dattn_bias and dsinks are the sums over the
