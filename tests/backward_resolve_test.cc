@@ -215,19 +215,20 @@ TEST(ResolveBackward, SizesAndStridesOfBiasGradients) {
 }
 
 TEST(ResolveBackward, OverlapOfGradients) {
-  // Each gradient over each input and over each other: the first element of both in one place.
-  using Input = std::pair<const char*, const TensorView& (*)(const BackwardArgs&)>;
+  // Each gradient over each input and over each other: the first element of both in one place, and nothing else there.
+  std::vector<double> memory(4096);
+  using Input = std::pair<const char*, TensorView& (*)(BackwardArgs&)>;
   const Input inputs[] = {
-      {"q", [](const BackwardArgs& a) -> const TensorView& { return a.q; }},
-      {"k", [](const BackwardArgs& a) -> const TensorView& { return a.k; }},
-      {"v", [](const BackwardArgs& a) -> const TensorView& { return a.v; }},
-      {"out", [](const BackwardArgs& a) -> const TensorView& { return a.out; }},
-      {"lse", [](const BackwardArgs& a) -> const TensorView& { return a.lse; }},
-      {"dout", [](const BackwardArgs& a) -> const TensorView& { return a.dout; }},
-      {"dlse", [](const BackwardArgs& a) -> const TensorView& { return a.dlse; }},
-      {"block_bias", [](const BackwardArgs& a) -> const TensorView& { return a.options.block_bias; }},
-      {"attn_bias", [](const BackwardArgs& a) -> const TensorView& { return a.options.attn_bias; }},
-      {"sinks", [](const BackwardArgs& a) -> const TensorView& { return a.options.sinks; }},
+      {"q", [](BackwardArgs& a) -> TensorView& { return a.q; }},
+      {"k", [](BackwardArgs& a) -> TensorView& { return a.k; }},
+      {"v", [](BackwardArgs& a) -> TensorView& { return a.v; }},
+      {"out", [](BackwardArgs& a) -> TensorView& { return a.out; }},
+      {"lse", [](BackwardArgs& a) -> TensorView& { return a.lse; }},
+      {"dout", [](BackwardArgs& a) -> TensorView& { return a.dout; }},
+      {"dlse", [](BackwardArgs& a) -> TensorView& { return a.dlse; }},
+      {"block_bias", [](BackwardArgs& a) -> TensorView& { return a.options.block_bias; }},
+      {"attn_bias", [](BackwardArgs& a) -> TensorView& { return a.options.attn_bias; }},
+      {"sinks", [](BackwardArgs& a) -> TensorView& { return a.options.sinks; }},
   };
   using Output = std::pair<const char*, MutableTensorView& (*)(BackwardArgs&)>;
   const Output outputs[] = {
@@ -240,7 +241,7 @@ TEST(ResolveBackward, OverlapOfGradients) {
   };
   for (const auto& [output_name, output] : outputs) {
     for (const auto& [input_name, input] : inputs) {
-      const Change change = [&](BackwardArgs& a) { output(a).data = const_cast<void*>(input(a).data); };
+      const Change change = [&](BackwardArgs& a) { output(a).data = memory.data(), input(a).data = memory.data(); };
       EXPECT_EQ(argument_of(change), output_name) << input_name;
       // The reference does not read what forward gave.
       const bool read = std::string(input_name) != "out" && std::string(input_name) != "lse";
@@ -248,7 +249,7 @@ TEST(ResolveBackward, OverlapOfGradients) {
     }
     for (const auto& [other_name, other] : outputs) {
       if (&output == &other || std::string(other_name) == output_name) continue;
-      const Change change = [&](BackwardArgs& a) { output(a).data = other(a).data; };
+      const Change change = [&](BackwardArgs& a) { output(a).data = other(a).data = memory.data(); };
       const std::string named = argument_of(change);
       EXPECT_TRUE(named == output_name || named == other_name) << output_name << " " << other_name << " " << named;
     }
