@@ -90,7 +90,7 @@ class Bench {
         for (int64_t seqlen : flags_.seqlens) {
           const QkvShape shape = make_shape(seqlen);
           progress(done, total, fmt::format("inputs, {} tokens", seqlen));
-          const Qkv x = random_qkv(shape, dtype, layout_, flags_.seed, pool);
+          const Inputs x = make_inputs(shape, dtype, pool);
           dense_.clear();
           for (const PatternChoice& choice : choices) {
             progress(done++, total, fmt::format("{} {} {} tokens", name_of(dtype), pattern_label(choice.spec), seqlen));
@@ -118,6 +118,29 @@ class Bench {
 
   bool decode() const { return flags_.pass == "decode"; }
 
+  Pass pass() const {
+    if (flags_.pass == "bwd") return Pass::backward;
+    return flags_.pass == "fwdbwd" ? Pass::both : Pass::forward;
+  }
+
+  struct Inputs {
+    Qkv qkv;
+    Tensor dout;  // where there is a backward pass
+  };
+
+  Inputs make_inputs(const QkvShape& shape, DType dtype, Executor& executor) const {
+    Inputs x{random_qkv(shape, dtype, layout_, flags_.seed, executor), {}};
+    if (pass() != Pass::forward) x.dout = random_normal(dtype, x.qkv.out_shape(), ~flags_.seed, executor);
+    return x;
+  }
+
+  // The pattern in the forms that the pass needs.
+  BlockPattern make(const PatternSpec& spec, const QkvShape& s) const {
+    const BlockPattern pattern = build_pattern(spec, s.seqlen_q, s.seqlen_k, s.heads);
+    if (pass() != Pass::forward) pattern.transposed();
+    return pattern;
+  }
+
   void progress(size_t done, size_t total, const std::string& what) {
     context_.progress.show(what, static_cast<double>(done) / static_cast<double>(total));
   }
@@ -134,19 +157,18 @@ class Bench {
     return s;
   }
 
-  Record measure(const Qkv& x, const QkvShape& s, const PatternChoice& choice, ThreadPool& pool) {
+  Record measure(const Inputs& x, const QkvShape& s, const PatternChoice& choice, ThreadPool& pool) {
     const PatternSpec& spec = choice.spec;
-    const DType dtype = x.q.dtype();
+    const DType dtype = x.qkv.q.dtype();
     BlockPattern pattern;
-    const double pattern_seconds =
-        time_once([&] { pattern = build_pattern(spec, s.seqlen_q, s.seqlen_k, s.heads); });
+    const double pattern_seconds = time_once([&] { pattern = make(spec, s); });
     AttentionOptions options;
     options.causal = spec.causal;
     set_token_window(options, spec.causal, choice.token_window);
 
-    ForwardCall call(x, pattern, options, isa_);
+    PassCall call(pass(), x.qkv, &x.dout, pattern, options, isa_, pool);
     const int threads = pool.num_threads();
-    ForwardInfo info = call(pool);
+    PassCall::Info info = call(pool);
     // Other work on the machine comes and goes: the peak is the better of one taken before and one after.
     const Isa ran = info.isa;
     const bool has_peak = dtype != DType::f64;
@@ -161,8 +183,7 @@ class Bench {
       peaks.bf16_dot_gflops = std::max(peaks.bf16_dot_gflops, after.bf16_dot_gflops);
       peaks.read_gbytes_per_second = std::max(peaks.read_gbytes_per_second, after.read_gbytes_per_second);
     }
-    const int64_t pairs = admitted_pairs(pattern, options, s.batch, s.heads);
-    const double flops = forward_flops(pairs, s.head_dim, s.head_dim_v);
+    const double flops = call.flops();
     const double peak = peak_gflops(peaks, ran, dtype);
 
     Record r = {{"pass", flags_.pass}, {"dtype", name_of(dtype)}, {"batch", s.batch}, {"heads", s.heads},
@@ -209,10 +230,10 @@ class Bench {
   }
 
   // Median seconds of the dense pattern with the same block sizes and causality, once for these inputs.
-  double dense_seconds(const Qkv& x, const QkvShape& s, const PatternSpec& spec, ThreadPool& pool) {
+  double dense_seconds(const Inputs& x, const QkvShape& s, const PatternSpec& spec, ThreadPool& pool) {
     const auto key = std::tuple(spec.block_q, spec.block_k, spec.causal);
     if (const auto known = dense_.find(key); known != dense_.end()) return known->second;
-    context_.progress.show(fmt::format("{} dense {} tokens", name_of(x.q.dtype()), s.seqlen_k));
+    context_.progress.show(fmt::format("{} dense {} tokens", name_of(x.qkv.q.dtype()), s.seqlen_k));
     PatternSpec dense;
     dense.kind = spec.causal ? PatternKind::causal : PatternKind::dense;
     dense.block_q = spec.block_q;
@@ -220,7 +241,7 @@ class Bench {
     dense.causal = spec.causal;
     AttentionOptions options;
     options.causal = spec.causal;
-    ForwardCall call(x, build_pattern(dense, s.seqlen_q, s.seqlen_k, s.heads), options, isa_);
+    PassCall call(pass(), x.qkv, &x.dout, make(dense, s), options, isa_, pool);
     return dense_[key] = time_calls(std::min(flags_.repeat, 3), [&] { call(pool); }).median;
   }
 
@@ -239,12 +260,6 @@ void bench(Context& context, const BenchFlags& flags) {
   Bench(context, flags).run();
 }
 
-std::string check_pass(const std::string& pass) {
-  if (pass == "fwd" || pass == "decode") return {};
-  if (pass == "bwd" || pass == "fwdbwd") return pass + " is not in this version: forward and decode only";
-  return fmt::format("got {}; allowed: fwd, decode", pass);
-}
-
 }  // namespace
 
 void add_bench(CLI::App& app, Context& context) {
@@ -252,11 +267,13 @@ void add_bench(CLI::App& app, Context& context) {
       app, context, "bench", "Time, FLOP/s and share of the measured peak; comma lists sweep",
       "  tessera bench --seq 8192 --pattern dilated_sparse --density 0.1,0.05 --vs-dense\n"
       "  tessera bench --dtype fp32,bf16 --seq 4096 --heads 4 --pattern dense --threads 1,2 --format json\n"
+      "  tessera bench --pass fwdbwd --seq 8192 --pattern dilated_sparse --density 0.1 --vs-dense\n"
       "  tessera bench --pass decode --seq 16384 --heads 32 --kv-heads 8 --head-dim 128 --pattern dense");
   auto flags = std::make_shared<BenchFlags>();
   const auto positive = integer(1);
-  command->add_option("--pass", flags->pass, "fwd, or decode: a few queries against --seq keys")
-      ->check(check_pass)->type_name("fwd|decode")->capture_default_str();
+  command->add_option("--pass", flags->pass, "Forward, backward, both, or decode: a few queries against --seq keys")
+      ->check(CLI::IsMember({"fwd", "bwd", "fwdbwd", "decode"}).description(""))->type_name("fwd|bwd|fwdbwd|decode")
+      ->capture_default_str();
   add_list(*command, "--dtype", flags->dtypes, "fp32, bf16, fp16 or fp64 (the slow reference). Default fp32")
       ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))->type_name("NAME,..");
   add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")

@@ -52,7 +52,7 @@ void write_csv(Context& context, const Record& results) {
       {"fraction_of_peak", ""}, {"tensor_bytes", ""}, {"scratch_bytes", ""}, {"guide_seconds", ""},
       {"speedup_vs_guide", ""}, {"file", ""}};
   RecordWriter writer(context.output, Format::csv, kColumns);
-  for (const char* section : {"errors", "quality", "times", "scale", "pictures"}) {
+  for (const char* section : {"errors", "quality", "times", "training", "scale", "pictures"}) {
     for (const Record& r : results.at(section)) {
       Record row = {{"section", section}};
       row.update(r);
@@ -96,6 +96,7 @@ void demo(Context& context, const DemoFlags& flags) {
     results["errors"] = demo_errors(context, sample, flags.quick, pool);
     results["quality"] = demo_quality(context, sample, pool);
     results["times"] = demo_times(context, sample, flags.quick, pool);
+    results["training"] = demo_training(context, sample, flags.quick, pool);
     results["scale"] = demo_scale(context, flags.longest.value_or(flags.quick ? kQuickLongest : kLongest), pool);
     results["pictures"] = demo_pictures(context, sample, results["scale"], flags.quick, folder, pool);
   });

@@ -30,6 +30,7 @@ DemoSample prepare_sample(const std::string& path, bool quick, Executor& executo
 Record demo_errors(Context& context, const DemoSample& sample, bool quick, Executor& executor);
 Record demo_quality(Context& context, const DemoSample& sample, Executor& executor);
 Record demo_times(Context& context, const DemoSample& sample, bool quick, ThreadPool& pool);
+Record demo_training(Context& context, const DemoSample& sample, bool quick, ThreadPool& pool);
 Record demo_scale(Context& context, int64_t longest, ThreadPool& pool);  // rows up to `longest` tokens
 
 // Writes the pictures into the folder and returns {file, what it shows} records.

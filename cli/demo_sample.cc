@@ -1,4 +1,4 @@
-// The first three parts of the demo: errors, quality and times of patterns on the sample.
+// The parts of the demo on the sample: errors, quality, and times of inference and training.
 #include <algorithm>
 #include <array>
 #include <map>
@@ -162,29 +162,31 @@ Record demo_quality(Context& context, const DemoSample& sample, Executor& execut
   return records;
 }
 
-Record demo_times(Context& context, const DemoSample& sample, bool quick, ThreadPool& pool) {
-  demo_heading(context, "3. How fast is it?",
-               "Against dense attention by the same kernels; as a share of the peak that was measured beside it.\n"
-               "Scratch: all memory that a call takes.");
+namespace {
+
+Record measure_times(Context& context, const DemoSample& sample, Pass pass, bool quick, ThreadPool& pool) {
   Record records = Record::array();
   RecordWriter writer(context.output, Format::table, kTimes);
   constexpr int kRepeat = 7;
   size_t done = 0;
   std::map<DType, double> dense;
+  std::map<DType, Tensor> dout;
   cpu::Peaks peaks;
   for (const DemoPattern& p : sample.patterns) {
+    // One sweep over densities is enough there.
+    if (pass != Pass::forward && p.spec.kind == PatternKind::local_window && p.spec.density) continue;
     Record row;
     // Other work on the machine comes and goes: the full demo measures the peak beside each pattern.
     if (!quick || dense.empty()) peaks = cpu::measure_peaks(usable_isas().back(), pool.num_threads(), pool, false);
     for (const Qkv* x : {&sample.fp32, &sample.bf16}) {
       context.progress.show("timing " + p.name, static_cast<double>(done++) / (2.0 * sample.patterns.size()));
       const DType dtype = x->q.dtype();
-      ForwardCall call(*x, p.pattern, sample.options, Isa::automatic);
-      ForwardInfo info;
+      if (!dout.contains(dtype)) dout[dtype] = random_normal(dtype, x->out_shape(), 0, pool);
+      PassCall call(pass, *x, &dout[dtype], p.pattern, sample.options, Isa::automatic, pool);
+      PassCall::Info info;
       const Timing timing = time_calls(kRepeat, [&] { info = call(pool); });
       if (!dense.contains(dtype)) dense[dtype] = timing.median;  // the first pattern
-      const int64_t pairs = admitted_pairs(p.pattern, sample.options, x->batch(), x->heads());
-      const double gflops = forward_flops(pairs, x->head_dim(), x->head_dim_v()) / timing.median / 1e9;
+      const double gflops = call.flops() / timing.median / 1e9;
       const double peak = peak_gflops(peaks, info.isa, dtype);
       Record r = {{"pattern", p.name}, {"block", p.spec.block_q}, {"density", statistics(p.pattern, true).density},
                   {"dtype", name_of(dtype)}, {"seconds", timing.median}, {"dense_seconds", dense[dtype]},
@@ -199,6 +201,22 @@ Record demo_times(Context& context, const DemoSample& sample, bool quick, Thread
     writer.add(row);
   }
   return records;
+}
+
+}  // namespace
+
+Record demo_times(Context& context, const DemoSample& sample, bool quick, ThreadPool& pool) {
+  demo_heading(context, "3. How fast is it?",
+               "Against dense attention by the same kernels; as a share of the peak that was measured beside it.\n"
+               "Scratch: all memory that a call takes.");
+  return measure_times(context, sample, Pass::forward, quick, pool);
+}
+
+Record demo_training(Context& context, const DemoSample& sample, bool quick, ThreadPool& pool) {
+  demo_heading(context, "4. What does a training step take?",
+               "Forward and backward, with the gradients of q, k and v; against the same with dense attention.\n"
+               "Scratch: the larger of the two calls.");
+  return measure_times(context, sample, Pass::both, quick, pool);
 }
 
 Record demo_pictures(Context& context, const DemoSample& sample, const Record& scale, bool quick,

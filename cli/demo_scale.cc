@@ -83,7 +83,7 @@ Record measure(const GuideRow& row, DType dtype, ThreadPool& pool) {
 Record demo_scale(Context& context, int64_t longest, ThreadPool& pool) {
   Record records = Record::array();
   if (longest < kGuide[0].seqlen) return records;
-  demo_heading(context, "4. How far does it scale?",
+  demo_heading(context, "5. How far does it scale?",
                fmt::format("{} heads of {} numbers, dilated_sparse, blocks of {}, not causal, random inputs. Beside\n"
                            "it the guides' milliseconds on a GTX 1080, and how many times faster. Tensors: in fp32.",
                            kHeads, kHeadDim, kScaleBlock));

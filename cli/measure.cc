@@ -55,6 +55,10 @@ double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v) {
   return 2.0 * static_cast<double>(pairs) * static_cast<double>(head_dim + head_dim_v);
 }
 
+double backward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v) {
+  return static_cast<double>(pairs) * static_cast<double>(6 * head_dim + 4 * head_dim_v);
+}
+
 int64_t kept_kv_bytes(const BlockPattern& pattern, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       int64_t head_dim_v, DType dtype) {
   const BlockPatternView p = pattern.view();
@@ -106,9 +110,7 @@ namespace {
 // Everything but what the attention attends to.
 template <class Call>
 void prepare(Call& call, const Qkv& x, const AttentionOptions& options, Isa isa) {
-  std::vector<int64_t> out_shape = x.q.shape();
-  out_shape[3] = x.v.shape()[3];
-  call.out = Tensor(x.q.dtype(), std::move(out_shape));
+  call.out = Tensor(x.q.dtype(), x.out_shape());
   call.lse = Tensor(DType::f32, {x.batch(), x.heads(), x.seqlen_q()});
   call.args.q = x.q_view();
   call.args.k = x.k_view();
@@ -129,6 +131,47 @@ ForwardCall::ForwardCall(const Qkv& x, BlockPattern pattern, AttentionOptions op
 DilatedCall::DilatedCall(const Qkv& x, Dilation dilation, AttentionOptions options, Isa isa) {
   prepare(*this, x, options, isa);
   args.dilation = std::move(dilation);
+}
+
+BackwardCall::BackwardCall(const ForwardCall& forward, const Qkv& x, const Tensor& dout)
+    : dq(x.q.dtype(), x.q.shape()), dk(x.k.dtype(), x.k.shape()), dv(x.v.dtype(), x.v.shape()) {
+  const ForwardArgs& f = forward.args;
+  args.q = f.q;
+  args.k = f.k;
+  args.v = f.v;
+  args.pattern = f.pattern;
+  args.out = f.out;
+  args.lse = f.lse;
+  args.dout = x.as_bshd(dout);
+  args.dq = x.as_bshd(dq);
+  args.dk = x.as_bshd(dk);
+  args.dv = x.as_bshd(dv);
+  args.options = f.options;
+  args.isa = f.isa;
+}
+
+PassCall::PassCall(Pass pass, const Qkv& x, const Tensor* dout, BlockPattern pattern, AttentionOptions options, Isa isa,
+                   Executor& executor)
+    : pass_(pass), forward_(x, std::move(pattern), options, isa) {
+  const int64_t pairs = admitted_pairs(forward_.args.pattern, options, x.batch(), x.heads());
+  if (pass != Pass::backward) flops_ += forward_flops(pairs, x.head_dim(), x.head_dim_v());
+  if (pass == Pass::forward) return;
+  flops_ += backward_flops(pairs, x.head_dim(), x.head_dim_v());
+  forward_(executor);
+  backward_.emplace(forward_, x, *dout);
+}
+
+PassCall::Info PassCall::operator()(Executor& executor) {
+  Info info;
+  if (pass_ != Pass::backward) {
+    const ForwardInfo f = forward_(executor);
+    info = {f.isa, f.scratch_bytes};
+  }
+  if (backward_) {
+    const BackwardInfo b = (*backward_)(executor);
+    info = {b.isa, std::max(info.scratch_bytes, b.scratch_bytes)};
+  }
+  return info;
 }
 
 namespace {

@@ -10,6 +10,7 @@
 #include "cpu/attention.h"
 #include "tensors.h"
 #include "tessera/attention.h"
+#include "tessera/backward.h"
 #include "tessera/dilated.h"
 
 namespace tessera::cli {
@@ -30,6 +31,8 @@ double peak_gflops(const cpu::Peaks& peaks, Isa isa, DType dtype);
 
 // 2 D for the score and 2 Dv for the output of each admitted pair.
 double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v);
+// 2 D each for the score, dq and dk, 2 Dv each for the gradient of the weight and dv.
+double backward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v);
 
 // Bytes of K and V that a call must read: keys of the blocks kept for any head of a group, once a KV head.
 int64_t kept_kv_bytes(const BlockPattern& pattern, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
@@ -59,6 +62,40 @@ struct DilatedCall {
   DilatedCall(const Qkv& qkv, Dilation dilation, AttentionOptions options, Isa isa);
   DilatedCall(const DilatedCall&) = delete;
   ForwardInfo operator()(Executor& executor) { return dilated_forward(args, executor); }
+};
+
+// Gradient tensors (dtype of q) of a backward call and the call itself. It reads out and lse of `forward`, which must
+// have run, and dout, which lies in memory as out does; both must outlive it.
+struct BackwardCall {
+  BackwardArgs args;
+  Tensor dq, dk, dv;
+
+  BackwardCall(const ForwardCall& forward, const Qkv& qkv, const Tensor& dout);
+  BackwardCall(const BackwardCall&) = delete;
+  BackwardInfo operator()(Executor& executor) { return backward(args, executor); }
+};
+
+enum class Pass : uint8_t { forward, backward, both };
+
+// A pass over one pattern, ready to be timed. Where it has a backward part, dout is needed and must outlive it, and the
+// constructor runs the forward part once.
+class PassCall {
+ public:
+  struct Info {
+    Isa isa = Isa::automatic;
+    size_t scratch_bytes = 0;  // at any one time
+  };
+
+  PassCall(Pass pass, const Qkv& qkv, const Tensor* dout, BlockPattern pattern, AttentionOptions options, Isa isa,
+           Executor& executor);
+  Info operator()(Executor& executor);
+  double flops() const { return flops_; }  // of one call
+
+ private:
+  Pass pass_;
+  ForwardCall forward_;
+  std::optional<BackwardCall> backward_;
+  double flops_ = 0;
 };
 
 // Error of a result against the fp64 reference on the same pattern and the same inputs.

@@ -50,21 +50,6 @@ const std::vector<float>& normal_numbers() {
   return numbers;
 }
 
-Tensor random_normal(DType dtype, std::vector<int64_t> shape, uint64_t seed, Executor& executor) {
-  Tensor t(dtype, std::move(shape));
-  const std::vector<float>& normal = normal_numbers();
-  parallel_chunks(t.numel(), executor, [&](int64_t chunk, int64_t begin, int64_t end) {
-    uint64_t state = seed * 0x9e3779b97f4a7c15u + static_cast<uint64_t>(chunk) * 0xd1b54a32d192ed03u;
-    uint64_t word = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      if ((i - begin) % 4 == 0) word = splitmix64(state);
-      store_from_double(t.data(), dtype, i, normal[word & 0xffff]);
-      word >>= 16;
-    }
-  });
-  return t;
-}
-
 void check_tensor(const Tensor& t, const std::string& name) {
   if (t.rank() != 4) {
     fail(name, fmt::format("shape [{}]", fmt::join(t.shape(), ", ")), "four dimensions, [B, H, S, D] or, with --layout "
@@ -84,6 +69,12 @@ void InputFlags::add_to(CLI::App& app) {
   app.add_option("--layout", layout, "Order of the dimensions: bhsd is [B, H, S, D], bshd is [B, S, H, D]")
       ->check(CLI::IsMember({"bhsd", "bshd"}).description(""))->type_name("bhsd|bshd")->capture_default_str()
       ->group(group);
+}
+
+std::vector<int64_t> Qkv::out_shape() const {
+  std::vector<int64_t> shape = q.shape();
+  shape[3] = v.shape()[3];
+  return shape;
 }
 
 TensorView Qkv::as_bshd(const Tensor& t) const {
@@ -137,6 +128,21 @@ Tensor convert(const Tensor& tensor, DType dtype, Executor& executor) {
 
 Qkv convert(const Qkv& x, DType dtype, Executor& executor) {
   return {convert(x.q, dtype, executor), convert(x.k, dtype, executor), convert(x.v, dtype, executor), x.layout};
+}
+
+Tensor random_normal(DType dtype, std::vector<int64_t> shape, uint64_t seed, Executor& executor) {
+  Tensor t(dtype, std::move(shape));
+  const std::vector<float>& normal = normal_numbers();
+  parallel_chunks(t.numel(), executor, [&](int64_t chunk, int64_t begin, int64_t end) {
+    uint64_t state = seed * 0x9e3779b97f4a7c15u + static_cast<uint64_t>(chunk) * 0xd1b54a32d192ed03u;
+    uint64_t word = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if ((i - begin) % 4 == 0) word = splitmix64(state);
+      store_from_double(t.data(), dtype, i, normal[word & 0xffff]);
+      word >>= 16;
+    }
+  });
+  return t;
 }
 
 Qkv random_qkv(const QkvShape& s, DType dtype, Layout layout, uint64_t seed, Executor& executor) {

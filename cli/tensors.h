@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
@@ -35,6 +36,7 @@ struct Qkv {
   int64_t kv_heads() const { return k_view().sizes[2]; }
   int64_t head_dim() const { return q_view().sizes[3]; }
   int64_t head_dim_v() const { return v_view().sizes[3]; }
+  std::vector<int64_t> out_shape() const;  // of the result, in this layout
   TensorView as_bshd(const Tensor& t) const;
   MutableTensorView as_bshd(Tensor& t) const;
 };
@@ -54,6 +56,7 @@ struct QkvShape {
   int64_t out_elements() const { return batch * heads * seqlen_q * head_dim_v; }
 };
 // Standard normal numbers, the same for any number of threads.
+Tensor random_normal(DType dtype, std::vector<int64_t> shape, uint64_t seed, Executor& executor);
 Qkv random_qkv(const QkvShape& shape, DType dtype, Layout layout, uint64_t seed, Executor& executor);
 
 }  // namespace tessera::cli

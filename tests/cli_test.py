@@ -184,7 +184,7 @@ class CliTest(unittest.TestCase):
         write_safetensors(sample, Sample().tensors)
         for args in (
                 [], ["nothing"], ["--nothing"], ["bench", "--nothing"], ["bench", "extra"],
-                ["bench", "--pass", "bwd"], ["bench", "--pass", "fwdbwd"], ["bench", "--dtype", "int8"],
+                ["bench", "--pass", "sideways"], ["bench", "--pass", "fwd,bwd"], ["bench", "--dtype", "int8"],
                 ["bench", "--seq", "abc"], ["bench", "--seq", "0"], ["bench", "--seq", "-5"], ["bench", "--seq"],
                 ["bench", "--isa", "pentium"], ["bench", "--heads", "8", "--kv-heads", "3"],
                 ["bench", "--pattern", "nothing"], ["bench", "--density", "0"], ["bench", "--density", "1.5"],
@@ -218,7 +218,7 @@ class CliTest(unittest.TestCase):
                 ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["info", "--format", "yaml"]):
             with self.subTest(args=args):
                 self.refused(2, *args)
-        self.refused(2, "bench", "--pass", "bwd", says="not in this version: forward and decode only")
+        self.refused(2, "bench", "--pass", "sideways", says="fwdbwd")
         self.refused(2, "attend", "--input", sample, "--pattern", "random", "--segment-lengths", "32",
                      says="--dilation-rates")
 
@@ -552,6 +552,28 @@ class CliTest(unittest.TestCase):
         self.assertEqual([(r["seq"], r["pattern"], r.get("requested_density")) for r in records],
                          [(s, p, d) for s in (64, 96) for p, d in (("dense", None), ("random", 0.3), ("random", 0.5))])
 
+    def test_bench_training(self):
+        # 6 D + 4 Dv a pair backward: five products, three of them over D.
+        args = ["bench", "--seq", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--head-dim-v", "24",
+                "--block", "16", "--pattern", "causal", "--vs-dense", "--repeat", "1", "--format", "json"]
+        pairs = 4 * (64 * 65 // 2)
+        for dtype in ("fp32", "bf16", "fp16", "fp64"):
+            for one_pass, flops in (("bwd", 6 * 8 + 4 * 24), ("fwdbwd", 6 * 8 + 4 * 24 + 2 * 8 + 2 * 24)):
+                record, = json.loads(self.ok(*args, "--pass", one_pass, "--dtype", dtype))
+                for key in BENCH_KEYS if dtype != "fp64" else ["scratch_bytes", "peak_rss_bytes"]:
+                    self.assertIn(key, record)
+                self.assertEqual((record["pass"], record["dtype"], record["kv_heads"]), (one_pass, dtype, 2))
+                self.assertAlmostEqual(record["gflops"], flops * pairs / record["seconds"] / 1e9)
+                self.assertAlmostEqual(record["speedup_vs_dense"], record["dense_seconds"] / record["seconds"])
+                self.assertGreater(record["seconds"], 0)
+                self.assertGreater(record["scratch_bytes"] + (dtype == "fp64"), 0)
+
+    def test_bench_runs_both_passes(self):
+        # Seven products on the same pairs instead of two: 3.5 times the time. Were one pass left out, at most 2.5.
+        args = ["bench", "--seq", "512", "--heads", "4", "--pattern", "dense", "--threads", "1", "--format", "json"]
+        seconds = {p: json.loads(self.ok(*args, "--pass", p))[0]["min_seconds"] for p in ("fwd", "fwdbwd")}
+        self.assertGreater(seconds["fwdbwd"], 1.5 * seconds["fwd"])
+
     def test_bench_decode(self):
         record, = json.loads(self.ok("bench", "--pass", "decode", "--seq", "100", "--heads", "4", "--kv-heads", "2",
                                      "--head-dim", "8", "--block", "16", "--pattern", "dense", "--repeat", "1",
@@ -594,7 +616,7 @@ class CliTest(unittest.TestCase):
         text = self.ok(*args)
         self.assertLessEqual(max(map(len, text.replace(str(self.dir), "").splitlines())), 100)
         results = json.loads((out / "results.json").read_text())
-        for section in ("errors", "quality", "times"):
+        for section in ("errors", "quality", "times", "training"):
             names = [r["pattern"] for r in results[section]]
             for name in ("preset local", "preset dilated", "preset global_local", "preset ultra_sparse"):
                 self.assertIn(name, names)
@@ -605,7 +627,7 @@ class CliTest(unittest.TestCase):
             self.assertIn(str(out / picture), text)
         rows = list(csv.reader(io.StringIO(self.ok(*args, "--format", "csv"))))
         self.assertEqual({len(row) for row in rows}, {len(rows[0])})
-        self.assertEqual({row[0] for row in rows[1:]}, {"errors", "quality", "times", "pictures"})
+        self.assertEqual({row[0] for row in rows[1:]}, {"errors", "quality", "times", "training", "pictures"})
 
     # ---- terminals and pipes ----
 
