@@ -82,7 +82,15 @@ inline bool keeps(const BlockPatternView& pattern, int64_t h, int64_t q, int64_t
   return false;
 }
 
-inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const Dense4& k, const Dense4& v) {
+// One admitted pair of one (w, r): tokens, score, derivative of the score by q . k, and what dropout makes of a weight
+// of 1.
+struct PlainPair {
+  int64_t b, h, q, k;
+  double score, slope, keep;
+};
+
+inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const Dense4& k, const Dense4& v,
+                                 const std::function<void(const PlainPair&)>& visit = {}) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const int64_t share = c.heads / c.kv_heads, groups = static_cast<int64_t>(c.segment_lengths.size());
   PlainResult result{Dense4(c.batch, c.seqlen, c.heads, c.head_dim_v), Dense4(c.batch, c.seqlen, c.heads, 1), {}, {}};
@@ -110,7 +118,7 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
           for (size_t i = 0; i < tokens.size(); ++i) {
             const int64_t tq = tokens[i];
             result.q_read[(b * c.seqlen + tq) * c.heads + h] = 1;
-            std::vector<double> scores;
+            std::vector<double> scores, slopes;
             std::vector<size_t> admitted;
             for (size_t j = 0; j < tokens.size(); ++j) {
               const int64_t tk = tokens[j];
@@ -126,8 +134,11 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
                 magnitude += std::abs(product);
               }
               const double scale = c.scale.value_or(1 / std::sqrt(static_cast<double>(c.head_dim)));
-              double s = scale * dot, bias = 0;
-              if (c.softcap > 0) s = c.softcap * std::tanh(s / c.softcap);
+              double s = scale * dot, bias = 0, slope = scale;
+              if (c.softcap > 0) {
+                s = c.softcap * std::tanh(s / c.softcap);
+                slope *= 1 - s / c.softcap * (s / c.softcap);
+              }
               if (!c.slopes.empty()) {
                 const size_t row = static_cast<int64_t>(c.slopes.size()) > c.heads ? b * c.heads + h : h;
                 bias -= c.slopes[row] * std::abs(static_cast<double>(tq - tk));
@@ -135,6 +146,7 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
               if (!c.key_bias.empty()) bias += c.key_bias[h * c.seqlen + tk];
               if (!c.pair_bias.empty()) bias += c.pair_bias[(b * c.seqlen + tq) * c.seqlen + tk];
               scores.push_back(s + bias);
+              slopes.push_back(slope);
               admitted.push_back(j);
               result.kv_read[(b * c.seqlen + tk) * c.kv_heads + h / share] = 1;
               result.largest_score = std::max(result.largest_score, std::abs(scale) * magnitude + std::abs(bias));
@@ -148,13 +160,15 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
             if (admitted.empty()) continue;
             *lse.row(b, tq, h) = std::log(sum);  // scattered
             for (size_t n = 0; n < admitted.size(); ++n) {
-              double weight = std::exp(scores[n]) / sum;
+              double keep = 1;
               if (c.dropout.p > 0) {
                 const uint64_t stream = static_cast<uint64_t>((b * segments + segment) * c.heads + h);
                 const uint32_t random = dropout_random(dropout, stream, static_cast<int64_t>(i),
                                                        static_cast<int64_t>(admitted[n]));
-                weight *= random < drop_threshold(dropout.p) ? 0 : 1 / (1 - dropout.p);
+                keep = random < drop_threshold(dropout.p) ? 0 : 1 / (1 - dropout.p);
               }
+              const double weight = std::exp(scores[n]) / sum * keep;
+              if (visit) visit({b, h, tq, tokens[admitted[n]], scores[n], slopes[n], keep});
               for (int64_t d = 0; d < c.head_dim_v; ++d) {
                 out.row(b, tq, h)[d] += weight * v.row(b, tokens[admitted[n]], h / share)[d];
               }
@@ -181,6 +195,48 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
     }
   }
   return result;
+}
+
+// Gradients of sum(out * dout) + sum(lse * dlse), and for each element the sum of the absolute values of what it is the
+// sum of: what rounding errors are relative to.
+struct PlainGradients {
+  Dense4 dq, dk, dv, dq_magnitude, dk_magnitude, dv_magnitude;
+};
+
+// The joined result is one softmax over all pairs, so P = exp(score - lse) and dscore = P (dP - delta). Values of v are
+// at most 1.
+inline PlainGradients plain_dilated_gradients(const DilatedCase& c, const Dense4& q, const Dense4& k, const Dense4& v,
+                                              const Dense4& dout, const Dense4& dlse) {
+  const PlainResult result = plain_dilated(c, q, k, v);
+  const int64_t share = c.heads / c.kv_heads;
+  const Dense4 of_q(c.batch, c.seqlen, c.heads, c.head_dim), of_k(c.batch, c.seqlen, c.kv_heads, c.head_dim),
+      of_v(c.batch, c.seqlen, c.kv_heads, c.head_dim_v);
+  PlainGradients g{of_q, of_k, of_v, of_q, of_k, of_v};
+  plain_dilated(c, q, k, v, [&](const PlainPair& pair) {
+    const auto [b, h, i, j, score, slope, keep] = pair;
+    const int64_t kv = h / share;
+    const double p = std::exp(score - *result.lse.row(b, i, h));
+    double dp = 0, delta = -*dlse.row(b, i, h), dp_magnitude = 0, delta_magnitude = std::abs(delta);
+    for (int64_t d = 0; d < c.head_dim_v; ++d) {
+      const double gradient = dout.row(b, i, h)[d];
+      dp += keep * gradient * v.row(b, j, kv)[d];
+      dp_magnitude += std::abs(keep * gradient * v.row(b, j, kv)[d]);
+      delta += gradient * result.out.row(b, i, h)[d];
+      delta_magnitude += std::abs(gradient) / (1 - c.dropout.p);  // out errs relative to the largest v
+      g.dv.row(b, j, kv)[d] += p * keep * gradient;
+      g.dv_magnitude.row(b, j, kv)[d] += std::abs(p * keep * gradient);
+    }
+    const double dscore = slope * p * (dp - delta);
+    const double magnitude = std::abs(c.scale.value_or(1 / std::sqrt(static_cast<double>(c.head_dim)))) * p *
+                             (dp_magnitude + delta_magnitude);
+    for (int64_t d = 0; d < c.head_dim; ++d) {
+      g.dq.row(b, i, h)[d] += dscore * k.row(b, j, kv)[d];
+      g.dk.row(b, j, kv)[d] += dscore * q.row(b, i, h)[d];
+      g.dq_magnitude.row(b, i, h)[d] += magnitude * std::abs(k.row(b, j, kv)[d]);
+      g.dk_magnitude.row(b, j, kv)[d] += magnitude * std::abs(q.row(b, i, h)[d]);
+    }
+  });
+  return g;
 }
 
 // A tensor [B, S, H, D] of any dtype in a layout, and its numbers in fp64.
