@@ -8,9 +8,6 @@
 // first term is 3e-14 f^(5), the second 3e-13 |f|. The loss is a sum of a few hundred terms near 1, its fifth
 // derivative by one input a few hundred at most: 1e-10 holds both. Gradients that are stored in fp32 may lose half an
 // epsilon more: those of block_bias and sinks, which are fp32 themselves (multiples of h, so that a step is exact).
-//
-// PyTorch's numbers: autograd of F.scaled_dot_product_attention in float64 (2.13.0), inputs as in
-// attention_reference_test.cc, out.backward(sin(0.9 i + 0.3)); printed as [B, S, H, D].
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -18,7 +15,7 @@
 #include <memory>
 
 #include "attention/reference_backward.h"
-#include "attention_inputs.h"
+#include "training_inputs.h"
 
 namespace tessera {
 namespace {
@@ -26,88 +23,6 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kStep = 0x1p-10;
 constexpr double kTolerance = 1e-10;
-
-// Multiples of 2^-10.
-std::vector<double> coarse_wave(int64_t n, double a, double b) {
-  std::vector<double> x = wave(n, a, b);
-  for (double& value : x) value = std::round(value * 0x1p10) * 0x1p-10;
-  return x;
-}
-
-// A call in both directions. Not copyable: args point into the other members.
-struct Training : Call {
-  Numbers dout, dlse, dq, dk, dv, dblock_bias, dattn_bias, dsinks;
-  Numbers alibi, block_bias, attn_bias, sinks;
-  std::vector<int64_t> key_lengths;
-
-  Training(const Shape& s, const BlockPattern& pattern)
-      : Call(s, DType::f64, pattern, DType::f64, DType::f64),
-        dout(DType::f64, {s.batch, s.seqlen_q, s.heads, s.head_dim_v},
-             wave(s.batch * s.seqlen_q * s.heads * s.head_dim_v, 0.9, 0.3)),
-        dlse(DType::f64, {s.batch, s.heads, s.seqlen_q}, wave(s.batch * s.heads * s.seqlen_q, 1.1, 0.7)),
-        dq(DType::f64, {s.batch, s.seqlen_q, s.heads, s.head_dim}),
-        dk(DType::f64, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim}),
-        dv(DType::f64, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim_v}) {}
-
-  AttentionOptions& options() { return args.options; }
-  void give_block_bias(int64_t batches, int64_t heads) {
-    const int64_t entries = args.pattern.num_blocks();
-    block_bias = Numbers(DType::f32, {batches, heads, entries}, coarse_wave(batches * heads * entries, 0.6, 0.2));
-    dblock_bias = Numbers(DType::f32, {batches, heads, entries});
-    options().block_bias = block_bias.view;
-  }
-  void give_attn_bias(int64_t b, int64_t h, int64_t q, int64_t k) {
-    attn_bias = Numbers(DType::f64, {b, h, q, k}, wave(b * h * q * k, 0.9, 0.2));
-    dattn_bias = Numbers(DType::f64, {b, h, q, k});
-    options().attn_bias = attn_bias.view;
-  }
-  void give_sinks() {
-    sinks = Numbers(DType::f32, {shape.heads}, coarse_wave(shape.heads, 2.1, 0.4));
-    dsinks = Numbers(DType::f32, {shape.heads});
-    options().sinks = sinks.view;
-  }
-  void give_alibi(bool per_batch) {
-    std::vector<double> slopes = wave(shape.batch * shape.heads, 0.5, 0.1);
-    if (!per_batch) slopes.resize(shape.heads);
-    alibi = per_batch ? Numbers(DType::f32, {shape.batch, shape.heads}, slopes)
-                      : Numbers(DType::f32, {shape.heads}, slopes);
-    options().alibi_slopes = alibi.view;
-  }
-
-  BackwardArgs backward_args() const {
-    BackwardArgs a;
-    a.q = args.q;
-    a.k = args.k;
-    a.v = args.v;
-    a.pattern = args.pattern;
-    a.out = args.out;
-    a.lse = args.lse;
-    a.dout = dout.view;
-    a.dlse = dlse.view;
-    a.dq = dq.view;
-    a.dk = dk.view;
-    a.dv = dv.view;
-    a.dblock_bias = dblock_bias.view;
-    a.dattn_bias = dattn_bias.view;
-    a.dsinks = dsinks.view;
-    a.options = args.options;
-    return a;
-  }
-
-  void forward() {
-    InlineExecutor executor;
-    reference_forward(args, executor);
-  }
-  double loss() {
-    forward();
-    double sum = 0;
-    for (int64_t i = 0; i < out.view.numel(); ++i) sum += out.get(i) * dout.get(i);
-    for (int64_t i = 0; i < lse.view.numel(); ++i) {
-      if (lse.get(i) != -kInfinity) sum += lse.get(i) * dlse.get(i);
-    }
-    return sum;
-  }
-};
 
 double difference(Numbers& x, int64_t i, const std::function<double()>& loss) {
   const double old = x.get(i);
@@ -287,6 +202,204 @@ TEST(Gradients, JoinedResults) {
   expect_slopes("q", a.q, a.dq, loss);
   expect_slopes("k", a.k, a.dk, loss);
   expect_slopes("v", a.v, a.dv, loss);
+}
+
+// Rows that see no key: q, out and dout of theirs are not looked at.
+TEST(Gradients, RowsWithoutKeysAreUntouched) {
+  // 20 queries, 3 keys, causal: rows 0 .. 16 see nothing.
+  const Shape shape{.seqlen_q = 20, .seqlen_k = 3, .head_dim = 2, .head_dim_v = 2};
+  Training clean(shape, dense_pattern(20, 3)), hostile(shape, dense_pattern(20, 3));
+  for (Training* t : {&clean, &hostile}) {
+    t->options().causal = true;
+    t->give_sinks();
+    t->give_attn_bias(1, 1, 20, 3);
+    t->forward();
+  }
+  for (int64_t i = 0; i < 17 * 2; ++i) {
+    for (Numbers* n : {&hostile.q, &hostile.out, &hostile.dout}) n->set(i, std::nan(""));
+  }
+  for (int64_t i = 0; i < 17; ++i) hostile.dlse.set(i, std::nan(""));
+  InlineExecutor executor;
+  for (Training* t : {&clean, &hostile}) {
+    for (Numbers* n : {&t->dq, &t->dk, &t->dv, &t->dattn_bias, &t->dsinks}) {
+      for (int64_t i = 0; i < n->view.numel(); ++i) n->set(i, 77);
+    }
+    const BackwardProblem problem = resolve_backward(t->backward_args());
+    fp64_backward({&problem, 1}, executor);
+  }
+  for (int64_t i = 0; i < 17 * 2; ++i) EXPECT_EQ(hostile.dq.get(i), 0);
+  EXPECT_NE(hostile.dq.get(17 * 2), 0);
+  EXPECT_EQ(hostile.dq.values(), clean.dq.values());
+  EXPECT_EQ(hostile.dk.values(), clean.dk.values());
+  EXPECT_EQ(hostile.dv.values(), clean.dv.values());
+  EXPECT_EQ(hostile.dattn_bias.values(), clean.dattn_bias.values());
+  EXPECT_EQ(hostile.dsinks.values(), clean.dsinks.values());
+}
+
+// NaN where no pair is admitted reaches nothing; where one is, the rows and keys that it meets and no others.
+TEST(Gradients, NanGoesAlongAdmittedPairsOnly) {
+  const auto run = [](int64_t nan_key, Numbers Training::* tensor) {
+    auto t = std::make_unique<Training>(
+        Shape{.seqlen_q = 20, .seqlen_k = 20}, BlockPattern::from_csr({20, 20, 16, 16}, {0, 1, 3}, {0, 0, 1}));
+    t->options().causal = true;
+    t->options().window_left = 5;
+    if (tensor != nullptr) ((*t).*tensor).set(nan_key, std::nan(""));
+    InlineExecutor executor;
+    reference_backward(t->backward_args(), executor);
+    return t;
+  };
+  const auto clean = run(0, nullptr);
+  // Key and value 10 meet rows 10 .. 15; of these, row q meets keys q - 5 .. q. dv only knows weights: of K.
+  for (Numbers Training::* tensor : {static_cast<Numbers Training::*>(&Call::k), &Training::dout}) {
+    const auto t = run(10, tensor);
+    const bool row = tensor == &Training::dout;  // dout of row 10 alone
+    for (int64_t i = 0; i < 20; ++i) {
+      const bool dq = row ? i == 10 : i >= 10 && i <= 15, dk = row ? i >= 5 && i <= 10 : i >= 5 && i <= 15;
+      EXPECT_EQ(std::isnan(t->dq.get(i)), dq) << i;
+      EXPECT_EQ(std::isnan(t->dk.get(i)), dk) << i;
+      EXPECT_EQ(std::isnan(t->dv.get(i)), dk) << i;
+      if (!dq) {
+        EXPECT_EQ(t->dq.get(i), clean->dq.get(i)) << i;
+      }
+      if (!dk) {
+        EXPECT_EQ(t->dk.get(i), clean->dk.get(i)) << i;
+        EXPECT_EQ(t->dv.get(i), clean->dv.get(i)) << i;
+      }
+    }
+  }
+  const auto t = run(10, &Call::v);
+  for (int64_t i = 0; i < 20; ++i) {
+    EXPECT_EQ(std::isnan(t->dq.get(i)), i >= 10 && i <= 15) << i;
+    EXPECT_EQ(std::isnan(t->dk.get(i)), i >= 5 && i <= 15) << i;
+    EXPECT_EQ(t->dv.get(i), clean->dv.get(i)) << i;
+  }
+}
+
+TEST(Gradients, AccumulateAndWantedOnly) {
+  Training once(kShape, dense_pattern(18, 20)), twice(kShape, dense_pattern(18, 20));
+  InlineExecutor executor;
+  reference_backward(once.backward_args(), executor);
+  BackwardArgs args = twice.backward_args();
+  args.dk = {};
+  reference_backward(args, executor);
+  args.accumulate = true;
+  reference_backward(args, executor);
+  for (int64_t i = 0; i < once.dq.view.numel(); ++i) EXPECT_DOUBLE_EQ(twice.dq.get(i), 2 * once.dq.get(i));
+  for (int64_t i = 0; i < once.dk.view.numel(); ++i) EXPECT_EQ(twice.dk.get(i), 0);
+  for (int64_t i = 0; i < once.dv.view.numel(); ++i) EXPECT_DOUBLE_EQ(twice.dv.get(i), 2 * once.dv.get(i));
+}
+
+TEST(Gradients, StridedGradientsInFp32) {  // dk and dv as slices of one [B, Sk, 2, Hkv, 3]
+  Training t(kShape, dense_pattern(18, 20));
+  InlineExecutor executor;
+  reference_backward(t.backward_args(), executor);
+  std::vector<float> packed(2 * 20 * 2 * 3, 77), queries(t.dq.view.numel());
+  BackwardArgs args = t.backward_args();
+  const auto slice = [&](int64_t n, int64_t dim) {
+    MutableTensorView v = make_view(packed.data() + n * 3, DType::f32, {2, 20, 1, dim});
+    v.strides = {20 * 6, 6, 3, 1};
+    return v;
+  };
+  args.dq = make_view(queries.data(), DType::f32, {2, 18, 2, 3});
+  args.dk = slice(0, 3);
+  args.dv = slice(1, 2);
+  reference_backward(args, executor);
+  for (int64_t row = 0; row < 40; ++row) {
+    for (int64_t i = 0; i < 3; ++i) EXPECT_EQ(packed[row * 6 + i], static_cast<float>(t.dk.get(row * 3 + i)));
+    for (int64_t i = 0; i < 2; ++i) EXPECT_EQ(packed[row * 6 + 3 + i], static_cast<float>(t.dv.get(row * 2 + i)));
+    EXPECT_EQ(packed[row * 6 + 5], 77);  // no element
+  }
+  for (size_t i = 0; i < queries.size(); ++i) EXPECT_EQ(queries[i], static_cast<float>(t.dq.get(i)));
+}
+
+TEST(Gradients, SameBitsOnAnyNumberOfThreads) {
+  const auto run = [](int threads) {
+    Training t(kShape, per_head_and_batch());
+    t.give_block_bias(1, 1);
+    t.give_attn_bias(1, 2, 18, 1);
+    t.give_sinks();
+    t.options().dropout = {.p = 0.2};
+    ThreadPool pool(threads);
+    reference_backward(t.backward_args(), pool);
+    return std::vector{t.dq.values(), t.dk.values(), t.dv.values(), t.dblock_bias.values(), t.dattn_bias.values(),
+                       t.dsinks.values()};
+  };
+  const auto one = run(1);
+  EXPECT_EQ(run(2), one);
+  EXPECT_EQ(run(3), one);
+}
+
+// backward() serves fp64 by the reference kernel, which has no instruction set to choose.
+TEST(Gradients, EntryPointForFp64) {
+  Training t(kShape, dense_pattern(18, 20));
+  t.forward();
+  InlineExecutor executor;
+  reference_backward(t.backward_args(), executor);
+  const std::vector<double> dq = t.dq.values();
+  t.dq = Numbers(DType::f64, {2, 18, 2, 3});
+  EXPECT_EQ(backward(t.backward_args(), executor).isa, Isa::automatic);
+  EXPECT_EQ(t.dq.values(), dq);
+  BackwardArgs args = t.backward_args();
+  args.isa = Isa::avx2;
+  EXPECT_EQ(error_argument([&] { backward(args, executor); }), "isa");
+}
+
+// Packed sequences are calls of their own; sinks get the sum over them.
+TEST(Gradients, PackedSequences) {
+  const int64_t lengths_q[] = {3, 0, 18}, lengths_k[] = {5, 4, 20};
+  const std::vector<int64_t> cu_q{0, 3, 3, 21}, cu_k{0, 5, 9, 29};
+  std::vector<BlockPattern> patterns;
+  for (int i = 0; i < 3; ++i) patterns.push_back(dense_pattern(lengths_q[i], lengths_k[i]));
+  const Shape all{.seqlen_q = 21, .seqlen_k = 29, .heads = 2, .kv_heads = 1, .head_dim = 3, .head_dim_v = 2};
+  Training t(all, dense_pattern(21, 29));
+  t.give_sinks();
+  const auto packed = [](auto view) {  // [1, ...] as [...]
+    for (int i = 0; i + 1 < view.rank; ++i) {
+      view.sizes[i] = view.sizes[i + 1];
+      view.strides[i] = view.strides[i + 1];
+    }
+    --view.rank;
+    return view;
+  };
+  AttentionOptions options = t.options();
+  options.causal = true;
+  InlineExecutor executor;
+  forward_varlen({.q = packed(t.args.q), .k = packed(t.args.k), .v = packed(t.args.v), .out = packed(t.args.out),
+                  .lse = packed(t.args.lse), .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k, .patterns = patterns,
+                  .options = options}, executor);
+  const BackwardArgs whole = t.backward_args();
+  backward_varlen({.q = packed(whole.q), .k = packed(whole.k), .v = packed(whole.v), .out = packed(whole.out),
+                   .dout = packed(whole.dout), .lse = packed(whole.lse), .dlse = packed(whole.dlse),
+                   .dq = packed(whole.dq), .dk = packed(whole.dk), .dv = packed(whole.dv), .dsinks = whole.dsinks,
+                   .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k, .patterns = patterns, .options = options}, executor);
+  std::vector<double> dsinks(2);
+  for (int i = 0; i < 3; ++i) {
+    Training one({.seqlen_q = lengths_q[i], .seqlen_k = lengths_k[i], .heads = 2, .kv_heads = 1, .head_dim = 3,
+                  .head_dim_v = 2}, patterns[i]);
+    one.options() = options;
+    one.dsinks = Numbers(DType::f32, {2});
+    const auto part = [](const Numbers& from, int64_t first, Numbers& to) {
+      for (int64_t n = 0; n < to.view.numel(); ++n) to.set(n, from.get(first + n));
+    };
+    part(t.q, cu_q[i] * 6, one.q);
+    part(t.k, cu_k[i] * 3, one.k);
+    part(t.v, cu_k[i] * 2, one.v);
+    part(t.dout, cu_q[i] * 4, one.dout);
+    for (int64_t h = 0; h < 2; ++h) {
+      for (int64_t q = 0; q < lengths_q[i]; ++q) one.dlse.set(h * lengths_q[i] + q, t.dlse.get(h * 21 + cu_q[i] + q));
+    }
+    reference_backward(one.backward_args(), executor);
+    const auto same = [&](const char* name, const Numbers& all_of, int64_t first, const Numbers& want) {
+      for (int64_t n = 0; n < want.view.numel(); ++n) {
+        EXPECT_NEAR(all_of.get(first + n), want.get(n), 1e-14) << name << " of sequence " << i << ", " << n;
+      }
+    };
+    same("dq", t.dq, cu_q[i] * 6, one.dq);
+    same("dk", t.dk, cu_k[i] * 3, one.dk);
+    same("dv", t.dv, cu_k[i] * 2, one.dv);
+    for (int64_t h = 0; h < 2; ++h) dsinks[h] += one.dsinks.get(h);
+  }
+  for (int64_t h = 0; h < 2; ++h) EXPECT_NEAR(t.dsinks.get(h), dsinks[h], 4 * epsilon_of(DType::f32)) << h;
 }
 
 }  // namespace
