@@ -48,7 +48,9 @@ TEST(PatternCache, GivesWhatMakePatternGivesAndMakesItOnce) {
   EXPECT_EQ(s.misses, 2);
   EXPECT_EQ(s.evictions, 0);
   EXPECT_EQ(s.entries, 2u);
-  EXPECT_GT(s.bytes, first.bytes());
+  const size_t patterns = first.bytes() + cache.get(spec_of(513)).bytes();
+  EXPECT_GE(s.bytes, patterns + 2 * sizeof(PatternSpec));
+  EXPECT_LT(s.bytes, patterns + 4 * sizeof(PatternSpec));
 }
 
 // Every field is changed in turn, and back. The binding does not compile once PatternSpec has a field more, and the
@@ -183,6 +185,15 @@ TEST(PatternCache, BytesAreLimited) {
   EXPECT_EQ(cache.stats().entries, 0u);
 }
 
+TEST(PatternCache, ResizeTakesEffectAtOnce) {
+  PatternCache cache;
+  const BlockPattern older = cache.get(spec_of(64)), newer = cache.get(spec_of(128));
+  cache.resize({.entries = 1});
+  cache.resize({.entries = 2});
+  EXPECT_FALSE(same_storage(cache.get(spec_of(64)), older));
+  EXPECT_TRUE(same_storage(cache.get(spec_of(128)), newer));
+}
+
 TEST(PatternCache, SizeFollowsThePattern) {
   PatternCache cache;
   const BlockPattern a = cache.get(spec_of(4096)), b = cache.get(spec_of(2048));
@@ -192,12 +203,12 @@ TEST(PatternCache, SizeFollowsThePattern) {
   ASSERT_GT(a.bytes(), before);
   EXPECT_EQ(cache.stats().bytes, a.bytes() + b.bytes() + keys);
 
-  // A limit that only b's transposed form breaks: the other goes, at the next use of either.
+  // A limit that only b's transposed form breaks: the other goes, at the next use of b. (stats() would look, too.)
   cache.resize({.bytes = cache.stats().bytes});
   EXPECT_EQ(cache.stats().entries, 2u);
   b.transposed();
   cache.get(spec_of(2048));
-  EXPECT_EQ(cache.stats().entries, 1u);
+  EXPECT_FALSE(same_storage(cache.get(spec_of(4096)), a));
   EXPECT_EQ(cache.stats().evictions, 1);
   EXPECT_TRUE(same_storage(cache.get(spec_of(2048)), b));
 
@@ -292,13 +303,13 @@ class Gate {
   bool open_ = false;
 };
 
-// Of eight threads one makes the pattern; meanwhile another spec is made and found. The pause lets the seven arrive;
+// Of eight threads one makes the pattern; meanwhile other specs are made and found. The pause lets the seven arrive;
 // had they not, they would hit and the counts be the same.
 TEST(PatternCacheThreads, OneBuildsTheOthersWaitAndNobodyElseDoes) {
   Gate gate;
   std::atomic<int> builds = 0;
   PatternCache cache({}, [&](const PatternSpec& s) {
-    if (s.seqlen_q == 512) {
+    if (s == spec_of(512)) {
       ++builds;
       gate.pass();
     }
@@ -310,35 +321,43 @@ TEST(PatternCacheThreads, OneBuildsTheOthersWaitAndNobodyElseDoes) {
   gate.wait_for_one();
   cache.get(spec_of(256));  // would wait for ever if a build held the lock
   cache.get(spec_of(256));
-  EXPECT_EQ(cache.stats().entries, 1u);
+  cache.get(spec_of(512, 0.5));
+  EXPECT_EQ(cache.stats().entries, 2u);
   std::this_thread::sleep_for(std::chrono::milliseconds(20));
   gate.open();
   for (std::thread& t : threads) t.join();
   EXPECT_EQ(builds, 1);
   for (const BlockPattern& p : got) EXPECT_TRUE(same_storage(p, got[0]));
   EXPECT_EQ(got[0], make_pattern(spec_of(512)));
-  EXPECT_EQ(cache.stats().misses, 2);
+  EXPECT_EQ(cache.stats().misses, 3);
   EXPECT_EQ(cache.stats().hits, 8);
 }
 
-// Those that waited get the pattern even if it is too large to be kept.
+// Those that waited get the pattern even if it is too large to be kept. On a busy machine the second may come too late
+// to wait, and then makes its own: it gets more chances.
 TEST(PatternCacheThreads, WaitersShareWhatIsNotKept) {
-  Gate gate;
-  PatternCache cache({.bytes = 0}, [&](const PatternSpec& s) {
-    gate.pass();
-    return make_pattern(s);
-  });
-  BlockPattern first, second;
-  std::thread a([&] { first = cache.get(spec_of(512)); });
-  gate.wait_for_one();
-  std::thread b([&] { second = cache.get(spec_of(512)); });
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));
-  gate.open();
-  a.join();
-  b.join();
-  EXPECT_EQ(first, make_pattern(spec_of(512)));
-  EXPECT_EQ(second, first);
-  EXPECT_EQ(cache.stats().entries, 0u);
+  bool shared = false;
+  for (int chance = 0; chance < 50 && !shared; ++chance) {
+    Gate gate;
+    PatternCache cache({.bytes = 0}, [&](const PatternSpec& s) {
+      gate.pass();
+      return make_pattern(s);
+    });
+    BlockPattern first, second;
+    std::thread a([&] { first = cache.get(spec_of(512)); });
+    gate.wait_for_one();
+    std::thread b([&] { second = cache.get(spec_of(512)); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    gate.open();
+    a.join();
+    b.join();
+    EXPECT_EQ(first, make_pattern(spec_of(512)));
+    EXPECT_EQ(second, first);
+    EXPECT_EQ(cache.stats().entries, 0u);
+    shared = same_storage(first, second);
+    EXPECT_EQ(cache.stats().misses, shared ? 1 : 2);
+  }
+  EXPECT_TRUE(shared);
 }
 
 // The first build throws while others wait: its caller gets the exception, one of them builds, all are served.
