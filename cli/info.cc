@@ -52,7 +52,7 @@ void info(Context& context, bool no_peaks) {
   record["cpus"] = available_cpus();
   record["isas_compiled"] = names(compiled_isas());
   record["isas_usable"] = names(usable_isas());
-  record["features"] = {{"cpu_forward", true}, {"cuda", false}, {"torch", false}};
+  record["features"] = {{"cpu_forward", true}, {"cpu_backward", true}, {"cuda", false}, {"torch", false}};
   switch (context.format) {
     case Format::json:
       record["peaks"] = peaks;
@@ -84,7 +84,7 @@ void info(Context& context, bool no_peaks) {
       "cpu            {}, {} usable\n"
       "isas compiled  {}\n"
       "isas usable    {}\n"
-      "features       CPU forward and decode: yes, CUDA: no, torch: no\n",
+      "features       CPU forward, backward and decode: yes, CUDA: no, torch: no\n",
       TESSERA_VERSION, cpu_model(), available_cpus(), fmt::join(names(compiled_isas()), ", "),
       fmt::join(names(usable_isas()), ", ")));
   if (peaks.empty()) return;

@@ -603,6 +603,7 @@ class CliTest(unittest.TestCase):
         info = json.loads(self.ok("info", "--format", "json"))
         self.assertRegex(info["version"], r"^\d+\.\d+\.\d+$")
         self.assertTrue(set(info["isas_usable"]) <= set(info["isas_compiled"]))
+        self.assertTrue(info["features"]["cpu_backward"])
         self.assertFalse(info["features"]["cuda"])
         threads = {p["threads"] for p in info["peaks"]}
         self.assertIn(1, threads)
