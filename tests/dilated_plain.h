@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -98,6 +99,7 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
   result.kv_read.assign(c.batch * c.seqlen * c.kv_heads, 0);
   std::vector<int64_t> keys_of(c.batch * c.seqlen * c.heads, 0);
   std::vector<Dense4> outs, lses;
+  std::map<size_t, BlockPattern> patterns;  // by length
   for (int64_t g = 0; g < groups; ++g) {
     Dense4& out = outs.emplace_back(c.batch, c.seqlen, c.heads, c.head_dim_v);
     Dense4& lse = lses.emplace_back(c.batch, c.seqlen, c.heads, 1);
@@ -114,7 +116,8 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
           PatternSpec spec = c.pattern.value_or(PatternSpec{});
           spec.seqlen_q = spec.seqlen_k = static_cast<int64_t>(tokens.size());
           spec.causal = c.causal;
-          const BlockPattern pattern = c.make ? c.make(spec) : make_pattern(spec);
+          if (!patterns.contains(tokens.size())) patterns[tokens.size()] = c.make ? c.make(spec) : make_pattern(spec);
+          const BlockPatternView pattern = patterns[tokens.size()].view();
           for (size_t i = 0; i < tokens.size(); ++i) {
             const int64_t tq = tokens[i];
             result.q_read[(b * c.seqlen + tq) * c.heads + h] = 1;
@@ -122,7 +125,7 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
             std::vector<size_t> admitted;
             for (size_t j = 0; j < tokens.size(); ++j) {
               const int64_t tk = tokens[j];
-              if (!keeps(pattern.view(), h, static_cast<int64_t>(i), static_cast<int64_t>(j))) continue;
+              if (!keeps(pattern, h, static_cast<int64_t>(i), static_cast<int64_t>(j))) continue;
               if (c.causal && tk > tq) continue;
               if (c.window_left && tq - tk > *c.window_left) continue;
               if (c.window_right && tk - tq > *c.window_right) continue;
@@ -205,9 +208,9 @@ struct PlainGradients {
 
 // The joined result is one softmax over all pairs, so P = exp(score - lse) and dscore = P (dP - delta). Values of v are
 // at most 1.
-inline PlainGradients plain_dilated_gradients(const DilatedCase& c, const Dense4& q, const Dense4& k, const Dense4& v,
-                                              const Dense4& dout, const Dense4& dlse) {
-  const PlainResult result = plain_dilated(c, q, k, v);
+inline PlainGradients plain_dilated_gradients(const DilatedCase& c, const PlainResult& result, const Dense4& q,
+                                              const Dense4& k, const Dense4& v, const Dense4& dout,
+                                              const Dense4& dlse) {
   const int64_t share = c.heads / c.kv_heads;
   const Dense4 of_q(c.batch, c.seqlen, c.heads, c.head_dim), of_k(c.batch, c.seqlen, c.kv_heads, c.head_dim),
       of_v(c.batch, c.seqlen, c.kv_heads, c.head_dim_v);
