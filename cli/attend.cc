@@ -1,5 +1,4 @@
 // tessera attend: block-sparse attention of tensors in files.
-#include <algorithm>
 #include <cmath>
 
 #include <fmt/format.h>
@@ -135,18 +134,13 @@ void attend(Context& context, const AttendFlags& flags) {
   context.progress.show("pattern");
   if (choice.dilated()) {
     const Dilation dilation = choice.dilation();
-    const auto count = [&](const Dilation& d, const AttentionOptions& o) {
-      return as_usage([&] { return dilated_pairs(x.seqlen_q(), d, o, x.batch(), x.heads()); });
-    };
+    const int64_t pairs =
+        as_usage([&] { return dilated_pairs(x.seqlen_q(), dilation, options, x.batch(), x.heads()); });
     record["segment_lengths"] = comma_list(choice.segment_lengths);
     record["dilation_rates"] = comma_list(choice.dilation_rates);
     record["block_q"] = choice.spec.block_q;
     record["block_k"] = choice.spec.block_k;
-    const int64_t whole[] = {std::max<int64_t>(1, x.seqlen_q())}, one[] = {1};
-    AttentionOptions all;
-    all.causal = causal;
-    const int64_t pairs = count(dilation, options), most = count({whole, one, {}, {}}, all);
-    record["density"] = most > 0 ? static_cast<double>(pairs) / static_cast<double>(most) : 0;
+    record["density"] = dilated_density(pairs, x.seqlen_q(), causal, x.batch(), x.heads());
     DilatedCall call(x, dilation, options, isa);
     run(context, flags, x, pairs, call, pool, record);
   } else {

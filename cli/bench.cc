@@ -28,6 +28,8 @@ constexpr Column kBenchColumns[] = {
     {"block_k", ""},
     {"layout", ""},
     {"pattern", "pattern", 16, Style::text},
+    {"segment_lengths", ""},
+    {"dilation_rates", ""},
     {"requested_density", ""},
     {"causal", ""},
     {"window", ""},
@@ -77,6 +79,9 @@ class Bench {
 
   void run() {
     const std::vector<PatternChoice> choices = flags_.pattern.choices();
+    if (decode() && std::ranges::any_of(choices, &PatternChoice::dilated)) {
+      throw UsageError("--segment-lengths: dilated attention has as many queries as keys; --pass decode has not");
+    }
     std::vector<DType> dtypes;
     for (const std::string& name : flags_.dtypes) dtypes.push_back(parse_dtype(name));
     const std::vector<Column> columns = shown_columns();
@@ -160,13 +165,17 @@ class Bench {
   Record measure(const Inputs& x, const QkvShape& s, const PatternChoice& choice, ThreadPool& pool) {
     const PatternSpec& spec = choice.spec;
     const DType dtype = x.qkv.q.dtype();
-    BlockPattern pattern;
-    const double pattern_seconds = time_once([&] { pattern = make(spec, s); });
+    BlockPattern pattern;  // dilated attention makes its own
+    const double pattern_seconds = choice.dilated() ? 0 : time_once([&] { pattern = make(spec, s); });
     AttentionOptions options;
     options.causal = spec.causal;
     set_token_window(options, spec.causal, choice.token_window);
 
-    PassCall call(pass(), x.qkv, &x.dout, pattern, options, isa_, pool);
+    PassCall call = choice.dilated()
+                        ? as_usage([&] {
+                            return PassCall(pass(), x.qkv, &x.dout, choice.dilation(), options, isa_, pool);
+                          })
+                        : PassCall(pass(), x.qkv, &x.dout, pattern, options, isa_, pool);
     const int threads = pool.num_threads();
     PassCall::Info info = call(pool);
     // Other work on the machine comes and goes: the peak is the better of one taken before and one after.
@@ -194,9 +203,15 @@ class Bench {
     if (spec.density) r["requested_density"] = *spec.density;
     if (choice.token_window) r["window"] = *choice.token_window;
     else if (spec.window) r["window"] = *spec.window;
-    r["density"] = statistics(pattern, spec.causal).density;
-    r["kept_blocks"] = pattern.num_blocks();
-    r["pattern_seconds"] = pattern_seconds;
+    if (choice.dilated()) {
+      r["segment_lengths"] = comma_list(choice.segment_lengths);
+      r["dilation_rates"] = comma_list(choice.dilation_rates);
+      r["density"] = dilated_density(call.pairs(), s.seqlen_q, spec.causal, s.batch, s.heads);
+    } else {
+      r["density"] = statistics(pattern, spec.causal).density;
+      r["kept_blocks"] = pattern.num_blocks();
+      r["pattern_seconds"] = pattern_seconds;
+    }
     r["threads"] = threads;
     r["isa"] = has_peak ? std::string(name_of(ran)) : "reference";
     r["repeat"] = flags_.repeat;
@@ -268,6 +283,7 @@ void add_bench(CLI::App& app, Context& context) {
       "  tessera bench --seq 8192 --pattern dilated_sparse --density 0.1,0.05 --vs-dense\n"
       "  tessera bench --dtype fp32,bf16 --seq 4096 --heads 4 --pattern dense --threads 1,2 --format json\n"
       "  tessera bench --pass fwdbwd --seq 8192 --pattern dilated_sparse --density 0.1 --vs-dense\n"
+      "  tessera bench --pass fwdbwd --pattern dense --segment-lengths 2048,4096,8192 --dilation-rates 1,2,4\n"
       "  tessera bench --pass decode --seq 16384 --heads 32 --kv-heads 8 --head-dim 128 --pattern dense");
   auto flags = std::make_shared<BenchFlags>();
   const auto positive = integer(1);
@@ -290,7 +306,7 @@ void add_bench(CLI::App& app, Context& context) {
       ->check(positive)->type_name("N");
   command->add_option("--layout", flags->layout, "How tensors lie in memory")
       ->check(CLI::IsMember({"bshd", "bhsd"}).description(""))->type_name("bshd|bhsd")->capture_default_str();
-  flags->pattern.add_to(*command, {.file = false, .attention = true, .fallback = "dilated_sparse"});
+  flags->pattern.add_to(*command, {.file = false, .attention = true, .dilation = true, .fallback = "dilated_sparse"});
   add_list(*command, "--threads", flags->threads, "Threads; 0: all CPUs. Default 0")
       ->check(integer(0, 1024))->type_name("N,..");
   add_isa(*command, flags->isa);

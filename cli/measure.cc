@@ -59,6 +59,11 @@ double backward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v) {
   return static_cast<double>(pairs) * static_cast<double>(6 * head_dim + 4 * head_dim_v);
 }
 
+double dilated_density(int64_t pairs, int64_t seqlen, bool causal, int64_t batch, int64_t heads) {
+  const double n = static_cast<double>(seqlen), all = causal ? n * (n + 1) / 2 : n * n;
+  return all > 0 ? static_cast<double>(pairs) / (all * static_cast<double>(batch * heads)) : 0;
+}
+
 int64_t kept_kv_bytes(const BlockPattern& pattern, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       int64_t head_dim_v, DType dtype) {
   const BlockPatternView p = pattern.view();
@@ -133,32 +138,58 @@ DilatedCall::DilatedCall(const Qkv& x, Dilation dilation, AttentionOptions optio
   args.dilation = std::move(dilation);
 }
 
-BackwardCall::BackwardCall(const ForwardCall& forward, const Qkv& x, const Tensor& dout)
-    : dq(x.q.dtype(), x.q.shape()), dk(x.k.dtype(), x.k.shape()), dv(x.v.dtype(), x.v.shape()) {
-  const ForwardArgs& f = forward.args;
-  args.q = f.q;
-  args.k = f.k;
-  args.v = f.v;
-  args.pattern = f.pattern;
-  args.out = f.out;
-  args.lse = f.lse;
-  args.dout = x.as_bshd(dout);
-  args.dq = x.as_bshd(dq);
-  args.dk = x.as_bshd(dk);
-  args.dv = x.as_bshd(dv);
-  args.options = f.options;
-  args.isa = f.isa;
+namespace {
+
+template <class Call, class Forward>
+void prepare_backward(Call& call, const Forward& forward, const Qkv& x, const Tensor& dout) {
+  call.dq = Tensor(x.q.dtype(), x.q.shape());
+  call.dk = Tensor(x.k.dtype(), x.k.shape());
+  call.dv = Tensor(x.v.dtype(), x.v.shape());
+  call.args.q = forward.args.q;
+  call.args.k = forward.args.k;
+  call.args.v = forward.args.v;
+  call.args.out = forward.args.out;
+  call.args.lse = forward.args.lse;
+  call.args.dout = x.as_bshd(dout);
+  call.args.dq = x.as_bshd(call.dq);
+  call.args.dk = x.as_bshd(call.dk);
+  call.args.dv = x.as_bshd(call.dv);
+  call.args.options = forward.args.options;
+  call.args.isa = forward.args.isa;
+}
+
+}  // namespace
+
+BackwardCall::BackwardCall(const ForwardCall& forward, const Qkv& x, const Tensor& dout) {
+  prepare_backward(*this, forward, x, dout);
+  args.pattern = forward.args.pattern;
+}
+
+DilatedBackwardCall::DilatedBackwardCall(const DilatedCall& forward, const Qkv& x, const Tensor& dout) {
+  prepare_backward(*this, forward, x, dout);
+  args.dilation = forward.args.dilation;
+}
+
+template <class Backward, class Forward>
+void PassCall::set_up(const Qkv& x, const Tensor* dout, std::shared_ptr<Forward> forward, Executor& executor) {
+  forward_ = [forward](Executor& e) { return (*forward)(e); };
+  if (pass_ != Pass::backward) flops_ += forward_flops(pairs_, x.head_dim(), x.head_dim_v());
+  if (pass_ == Pass::forward) return;
+  flops_ += backward_flops(pairs_, x.head_dim(), x.head_dim_v());
+  forward_(executor);
+  backward_ = [call = std::make_shared<Backward>(*forward, x, *dout)](Executor& e) { return (*call)(e); };
 }
 
 PassCall::PassCall(Pass pass, const Qkv& x, const Tensor* dout, BlockPattern pattern, AttentionOptions options, Isa isa,
                    Executor& executor)
-    : pass_(pass), forward_(x, std::move(pattern), options, isa) {
-  const int64_t pairs = admitted_pairs(forward_.args.pattern, options, x.batch(), x.heads());
-  if (pass != Pass::backward) flops_ += forward_flops(pairs, x.head_dim(), x.head_dim_v());
-  if (pass == Pass::forward) return;
-  flops_ += backward_flops(pairs, x.head_dim(), x.head_dim_v());
-  forward_(executor);
-  backward_.emplace(forward_, x, *dout);
+    : pass_(pass), pairs_(admitted_pairs(pattern, options, x.batch(), x.heads())) {
+  set_up<BackwardCall>(x, dout, std::make_shared<ForwardCall>(x, std::move(pattern), options, isa), executor);
+}
+
+PassCall::PassCall(Pass pass, const Qkv& x, const Tensor* dout, Dilation dilation, AttentionOptions options, Isa isa,
+                   Executor& executor)
+    : pass_(pass), pairs_(dilated_pairs(x.seqlen_q(), dilation, options, x.batch(), x.heads())) {
+  set_up<DilatedBackwardCall>(x, dout, std::make_shared<DilatedCall>(x, std::move(dilation), options, isa), executor);
 }
 
 PassCall::Info PassCall::operator()(Executor& executor) {
@@ -168,7 +199,7 @@ PassCall::Info PassCall::operator()(Executor& executor) {
     info = {f.isa, f.scratch_bytes};
   }
   if (backward_) {
-    const BackwardInfo b = (*backward_)(executor);
+    const BackwardInfo b = backward_(executor);
     info = {b.isa, std::max(info.scratch_bytes, b.scratch_bytes)};
   }
   return info;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -37,6 +38,10 @@ double backward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v);
 // Bytes of K and V that a call must read: keys of the blocks kept for any head of a group, once a KV head.
 int64_t kept_kv_bytes(const BlockPattern& pattern, int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                       int64_t head_dim_v, DType dtype);
+
+// Share of all pairs of tokens (causal: of those not after the query) that dilated attention admits; a pair counts for
+// each (w, r) that admits it.
+double dilated_density(int64_t pairs, int64_t seqlen, bool causal, int64_t batch, int64_t heads);
 
 // Peak resident set of this process, and its reset where the system permits it.
 void reset_peak_rss();
@@ -75,10 +80,19 @@ struct BackwardCall {
   BackwardInfo operator()(Executor& executor) { return backward(args, executor); }
 };
 
+struct DilatedBackwardCall {
+  DilatedBackwardArgs args;
+  Tensor dq, dk, dv;
+
+  DilatedBackwardCall(const DilatedCall& forward, const Qkv& qkv, const Tensor& dout);
+  DilatedBackwardCall(const DilatedBackwardCall&) = delete;
+  BackwardInfo operator()(Executor& executor) { return dilated_backward(args, executor); }
+};
+
 enum class Pass : uint8_t { forward, backward, both };
 
-// A pass over one pattern, ready to be timed. Where it has a backward part, dout is needed and must outlive it, and the
-// constructor runs the forward part once.
+// A pass over one pattern or one dilation, ready to be timed. Where it has a backward part, dout is needed and must
+// outlive it, and the constructor runs the forward part once.
 class PassCall {
  public:
   struct Info {
@@ -88,13 +102,20 @@ class PassCall {
 
   PassCall(Pass pass, const Qkv& qkv, const Tensor* dout, BlockPattern pattern, AttentionOptions options, Isa isa,
            Executor& executor);
+  PassCall(Pass pass, const Qkv& qkv, const Tensor* dout, Dilation dilation, AttentionOptions options, Isa isa,
+           Executor& executor);
   Info operator()(Executor& executor);
-  double flops() const { return flops_; }  // of one call
+  double flops() const { return flops_; }   // of one call
+  int64_t pairs() const { return pairs_; }  // admitted, over batch and heads
 
  private:
+  template <class Backward, class Forward>
+  void set_up(const Qkv& qkv, const Tensor* dout, std::shared_ptr<Forward> forward, Executor& executor);
+
   Pass pass_;
-  ForwardCall forward_;
-  std::optional<BackwardCall> backward_;
+  int64_t pairs_ = 0;
+  std::function<ForwardInfo(Executor&)> forward_;
+  std::function<BackwardInfo(Executor&)> backward_;
   double flops_ = 0;
 };
 

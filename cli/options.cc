@@ -86,8 +86,8 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   for (PatternKind kind : all_pattern_kinds()) names.emplace_back(name_of(kind));
   if (!flags.fallback.empty()) patterns_ = {flags.fallback};
 
-  add_list(app, "--pattern", patterns_, fmt::format("One of {}; a list sweeps", fmt::join(names, ", ")))
-      ->check(CLI::IsMember(names).description(""))->type_name("NAME,..")->group(group);
+  pattern_ = add_list(app, "--pattern", patterns_, fmt::format("One of {}; a list sweeps", fmt::join(names, ", ")))
+                 ->check(CLI::IsMember(names).description(""))->type_name("NAME,..")->group(group);
   add_list(app, "--density", densities_,
            fmt::format("Share of the admissible block pairs that is kept; a list sweeps. Default {} where the pattern "
                        "needs one", kDefaultDensity))
@@ -112,7 +112,7 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   if (flags.dilation) {
     rates += ". With --segment-lengths: those of dilated attention";
     segments += ". Any other pattern: dilated attention (LongNet) over segments of these lengths, one a dilation rate, "
-                "with the pattern inside each dilated segment (default dense)";
+                "with the pattern inside each dilated segment (default here: dense)";
   }
   add_list(app, "--dilation-rates", dilation_rates_, rates)->check(integer(1))->type_name("R,..")->group(group);
   add_list(app, "--segment-lengths", segment_lengths_, segments)->check(integer(1))->type_name("N,..")->group(group);
@@ -188,7 +188,7 @@ std::vector<PatternChoice> PatternOptions::choices() const {
     return {};
   }
   std::vector<std::string> patterns = patterns_;
-  if (patterns.empty() && dilated(PatternKind::dense)) patterns = {std::string(name_of(PatternKind::dense))};
+  if (pattern_->count() == 0 && dilated(PatternKind::dense)) patterns = {std::string(name_of(PatternKind::dense))};
   if (patterns.empty()) {
     throw UsageError(fmt::format("--pattern is required{}", flags_.file ? " (or --pattern-file)" : ""));
   }

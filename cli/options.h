@@ -70,6 +70,7 @@ class PatternOptions {
   bool dilated(PatternKind kind) const;
 
   PatternFlags flags_;
+  const CLI::Option* pattern_ = nullptr;
   std::vector<std::string> patterns_;
   std::vector<double> densities_;
   std::vector<int> blocks_{128};

@@ -213,6 +213,8 @@ class CliTest(unittest.TestCase):
                 ["attend", "--input", sample, "--pattern", "dense", "--dtype", "bf16", "--output", "o.npy"],
                 ["analyze"], ["analyze", "--input", sample, "--target-coverage", "2"],
                 ["bench", "--seq", "9223372036854775808"], ["bench", "--seq", "64x"], ["bench", "--seq", "1e3"],
+                ["bench", "--seq", "64", "--segment-lengths", "32,64", "--dilation-rates", "1"],
+                ["bench", "--seq", "64", "--segment-lengths", "32", "--dilation-rates", "2", "--pass", "decode"],
                 ["bench", "--pass", "decode", "--queries", "17"], ["bench", "--threads", "99999"],
                 ["pattern", "--seq", "64", "--pattern", "random", "--seed", "-1"],
                 ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["info", "--format", "yaml"]):
@@ -573,6 +575,23 @@ class CliTest(unittest.TestCase):
         args = ["bench", "--seq", "512", "--heads", "4", "--pattern", "dense", "--threads", "1", "--format", "json"]
         seconds = {p: json.loads(self.ok(*args, "--pass", p))[0]["min_seconds"] for p in ("fwd", "fwdbwd")}
         self.assertGreater(seconds["fwdbwd"], 1.5 * seconds["fwd"])
+
+    def test_bench_dilated(self):
+        # Segments of 64 are all 128 tokens in halves; of 200, clipped, every second token by the parity of the head.
+        args = ["bench", "--seq", "128", "--heads", "2", "--head-dim", "8", "--block", "16", "--repeat", "1",
+                "--segment-lengths", "64,200", "--dilation-rates", "1,2", "--format", "json"]
+        pairs = 2 * (2 * 64 * 64 + 64 * 64)
+        for one_pass, flops in (("fwd", 4 * 8), ("bwd", 10 * 8), ("fwdbwd", 14 * 8)):
+            record, = json.loads(self.ok(*args, "--pass", one_pass, "--vs-dense"))
+            for key in BENCH_KEYS + ["dense_seconds", "speedup_vs_dense"]:
+                self.assertIn(key, record)
+            self.assertEqual((record["pattern"], record["segment_lengths"], record["dilation_rates"]),
+                             ("dense", "64,200", "1,2"))
+            self.assertAlmostEqual(record["density"], pairs / (2 * 128 * 128))
+            self.assertAlmostEqual(record["gflops"], flops * pairs / record["seconds"] / 1e9)
+        sparse, = json.loads(self.ok(*args, "--pattern", "dilated_sparse", "--density", "0.25", "--causal"))
+        self.assertEqual((sparse["pattern"], sparse["segment_lengths"]), ("dilated_sparse", "64,200"))
+        self.assertLess(sparse["density"], record["density"])
 
     def test_bench_decode(self):
         record, = json.loads(self.ok("bench", "--pass", "decode", "--seq", "100", "--heads", "4", "--kv-heads", "2",
