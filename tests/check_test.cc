@@ -10,7 +10,8 @@
 
 #include "attention/reference.h"
 #include "attention_inputs.h"
-#include "check/cases.h"
+#include "check/verdict.h"
+#include "tessera/backward.h"
 
 namespace tessera {
 namespace {
@@ -29,12 +30,12 @@ TEST(Check, RandomCasesOnEveryIsa) {
     ADD_FAILURE() << "seed 2026 case " << f.case_number << " " << name_of(f.isa) << ": " << f.problem << "\n"
                   << f.config;
   }
-  // Each ISA took every path in every dtype.
+  // Each ISA took every path in every dtype, and every path but the paged one backward.
   for (const Isa isa : usable_isas()) {
     const auto rows = std::count_if(report.rows.begin(), report.rows.end(), [&](const CheckRow& r) {
       return r.isa == isa && r.cases > 0;
     });
-    EXPECT_EQ(rows, 4 * 3) << name_of(isa);
+    EXPECT_EQ(rows, (4 + 3) * 3) << name_of(isa);
   }
 }
 
@@ -102,6 +103,108 @@ TEST(Cases, ToleranceSeesSmallMistakes) {
   p = good;
   p.window_left = 127;  // the last row loses one key of 129
   EXPECT_GT(worst(p), 100);
+}
+
+// The same for gradients: 129 queries and keys, D 32.
+TEST(Cases, GradientToleranceSeesSmallMistakes) {
+  check::CaseConfig config;
+  config.seed = 5;
+  config.seqlen_q = config.seqlen_k = 129;
+  config.head_dim = config.head_dim_v = 32;
+  config.causal = true;
+  config.density = 1;
+  const check::Case test(config);
+  constexpr int64_t n = 129 * 32;
+  InlineExecutor executor;
+  struct Result {
+    std::vector<double> dq = std::vector<double>(n), dk = dq, dv = dq;
+    std::vector<float> dq_bound = std::vector<float>(n), dk_bound = dq_bound, dv_bound = dq_bound;
+  };
+  const auto gradients = [&](BackwardArgs args) {
+    Result r;
+    args.dq = make_view(r.dq.data(), DType::f64, {1, 129, 1, 32});
+    args.dk = make_view(r.dk.data(), DType::f64, {1, 129, 1, 32});
+    args.dv = make_view(r.dv.data(), DType::f64, {1, 129, 1, 32});
+    reference_backward(args, executor, {.dq = r.dq_bound.data(), .dk = r.dk_bound.data(), .dv = r.dv_bound.data()});
+    return r;
+  };
+  const Result expected = gradients(test.backward_args());
+  // Largest error over bound of dq, dk and dv.
+  const auto worst = [&](const BackwardArgs& wrong) {
+    const Result r = gradients(wrong);
+    std::array<double, 3> fraction{};
+    for (int64_t i = 0; i < n; ++i) {
+      fraction[0] = std::max(fraction[0], std::abs(r.dq[i] - expected.dq[i]) / expected.dq_bound[i]);
+      fraction[1] = std::max(fraction[1], std::abs(r.dk[i] - expected.dk[i]) / expected.dk_bound[i]);
+      fraction[2] = std::max(fraction[2], std::abs(r.dv[i] - expected.dv[i]) / expected.dv_bound[i]);
+    }
+    return fraction;
+  };
+  for (const double fraction : worst(test.backward_args())) EXPECT_EQ(fraction, 0);
+  BackwardArgs args = test.backward_args();
+  args.options.scale = 1.001 / std::sqrt(32.0);
+  for (const double fraction : worst(args)) EXPECT_GT(fraction, 10);
+  args = test.backward_args();
+  args.options.q_offset = -1;  // the mask off by one
+  for (const double fraction : worst(args)) EXPECT_GT(fraction, 100);
+  args = test.backward_args();
+  args.options.window_left = 127;  // the last row loses one key of 129
+  for (const double fraction : worst(args)) EXPECT_GT(fraction, 100);
+}
+
+// Rounded to fp64 the plain implementation is another one of the reference: both are right, or wrong in the same way.
+TEST(Cases, PlainGradientsAreTheReferenceInFp64) {
+  InlineExecutor executor;
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    check::CaseConfig config;
+    config.seed = seed;
+    config.dtype = config.gradient_dtype = DType::f64;
+    config.batch = 2;
+    config.heads = 4;
+    config.kv_heads = 2;
+    config.seqlen_q = 40;
+    config.seqlen_k = 50;
+    config.head_dim = 12;
+    config.head_dim_v = 20;
+    config.block_q = 32;
+    config.block_k = 16;
+    config.source = check::PatternSource::random_bitmaps;
+    config.density = 0.8;
+    config.causal = config.dlse = true;
+    config.pattern_per_head = seed % 2;
+    config.softcap = seed % 3 ? 0 : 3;
+    config.alibi = config.block_bias = config.attn_bias = config.bias_minus_infinity = seed % 2;
+    config.sinks = seed % 4 > 0;
+    config.dropout = seed % 3 ? 0.3 : 0;
+    if (seed % 5 == 4) {
+      config.path = CheckPath::varlen;
+      config.seqlens_q = {30, 5};
+      config.seqlens_k = {30, 40};
+      config.block_bias = config.attn_bias = false;
+    }
+    const check::Case test(config);
+    const check::GradientTruth truth(test, executor);
+    std::array<std::vector<double>, check::kGradients> plain;
+    for (int g = 0; g < check::kGradients; ++g) plain[g].resize(truth.values[g].value.size());
+    for (size_t n = 0; n < test.backward_problems().size(); ++n) {
+      const auto at = [&](check::Gradient g, int64_t offset) {
+        return plain[g].empty() ? nullptr : plain[g].data() + offset;
+      };
+      check::plain_gradients(test.backward_problems()[n],
+                             {at(check::kDq, test.first_q(n) * 4 * 12), at(check::kDk, test.first_k(n) * 2 * 12),
+                              at(check::kDv, test.first_k(n) * 2 * 20), at(check::kDBlockBias, 0),
+                              at(check::kDAttnBias, 0), at(check::kDSinks, 0)});
+    }
+    for (int g = 0; g < check::kGradients; ++g) {
+      // The gradients of block_bias and sinks are fp32.
+      const double epsilon = g == check::kDBlockBias || g == check::kDSinks ? epsilon_of(DType::f32) : 1e-12;
+      for (size_t i = 0; i < plain[g].size(); ++i) {
+        const double value = truth.values[g].value[i];
+        ASSERT_NEAR(plain[g][i], value, epsilon * (1 + std::abs(value)))
+            << check::kGradientNames[g] << " " << i << " " << describe(config);
+      }
+    }
+  }
 }
 
 }  // namespace

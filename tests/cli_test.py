@@ -217,7 +217,8 @@ class CliTest(unittest.TestCase):
                 ["bench", "--seq", "64", "--segment-lengths", "32", "--dilation-rates", "2", "--pass", "decode"],
                 ["bench", "--pass", "decode", "--queries", "17"], ["bench", "--threads", "99999"],
                 ["pattern", "--seq", "64", "--pattern", "random", "--seed", "-1"],
-                ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["info", "--format", "yaml"]):
+                ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["check", "--pass", "sideways"],
+                ["info", "--format", "yaml"]):
             with self.subTest(args=args):
                 self.refused(2, *args)
         self.refused(2, "bench", "--pass", "sideways", says="fwdbwd")
@@ -615,7 +616,10 @@ class CliTest(unittest.TestCase):
         report = json.loads(self.ok("check", "--cases", "20", "--seed", "3", "--format", "json"))
         self.assertTrue(report["passed"])
         self.assertEqual((report["cases"], report["seed"], report["failures"]), (20, 3, []))
-        self.assertGreater(sum(r["cases"] for r in report["rows"]), 0)
+        for name in ("fwd", "bwd"):
+            self.assertGreater(sum(r["cases"] for r in report["rows"] if r["pass"] == name), 0)
+            alone = json.loads(self.ok("check", "--cases", "3", "--pass", name, "--format", "json"))
+            self.assertEqual({r["pass"] for r in alone["rows"]}, {name})
         self.assertIn("passed: 20 cases, seed 3", self.ok("check", "--cases", "20", "--seed", "3"))
 
     def test_info(self):

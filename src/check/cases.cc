@@ -14,56 +14,6 @@ namespace {
 
 enum Role { kQuery, kKey, kValue };
 
-constexpr std::byte kCanary{0xFF};  // NaN in every floating type
-
-// Calls visit(byte offset from view.data) for each element.
-template <class Visit>
-void for_each_element(const TensorView& t, Visit visit) {
-  std::array<int64_t, 4> n{1, 1, 1, 1}, stride{};
-  for (int i = 0; i < t.rank; ++i) {
-    n[i] = t.sizes[i];
-    stride[i] = t.strides[i];
-  }
-  const int64_t element = static_cast<int64_t>(size_of(t.dtype));
-  for (int64_t a = 0; a < n[0]; ++a) {
-    for (int64_t b = 0; b < n[1]; ++b) {
-      for (int64_t c = 0; c < n[2]; ++c) {
-        for (int64_t d = 0; d < n[3]; ++d) {
-          visit((a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]) * element);
-        }
-      }
-    }
-  }
-}
-
-template <class Make>
-void fill(Tensor& t, Make make) {
-  for_each_element(t.view, [&](int64_t offset) {
-    store_from_double(static_cast<char*>(t.view.data) + offset, t.view.dtype, 0, make());
-  });
-}
-
-void reset(Tensor& t) { std::fill(t.memory.begin(), t.memory.end(), kCanary); }
-
-bool intact(const Tensor& t) {
-  if (t.memory.empty()) return true;
-  std::vector<std::byte> rest = t.memory;
-  const int64_t base = static_cast<std::byte*>(t.view.data) - t.memory.data();
-  const int64_t element = static_cast<int64_t>(size_of(t.view.dtype));
-  for_each_element(t.view, [&](int64_t offset) { std::fill_n(rest.begin() + base + offset, element, kCanary); });
-  return std::all_of(rest.begin(), rest.end(), [](std::byte b) { return b == kCanary; });
-}
-
-template <class View>
-View squeeze_batch(View t) {  // [1, ...] as [...]
-  for (int i = 0; i + 1 < t.rank; ++i) {
-    t.sizes[i] = t.sizes[i + 1];
-    t.strides[i] = t.strides[i + 1];
-  }
-  --t.rank;
-  return t;
-}
-
 }  // namespace
 
 Tensor Case::tensor(DType dtype, std::initializer_list<int64_t> sizes, bool output, bool broadcast_heads) {
@@ -280,6 +230,7 @@ Case::Case(const CaseConfig& config) : config_(config), random_(config.seed, 1) 
     problems_.push_back(resolve(args_));
   }
   fill_inputs();
+  if (has_backward()) make_backward();
 }
 
 void Case::put_row(const Strided& rows, int64_t b, int64_t s, int64_t h, int64_t dim, int64_t position, int64_t length,
@@ -313,10 +264,10 @@ void Case::fill_inputs() {
   Random& r = random_;
   const bool bias = options_.attn_bias.defined();
   struct Row {
-    const Problem* problem;
-    int64_t b, h, k;
+    const Strided* tensor;
+    int64_t b, s, h, dim;
   };
-  std::vector<Row> seen_rows;
+  std::vector<Row> seen_rows[3];  // of each role
   for (const Problem& p : problems_) {
     const int64_t block_k = p.pattern.shape.block_k;
     std::vector<char> seen(p.batch * p.kv_heads * p.seqlen_k, 0);
@@ -343,7 +294,9 @@ void Case::fill_inputs() {
                   static_cast<float>(2 * r.normal());
             }
           }
-          if (any) put_row(p.q, b, q, h, p.head_dim, q, p.seqlen_q, kQuery);
+          if (!any) continue;
+          put_row(p.q, b, q, h, p.head_dim, q, p.seqlen_q, kQuery);
+          seen_rows[kQuery].push_back({&p.q, b, q, h, p.head_dim});
         }
       }
       for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -354,20 +307,19 @@ void Case::fill_inputs() {
           const int64_t slot = paged ? k % block_k : k;
           put_row(p.k, at, slot, h, p.head_dim, k, p.seqlen_k, kKey);
           put_row(p.v, at, slot, h, p.head_dim_v, k, p.seqlen_k, kValue);
-          seen_rows.push_back({&p, at, h, slot});
+          seen_rows[kKey].push_back({&p.k, at, slot, h, p.head_dim});
+          seen_rows[kValue].push_back({&p.v, at, slot, h, p.head_dim_v});
         }
       }
     }
   }
-  if (!config_.visible_nan || seen_rows.empty()) return;
-  const Row& row = seen_rows[r.below(static_cast<int64_t>(seen_rows.size()))];
-  const Problem& p = *row.problem;
-  const bool key = r.chance(0.3);
-  const Strided& rows = key ? p.k : p.v;
-  const double poison = key || r.chance(0.5) ? std::numeric_limits<double>::quiet_NaN()
-                                             : std::numeric_limits<double>::infinity();
-  store_from_double(rows.at(row.b, row.k, row.h, size_of(p.dtype)), p.dtype,
-                    r.below(key ? p.head_dim : p.head_dim_v), poison);
+  if (!config_.visible_nan || config_.nan_in_dout || seen_rows[kKey].empty()) return;
+  const Role role = r.pick({kQuery, kKey, kValue, kValue});
+  const Row& row = seen_rows[role][r.below(static_cast<int64_t>(seen_rows[role].size()))];
+  const double poison = role != kValue || r.chance(0.5) ? std::numeric_limits<double>::quiet_NaN()
+                                                        : std::numeric_limits<double>::infinity();
+  store_from_double(row.tensor->at(row.b, row.s, row.h, size_of(config_.dtype)), config_.dtype, r.below(row.dim),
+                    poison);
 }
 
 ForwardInfo Case::run(Isa isa, Executor& executor) {

@@ -1,13 +1,15 @@
 // Random attention calls with hostile surroundings: the cases of `tessera check` and of the tests.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "attention/problem.h"
+#include "attention/backward_problem.h"
 #include "check/random.h"
+#include "check/tensor.h"
 #include "tessera/check.h"
 #include "tessera/patterns.h"
 
@@ -54,21 +56,26 @@ struct CaseConfig {
 
   Values values = Values::normal;
   bool plain_layout = false;    // contiguous [B, S, H, D]; otherwise strides and bases by the seed
-  bool visible_nan = false;     // NaN in a row of K or V that some queries see: the others must stay clean
+  bool visible_nan = false;     // NaN in a row of Q, K or V that takes part: the others must stay clean
+
+  // The backward call; a paged case has none.
+  DType gradient_dtype = DType::f32;     // of dq, dk, dv
+  bool accumulate = false, dlse = false;
+  bool dq = true, dk = true, dv = true;  // wanted; the others where the option is given
+  bool dblock_bias = true, dattn_bias = true, dsinks = true;
+  bool dattn_bias_fp32 = true;           // or the dtype of attn_bias
+  bool nan_in_dout = false;              // visible_nan is in dout
 };
 
 // Case `number` of a seed.
 CaseConfig random_config(uint64_t seed, int64_t number);
 std::string describe(const CaseConfig& config);
 
-// Memory with a view inside. What belongs to no element holds NaN bits, before, between and after the elements.
-struct Tensor {
-  std::vector<std::byte> memory;
-  MutableTensorView view;
-};
+enum Gradient { kDq, kDk, kDv, kDBlockBias, kDAttnBias, kDSinks, kGradients };
+constexpr std::array<const char*, kGradients> kGradientNames{"dq", "dk", "dv", "dblock_bias", "dattn_bias", "dsinks"};
 
-// A case with its memory. Whatever no query admits is NaN or Inf: rows of K and V, of Q without keys, biases of
-// masked pairs, unused pages and page numbers, padding.
+// A case with its memory. Whatever no query admits is NaN or Inf: rows of K and V, of Q, dout and dlse without keys,
+// biases of masked pairs, unused pages and page numbers, padding.
 class Case {
  public:
   explicit Case(const CaseConfig& config);
@@ -87,12 +94,30 @@ class Case {
   const std::vector<std::byte>& out_memory() const { return out_.memory; }
   const std::vector<std::byte>& lse_memory() const { return lse_.memory; }
 
+  // The backward call. Its out and lse are what the last run() left; dq, dk and dv of a case that does not accumulate,
+  // and the gradients of options, are refilled with NaN.
+  bool has_backward() const { return config_.path != CheckPath::paged; }
+  BackwardInfo run_backward(Isa isa, Executor& executor);
+  const std::vector<BackwardProblem>& backward_problems() const { return backward_problems_; }
+  const BackwardArgs& backward_args() const { return backward_; }  // not for varlen
+  // Packed sequences have one tensor for all: [1, total, H, D]. Undefined: not wanted.
+  const Tensor& gradient(int g) const { return gradients_[g]; }
+  // What a gradient held before the call at this byte of its memory; 0 where the call does not accumulate.
+  double before(int g, int64_t offset) const;
+  // First row of problem n in packed q and k; 0 if nothing is packed.
+  int64_t first_q(size_t n) const { return cu_seqlens_q_.empty() ? 0 : cu_seqlens_q_[n]; }
+  int64_t first_k(size_t n) const { return cu_seqlens_k_.empty() ? 0 : cu_seqlens_k_[n]; }
+  bool gradient_surroundings_intact() const;
+  std::vector<std::byte> gradient_memory() const;  // of all
+
  private:
   Tensor tensor(DType dtype, std::initializer_list<int64_t> sizes, bool output, bool broadcast_heads);
   BlockPattern pattern(int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t batches);
   void make_options();
   void make_page_table();
   void fill_inputs();
+  void make_backward();
+  void fill_backward();
   void put_row(const Strided& rows, int64_t b, int64_t s, int64_t h, int64_t dim, int64_t position, int64_t length,
                int role);
 
@@ -106,10 +131,30 @@ class Case {
   ForwardArgs args_;
   VarlenForwardArgs varlen_;
   std::vector<Problem> problems_;
+
+  Tensor dout_, dlse_;
+  std::array<Tensor, kGradients> gradients_;
+  std::array<std::vector<std::byte>, kGradients> before_;  // their memory before the call
+  BackwardArgs backward_;
+  VarlenBackwardArgs varlen_backward_;
+  std::vector<BackwardProblem> backward_problems_;
 };
+
+// attn_bias is not -inf there.
+bool admits_by_bias(const Problem& p, int64_t b, int64_t h, int64_t q, int64_t k);
 
 // The attention of a plain implementation in the dtype of the inputs: scores, each term of them, weights and output
 // are rounded to it, sums are exact. out: fp64 [B, Sq, H, Dv]. What FlashAttention's tolerance is measured with.
 void plain_attention(const Problem& problem, double* out);
+
+// Contiguous fp64 gradients of the sizes of the call's; each may be null.
+struct PlainGradients {
+  double *dq = nullptr, *dk = nullptr, *dv = nullptr, *dblock_bias = nullptr, *dattn_bias = nullptr, *dsinks = nullptr;
+};
+
+// The gradients of a plain implementation in the dtype of the inputs, as autograd chains its steps: scores, each term
+// of them, weights, out, delta, dP, dS, dq, dk and dv are rounded to it, sums are exact. Writes dq, dk and dv, adds to
+// the others.
+void plain_gradients(const BackwardProblem& problem, const PlainGradients& to);
 
 }  // namespace tessera::check

@@ -62,6 +62,19 @@ void choose_options(Random& r, CaseConfig& c) {
   if (r.chance(p)) c.dropout = r.pick({0.01, 0.3, 0.5, 0.9});
 }
 
+void choose_backward(Random& r, CaseConfig& c) {
+  const bool varlen = c.path == CheckPath::varlen;
+  c.gradient_dtype = r.chance(0.5) ? c.dtype : DType::f32;
+  c.accumulate = !varlen && c.gradient_dtype == DType::f32 && r.chance(0.3);
+  c.dlse = r.chance(0.4);
+  if (r.chance(0.25)) c.dq = r.chance(0.5), c.dk = r.chance(0.5), c.dv = r.chance(0.5);
+  c.dblock_bias = r.chance(0.8);
+  c.dattn_bias = r.chance(0.8);
+  c.dsinks = r.chance(0.8);
+  c.dattn_bias_fp32 = r.chance(0.5);
+  c.nan_in_dout = c.visible_nan && c.path != CheckPath::paged && r.chance(0.3);
+}
+
 }  // namespace
 
 CaseConfig random_config(uint64_t seed, int64_t number) {
@@ -114,6 +127,7 @@ CaseConfig random_config(uint64_t seed, int64_t number) {
   // maximum that exp gives 0 in fp32.
   const bool zero_weights = c.dropout > 0 || (c.attn_bias && c.bias_minus_infinity) || c.alibi || c.scale.has_value();
   c.visible_nan = c.values == Values::normal && !zero_weights && r.chance(0.15);
+  choose_backward(r, c);
   return c;
 }
 
@@ -149,7 +163,18 @@ std::string describe(const CaseConfig& c) {
   constexpr const char* kValues[] = {"", " values=large", " values=max_last", " values=denormal"};
   text += kValues[static_cast<int>(c.values)];
   text += c.plain_layout ? " contiguous" : " strided";
-  if (c.visible_nan) text += " visible_nan";
+  if (c.visible_nan) text += c.nan_in_dout ? " visible_nan(dout)" : " visible_nan";
+  if (c.path == CheckPath::paged) return text;
+  text += fmt::format(" gradients={}", name_of(c.gradient_dtype));
+  if (c.accumulate) text += " accumulate";
+  if (c.dlse) text += " dlse";
+  if (!c.dq) text += " no_dq";
+  if (!c.dk) text += " no_dk";
+  if (!c.dv) text += " no_dv";
+  if (c.block_bias && !c.dblock_bias) text += " no_dblock_bias";
+  if (c.attn_bias && !c.dattn_bias) text += " no_dattn_bias";
+  if (c.attn_bias && c.dattn_bias && c.dattn_bias_fp32) text += " dattn_bias=fp32";
+  if (c.sinks && !c.dsinks) text += " no_dsinks";
   return text;
 }
 

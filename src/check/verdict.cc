@@ -14,25 +14,12 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// A maximum over fewer elements is a matter of luck: there FlashAttention's rule could fail a right result (or the
-// plain implementation happen to be exact), and the derived bound holds instead.
-constexpr size_t kFewElements = 4096;
-
 struct Place {
   int64_t b, q, h, d;
 };
 
 void take(Verdict& verdict, double got, double expected, double tolerance, const char* what, const Place& at) {
-  double fraction = 0;
-  if (!std::isfinite(expected)) {
-    // NaN or +inf: which of them is a matter of order. -inf is the lse of a row without keys, and exact.
-    const bool same = expected == -kInfinity ? got == expected : !std::isfinite(got);
-    fraction = same ? 0 : kInfinity;
-  } else {
-    const double error = std::abs(got - expected);
-    fraction = error == 0 ? 0 : error / tolerance;
-    if (std::isnan(fraction)) fraction = kInfinity;
-  }
+  const double fraction = error_fraction(got, expected, tolerance);
   if (fraction > 1 && verdict.problem.empty()) {
     verdict.problem = fmt::format("{} at b={} q={} h={} d={}: got {:.9g}, expected {:.9g}, tolerance {:.3g}", what,
                                   at.b, at.q, at.h, at.d, got, expected, tolerance);
@@ -41,6 +28,22 @@ void take(Verdict& verdict, double got, double expected, double tolerance, const
 }
 
 }  // namespace
+
+double error_fraction(double got, double expected, double tolerance) {
+  if (!std::isfinite(expected)) {
+    // NaN or +inf: which of them is a matter of order. -inf is the lse of a row without keys, and exact.
+    const bool same = expected == -kInfinity ? got == expected : !std::isfinite(got);
+    return same ? 0 : kInfinity;
+  }
+  const double error = std::abs(got - expected);
+  const double fraction = error == 0 ? 0 : error / tolerance;
+  return std::isnan(fraction) ? kInfinity : fraction;
+}
+
+void Verdict::complain(std::string what) {
+  worst = kInfinity;
+  if (problem.empty()) problem = std::move(what);
+}
 
 Truth::Truth(const Problem& problem, Executor& executor) {
   Problem p = problem;
@@ -95,11 +98,8 @@ Verdict judge(Case& test, const std::vector<Truth>& truths, Isa isa, Executor& e
   Verdict verdict;
   const ForwardInfo info = test.run(isa, executor);
   for (size_t i = 0; i < truths.size(); ++i) compare(test.problems()[i], truths[i], verdict);
-  const auto complain = [&](const std::string& problem) {
-    verdict = {kInfinity, verdict.problem.empty() ? problem : verdict.problem};
-  };
-  if (info.isa != isa) complain(fmt::format("{} ran instead", name_of(info.isa)));
-  if (!test.surroundings_intact()) complain("bytes outside the elements of out or lse were written");
+  if (info.isa != isa) verdict.complain(fmt::format("{} ran instead", name_of(info.isa)));
+  if (!test.surroundings_intact()) verdict.complain("bytes outside the elements of out or lse were written");
   return verdict;
 }
 
