@@ -58,7 +58,8 @@ class Sums {
     // A few roundings more: scale on the way out, partial sums of threads.
     constexpr double kStoreRoundings = 8;
     double value = value_[row * width_ + i];
-    if (bound != nullptr) {
+    if (bound != nullptr && !with_bounds_) *bound = 0;  // a call without query rows: nothing was summed
+    if (bound != nullptr && with_bounds_) {
       const double sum = ErrorBound::u * (static_cast<double>(terms_[row]) + kStoreRoundings);
       *bound = static_cast<float>(error_[row * width_ + i] + sum * magnitude_[row * width_ + i] + ErrorBound::kTiny);
     }
