@@ -77,7 +77,7 @@ class ColumnKernel {
     dk_ = scratch.take<float>(p_.head_dim * block_k);
     dv_ = scratch.take<float>(p_.head_dim_v * block_k);
     dq_ = scratch.take<float>(block_q * pair_.padded());
-    rows_ = scratch.take<float>(5 * row_);
+    rows_ = scratch.take<float>(6 * row_);
   }
 
   void Run() {
@@ -137,7 +137,6 @@ class ColumnKernel {
         place = {h_, i, state_.problem->transposed.entries[at_++]};
         return true;
       }
-      return false;
       return false;
     }
 
@@ -319,8 +318,8 @@ class ColumnKernel {
     }
     T* out = reinterpret_cast<T*>(to.at(unit_.b, k, unit_.kv_head, sizeof(T)));
     if (unit_.parts == 1) {
-      PutRow(row, dims, factor, false, rows_ + 4 * row_);
-      RowFromFloat(rows_ + 4 * row_, dims, out);
+      PutRow(row, dims, factor, false, rows_ + 5 * row_);
+      RowFromFloat(rows_ + 5 * row_, dims, out);
       return;
     }
     PutRow(row, dims, factor, add, sums);
@@ -337,7 +336,7 @@ class ColumnKernel {
   float* dk_ = nullptr;    // panels [D][W]
   float* dv_ = nullptr;    // panels [Dv][W]
   float* dq_ = nullptr;    // [queries][padded]
-  float* rows_ = nullptr;  // [5][row]
+  float* rows_ = nullptr;  // [6][row]: four of dK or dV, zeros, one to be rounded
 };
 
 // lse in log2 units and delta of block row i of (b, h). Returns -sum of (weight of the sink) * delta.
