@@ -89,6 +89,10 @@ void compare(const Problem& p, const Truth& truth, Verdict& verdict) {
         const size_t at = (b * p.heads + h) * p.seqlen_q + q;
         const double got = load_as_double(p.lse, p.lse_dtype, b * p.lse_batch + h * p.lse_head + q * p.lse_seq);
         take(verdict, got, truth.lse[at], truth.lse_bound[at], "lse", {b, q, h, 0});
+        // -inf says that the row sees no key: backward leaves it out then.
+        if (got == -kInfinity && truth.lse[at] != -kInfinity) {
+          verdict.complain(fmt::format("lse at b={} q={} h={}: got -inf, expected {}", b, q, h, truth.lse[at]));
+        }
       }
     }
   }

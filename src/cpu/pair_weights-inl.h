@@ -168,7 +168,9 @@ class ScoreModifier {
       if (p_.block_bias) x = hn::Add(x, hn::Set(d, shift_));
       if (p_.alibi) x = hn::MulAdd(hn::Set(d, slope_), hn::Abs(hn::Add(gap, hn::Set(d, static_cast<float>(i)))), x);
       if (p_.attn_bias) x = hn::Add(x, hn::Load(d, bias + i));
-      const auto admitted = hn::And(MaskOfBits(static_cast<uint32_t>(place.admitted >> i)), hn::Ne(x, minus_inf));
+      // Not Ne: that is false for NaN on AVX, and a NaN score must spread.
+      const auto absent = hn::Eq(x, minus_inf);
+      const auto admitted = hn::AndNot(absent, MaskOfBits(static_cast<uint32_t>(place.admitted >> i)));
       Vec p = Weight<false>(x, one, lse), dp = hn::Load(d, dscores + i), used = p;
       if (p_.dropout.p > 0) {
         const Vec kept = hn::Load(d, keep + i);
