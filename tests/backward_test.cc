@@ -233,7 +233,7 @@ TEST(Backward, MaskedBytesChangeNoBit) {
         const std::vector<std::vector<double>> gradients{c.dq.values(), c.dk.values(), c.dv.values()};
         if (first.empty()) first = gradients;
         const bool other_rounding = isa == Isa::avx512_bf16 && dtype == DType::bf16 && !std::isfinite(garbage);
-        if (!other_rounding) EXPECT_TRUE(gradients == first) << name_of(isa) << " " << name_of(dtype) << " " << garbage;
+        EXPECT_TRUE(other_rounding || gradients == first) << name_of(isa) << " " << name_of(dtype) << " " << garbage;
         for (size_t g = 0; g < first.size() && other_rounding; ++g) {
           double largest = 0;
           for (const double x : first[g]) largest = std::max(largest, std::abs(x));
