@@ -1,0 +1,156 @@
+#include "convert.h"
+
+#include <ATen/ATen.h>
+
+#include <string>
+
+namespace tessera::ops {
+
+namespace {
+
+std::string text_of(const at::Tensor& t) {
+  std::string text = std::string(c10::toString(t.scalar_type())) + " [";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "] on " + t.device().str();
+}
+
+void check_cpu(const char* name, const at::Tensor& t) {
+  if (!t.device().is_cpu()) fail(name, "a tensor on " + t.device().str(), "a tensor on cpu");
+  if (t.layout() != at::kStrided) fail(name, "a sparse tensor", "a strided tensor");
+}
+
+DType dtype_of(const char* name, const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "float32, bfloat16, float16 or float64");
+  }
+}
+
+// 1-D integers, contiguous, of the given type.
+at::Tensor integers(const char* name, const at::Tensor& t, at::ScalarType wanted) {
+  check_cpu(name, t);
+  if (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong) fail(name, text_of(t), "int32 or int64");
+  return t.to(wanted).contiguous();
+}
+
+template <class T>
+std::vector<T> vector_of(const at::Tensor& t) {
+  const T* data = t.const_data_ptr<T>();
+  return std::vector<T>(data, data + t.numel());
+}
+
+}  // namespace
+
+TensorView view_of(const char* name, const at::Tensor& t) {
+  if (!t.defined()) return {};
+  check_cpu(name, t);
+  if (t.dim() < 1 || t.dim() > TensorView::kMaxRank) {
+    fail(name, std::to_string(t.dim()) + " dimensions", "1 to " + std::to_string(TensorView::kMaxRank));
+  }
+  TensorView v;
+  v.data = t.const_data_ptr();
+  v.dtype = dtype_of(name, t);
+  v.rank = static_cast<int>(t.dim());
+  for (int i = 0; i < v.rank; ++i) {
+    v.sizes[i] = t.size(i);
+    v.strides[i] = t.stride(i);
+  }
+  return v;
+}
+
+TensorView view_of(const char* name, const MaybeTensor& t) { return t.has_value() ? view_of(name, *t) : TensorView{}; }
+
+MutableTensorView output_view(const char* name, const at::Tensor& t) {
+  const TensorView v = view_of(name, t);
+  return {{const_cast<void*>(v.data), v.dtype, v.rank, v.sizes, v.strides}};
+}
+
+BlockPattern pattern_of(const PatternTensors& p) {
+  if (p.shape.size() != 6) {
+    fail("pattern_shape", std::to_string(p.shape.size()) + " numbers",
+         "6: seqlen_q, seqlen_k, block_q, block_k, heads, batches");
+  }
+  PatternShape shape;
+  shape.seqlen_q = p.shape[0];
+  shape.seqlen_k = p.shape[1];
+  shape.block_q = static_cast<int>(std::clamp<int64_t>(p.shape[2], -1, 1 << 20));
+  shape.block_k = static_cast<int>(std::clamp<int64_t>(p.shape[3], -1, 1 << 20));
+  shape.heads = p.shape[4];
+  shape.batches = p.shape[5];
+  std::vector<int32_t> bitmap_index;
+  std::vector<uint64_t> bitmaps;
+  if (p.bitmap_index.has_value() != p.bitmaps.has_value()) {
+    fail("bitmaps", p.bitmaps ? "bitmaps without bitmap_index" : "bitmap_index without bitmaps", "both or none");
+  }
+  if (p.bitmap_index.has_value()) {
+    bitmap_index = vector_of<int32_t>(integers("bitmap_index", *p.bitmap_index, at::kInt));
+    const at::Tensor words = integers("bitmaps", *p.bitmaps, at::kLong);
+    const auto* data = reinterpret_cast<const uint64_t*>(words.const_data_ptr<int64_t>());
+    bitmaps.assign(data, data + words.numel());
+  }
+  return BlockPattern::from_csr(shape, vector_of<int64_t>(integers("indptr", p.indptr, at::kLong)),
+                                vector_of<int32_t>(integers("indices", p.indices, at::kInt)), std::move(bitmap_index),
+                                std::move(bitmaps));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>> tensors_of(
+    const BlockPattern& pattern) {
+  const BlockPatternView v = pattern.view();
+  const PatternShape& s = v.shape;
+  const int64_t rows = s.total_rows(), entries = pattern.num_blocks(), count = pattern.num_bitmaps();
+  // int32 where it suffices: 2^31 blocks are beyond any pattern that is worth making.
+  TORCH_CHECK_VALUE(entries < (int64_t{1} << 31), "pattern: ", entries, " kept blocks; allowed: below 2^31");
+  at::Tensor indptr = at::empty({rows + 1}, at::kInt), indices = at::empty({entries}, at::kInt);
+  std::copy_n(v.indptr, rows + 1, indptr.mutable_data_ptr<int32_t>());
+  std::copy_n(v.indices, entries, indices.mutable_data_ptr<int32_t>());
+  at::Tensor bitmap_index = at::empty({count ? entries : 0}, at::kInt);
+  at::Tensor bitmaps = at::empty({count, s.block_q, s.bitmap_words()}, at::kLong);
+  if (count) {
+    std::copy_n(v.bitmap_index, entries, bitmap_index.mutable_data_ptr<int32_t>());
+    std::copy_n(v.bitmaps, bitmaps.numel(), reinterpret_cast<uint64_t*>(bitmaps.mutable_data_ptr<int64_t>()));
+  }
+  return {indptr, indices, bitmap_index, bitmaps,
+          {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
+}
+
+Options::Options(const OptionArguments& a) {
+  options_.scale = a.scale;
+  options_.causal = a.causal;
+  options_.window_left = a.window_left;
+  options_.window_right = a.window_right;
+  options_.q_offset = a.q_offset;
+  options_.k_offset = a.k_offset;
+  if (a.key_lengths.has_value()) {
+    if (a.key_lengths->dim() != 1) fail("key_lengths", text_of(*a.key_lengths), "[B] int32 or int64");
+    key_lengths_ = vector_of<int64_t>(integers("key_lengths", *a.key_lengths, at::kLong));
+    options_.key_lengths = key_lengths_;
+  }
+  options_.align_to_key_lengths = a.align_to_key_lengths;
+  options_.softcap = a.softcap;
+  options_.alibi_slopes = view_of("alibi_slopes", a.alibi_slopes);
+  options_.block_bias = view_of("block_bias", a.block_bias);
+  options_.attn_bias = view_of("attn_bias", a.attn_bias);
+  options_.sinks = view_of("sinks", a.sinks);
+  options_.dropout.p = a.dropout_p;
+  if (a.dropout_p > 0) {
+    if (!a.rng.has_value() || a.rng->numel() != 2) {
+      fail("rng", a.rng.has_value() ? text_of(*a.rng) : "nothing", "int64 [2]: seed and offset of the dropout");
+    }
+    const at::Tensor rng = integers("rng", *a.rng, at::kLong);
+    options_.dropout.seed = static_cast<uint64_t>(rng.const_data_ptr<int64_t>()[0]);
+    options_.dropout.offset = static_cast<uint64_t>(rng.const_data_ptr<int64_t>()[1]);
+  }
+}
+
+at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+  const auto options = like.options().dtype(dtype);
+  if (like.dim() == 4 && like.stride(2) > like.stride(1)) {  // [B, H, S, D] in memory
+    return at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
+  }
+  return at::empty(sizes, options);
+}
+
+}  // namespace tessera::ops

@@ -1,0 +1,73 @@
+// Between torch's values and the core's: tensors as views, patterns as tensors, options as arguments, errors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "tessera/attention.h"
+#include "tessera/error.h"
+
+namespace tessera::ops {
+
+using MaybeTensor = std::optional<at::Tensor>;
+
+// Runs f; a tessera::Error becomes a ValueError in Python (c10::ValueError in C++) with the same words.
+template <class F>
+auto translate_errors(F f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (const Error& e) {
+    C10_THROW_ERROR(ValueError, e.what());
+  }
+}
+
+// Error for devices and dtypes that the core does not know. A missing or undefined tensor becomes an undefined view.
+TensorView view_of(const char* name, const at::Tensor& t);
+TensorView view_of(const char* name, const MaybeTensor& t);
+MutableTensorView output_view(const char* name, const at::Tensor& t);  // undefined: undefined
+
+// A pattern as tensors: indptr int32 or int64 [batches * heads * rows + 1], indices int32 [entries]; bitmap_index int32
+// [entries] and bitmaps int64 [n, block_q, words] or both absent; shape: seqlen_q, seqlen_k, block_q, block_k, heads,
+// batches. Validated on every call, in O(kept blocks).
+struct PatternTensors {
+  at::Tensor indptr, indices;
+  MaybeTensor bitmap_index, bitmaps;
+  std::vector<int64_t> shape;
+};
+BlockPattern pattern_of(const PatternTensors& tensors);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>> tensors_of(const BlockPattern& pattern);
+
+// The options of an op, in the order of its schema (ops.cc).
+struct OptionArguments {
+  std::optional<double> scale;
+  bool causal = false;
+  std::optional<int64_t> window_left, window_right, q_offset;
+  int64_t k_offset = 0;
+  MaybeTensor key_lengths;  // int32 or int64 [B]
+  bool align_to_key_lengths = false;
+  double softcap = 0;
+  MaybeTensor alibi_slopes, block_bias, attn_bias, sinks;
+  double dropout_p = 0;
+  MaybeTensor rng;  // int64 [2]: seed, offset. Needed where dropout_p > 0
+};
+
+// Owns what AttentionOptions points to.
+class Options {
+ public:
+  explicit Options(const OptionArguments& a);
+  Options(const Options&) = delete;
+  Options& operator=(const Options&) = delete;
+  const AttentionOptions& get() const { return options_; }
+
+ private:
+  std::vector<int64_t> key_lengths_;
+  AttentionOptions options_;
+};
+
+// An output [B, S, H, dim] that lies in memory as `like` does: heads inside tokens, or tokens inside heads.
+at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype);
+
+}  // namespace tessera::ops
