@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "command.h"
+#include "options.h"
 #include "tensors.h"
 #include "tessera/analysis.h"
 #include "tessera/executor.h"
@@ -14,9 +15,10 @@ namespace tessera::cli {
 
 // One pattern that the demo judges on the sample.
 struct DemoPattern {
-  std::string name;   // of the preset or the pattern
-  PatternSpec spec;
-  BlockPattern pattern;
+  std::string name;        // of the preset or the pattern
+  PatternChoice choice;    // a pattern, or dilated attention with it
+  BlockPattern pattern;    // of dilated attention: the pairs of tokens that it admits
+  double density = 0;      // of blocks; of dilated attention: of pairs
 };
 
 struct DemoSample {

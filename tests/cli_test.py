@@ -646,6 +646,13 @@ class CliTest(unittest.TestCase):
                 self.assertIn(name, names)
         self.assertAlmostEqual(results["quality"][0]["coverage"], 1, places=5)  # dense
         self.assertTrue(all(r["passed"] for r in results["errors"]))
+        # Dilated attention of the whole sample by tokens 0, 1 of every 1, 4, 16: all (w, r) are longer than it. Inside,
+        # blocks of 128 by the budget of 1 %, one a row: the diagonal. Pairs count once for each (w, r).
+        ultra, = [r for r in results["quality"] if r["pattern"] == "preset ultra_sparse"]
+        pairs = sum(j <= i and i // 128 == j // 128 for h in (0, 1) for r in (1, 4, 16)
+                    for i in range(len(range(h % r, 300, r))) for j in range(i + 1))
+        self.assertAlmostEqual(ultra["density"], pairs / (2 * 300 * 301 / 2))
+        self.assertNotIn("oracle_coverage", ultra)
         for picture in ("patterns.png", "quality.png"):
             self.assertEqual((out / picture).read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
             self.assertIn(str(out / picture), text)

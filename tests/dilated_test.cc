@@ -253,6 +253,33 @@ TEST(Dilated, CountsPairs) {
   }
 }
 
+// The pattern over the sequence admits exactly the pairs that gather-attend-scatter-join meets.
+TEST(Dilated, PatternOverTheSequence) {
+  for (const DilatedCase& c : dilated_cases()) {
+    if (c.window_left || !c.key_lengths.empty()) continue;  // no part of the pattern
+    std::vector<char> met(c.heads * c.seqlen * c.seqlen);
+    const Dense4 q(c.batch, c.seqlen, c.heads, c.head_dim), kv(c.batch, c.seqlen, c.kv_heads, c.head_dim);
+    const Dense4 v(c.batch, c.seqlen, c.kv_heads, c.head_dim_v);
+    plain_dilated(c, q, kv, v, [&](const PlainPair& p) { met[(p.h * c.seqlen + p.q) * c.seqlen + p.k] = 1; });
+    const BlockPattern pattern = dilated_pattern(c.seqlen, c.dilation(), c.causal, c.heads, 32, 80);
+    int64_t different = 0, admitted = 0;
+    for (int64_t h = 0; h < c.heads; ++h) {
+      for (int64_t i = 0; i < c.seqlen; ++i) {
+        for (int64_t j = 0; j < c.seqlen; ++j) {
+          const bool kept = keeps(pattern.view(), h, i, j);
+          admitted += kept;
+          different += kept != (met[(h * c.seqlen + i) * c.seqlen + j] == 1);
+        }
+      }
+    }
+    EXPECT_EQ(different, 0) << c.name;
+    EXPECT_GT(admitted, 0) << c.name;
+  }
+  const int64_t one[] = {1};
+  EXPECT_EQ(error_argument([&] { dilated_pattern(32, {one, one, {}, {}}, false, 0, 16, 16); }), "heads");
+  EXPECT_EQ(error_argument([&] { dilated_pattern(-1, {one, one, {}, {}}, false, 1, 16, 16); }), "seqlen_q");
+}
+
 // Partials of the groups but one of rate 1, and lse: nothing else, whatever the length. S = 4096 is where scratch of
 // the threads (some hundred kilobytes) no longer hides a copy of q, k or v (2 MiB each).
 TEST(Dilated, ScratchIsPartialsOnly) {
