@@ -291,7 +291,9 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   while (panels.size() < kPanelHeads) panels.emplace_back(kPanel, kPanel);
   for (const DemoPattern& p : sample.patterns) {
     if (p.name.rfind("preset ", 0) != 0) continue;
-    panels.push_back(draw_pattern(p.pattern, {.title = p.name.substr(7), .causal = true, .size = kPanel}));
+    std::string title = p.name.substr(7);
+    if (p.choice.dilated()) title += fmt::format(": {:.1f} % of pairs, in", 100 * p.density);
+    panels.push_back(draw_pattern(p.pattern, {.title = title, .causal = true, .size = kPanel}));
   }
   write("patterns.png",
         draw_sheet(panels, kPanelHeads, "True attention mass per block, and what the presets keep of it"),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
@@ -22,6 +23,9 @@ class LargeBuffer {
       throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
     }
     advise_huge_pages(data_.get(), bytes);
+#ifndef NDEBUG
+    std::memset(data_.get(), 0xff, bytes);  // NaN in every dtype: what is read unwritten shows
+#endif
   }
   char* data() const { return data_.get(); }
   size_t size() const { return size_; }
