@@ -210,9 +210,10 @@ TEST(Backward, NanThatOthersSee) {
   }
 }
 
-// No bit depends on what is masked: q and dout of rows without keys, k and v of keys that nobody sees. This one needs
-// no reference. Only the native bf16 dot has a way around NaN that rounds elsewhere: there, the result is as good.
-TEST(Backward, MaskedBytesChangeNoBit) {
+// Nothing depends on what is masked: q and dout of rows without keys, k and v of keys that nobody sees. This one needs
+// no reference. Finite garbage changes no bit; NaN and Inf take a way around them, whose products are the same but for
+// roundings: of sums of at most 90 terms, and of weights before the native bf16 dot.
+TEST(Backward, MaskedBytesChangeNothing) {
   InlineExecutor executor;
   const Shape shape{.seqlen_q = 70, .seqlen_k = 90, .heads = 2, .head_dim = 24, .head_dim_v = 40};
   for (const DType dtype : kDtypes) {
@@ -232,13 +233,15 @@ TEST(Backward, MaskedBytesChangeNoBit) {
         c.run(isa, executor);
         const std::vector<std::vector<double>> gradients{c.dq.values(), c.dk.values(), c.dv.values()};
         if (first.empty()) first = gradients;
-        const bool other_rounding = isa == Isa::avx512_bf16 && dtype == DType::bf16 && !std::isfinite(garbage);
-        EXPECT_TRUE(other_rounding || gradients == first) << name_of(isa) << " " << name_of(dtype) << " " << garbage;
-        for (size_t g = 0; g < first.size() && other_rounding; ++g) {
+        const bool finite = std::isfinite(garbage), native = isa == Isa::avx512_bf16 && dtype == DType::bf16;
+        EXPECT_TRUE(!finite || gradients == first) << name_of(isa) << " " << name_of(dtype) << " " << garbage;
+        const double tolerance = 90 * epsilon_of(DType::f32) + (native ? 2 : 1) * epsilon_of(dtype);
+        for (size_t g = 0; g < first.size(); ++g) {
           double largest = 0;
           for (const double x : first[g]) largest = std::max(largest, std::abs(x));
           for (size_t i = 0; i < first[g].size(); ++i) {
-            ASSERT_NEAR(gradients[g][i], first[g][i], 2 * epsilon_of(dtype) * largest) << g << " " << i;
+            ASSERT_NEAR(gradients[g][i], first[g][i], tolerance * largest)
+                << name_of(isa) << " " << name_of(dtype) << " " << garbage << " " << g << " " << i;
           }
         }
         for (int64_t i = 0; i < 20 * 2 * 24; ++i) ASSERT_EQ(gradients[0][i], 0);
