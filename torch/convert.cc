@@ -25,7 +25,8 @@ DType dtype_of(const char* name, const at::Tensor& t) {
     case at::kDouble: return DType::f64;
     case at::kBFloat16: return DType::bf16;
     case at::kHalf: return DType::f16;
-    default: fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "float32, bfloat16, float16 or float64");
+    default:
+      fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "float32, bfloat16, float16 or float64");
   }
 }
 

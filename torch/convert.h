@@ -38,7 +38,8 @@ struct PatternTensors {
   std::vector<int64_t> shape;
 };
 BlockPattern pattern_of(const PatternTensors& tensors);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>> tensors_of(const BlockPattern& pattern);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>> tensors_of(
+    const BlockPattern& pattern);
 
 // The options of an op, in the order of its schema (ops.cc).
 struct OptionArguments {

@@ -1,9 +1,9 @@
 // The CPU backend's backward: plans the units of a call and runs them.
 //
 // A unit is a block column of a kv head, or a part of a long one. It owns nothing alone: dq rows are summed over
-// columns, dk and dv over parts, each in an order that the pattern fixes (Turn). Threads take heads, and columns of a head
-// in ascending order; who finds no head left helps with one that has columns left. So threads rarely wait for turns, one
-// head alone keeps all of them busy, and results do not depend on them.
+// columns, dk and dv over parts, each in an order that the pattern fixes (Turn). Threads take heads, and columns of a
+// head in ascending order; who finds no head left helps with one that has columns left. So threads rarely wait for
+// turns, one head alone keeps all of them busy, and results do not depend on them.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

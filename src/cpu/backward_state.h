@@ -73,8 +73,8 @@ struct ColumnUnit {
   float* sums = nullptr;   // fp32 [block_k, D + Dv] where several parts meet and dk, dv are stored in 16 bits
 };
 
-// A unit of the gradient of attn_bias: its elements for bias batch and head (b, h), block row i and block column j. Where
-// the bias has size 1 in a dimension, the index is 0 and the unit sums over that dimension.
+// A unit of the gradient of attn_bias: its elements for bias batch and head (b, h), block row i and block column j.
+// Where the bias has size 1 in a dimension, the index is 0 and the unit sums over that dimension.
 struct BiasUnit {
   int64_t b = 0, h = 0, i = 0, j = 0;
 };

@@ -178,7 +178,8 @@ class BlockPair {
     const Element* q = q_ + chunk.begin * steps_;
     const Element* dout = dout_ + chunk.begin * steps_v_;
     ForTiles(rows, [&](auto n, int64_t r) {
-      RowTile<P, n(), NV, false>(q + r * steps_, steps_, keys, width, steps_, weights + r * block_k_, block_k_, nullptr);
+      RowTile<P, n(), NV, false>(q + r * steps_, steps_, keys, width, steps_, weights + r * block_k_, block_k_,
+                                 nullptr);
       between.Some();
     });
     ForTiles(rows, [&](auto n, int64_t r) {
