@@ -1,5 +1,5 @@
-// The fp64 reference gradients against numbers that somebody else computed: by hand, and by PyTorch 2.13.0's autograd of
-// F.scaled_dot_product_attention in float64. Sizes and inputs are those of attention_reference_test.cc; the loss is
+// The fp64 reference gradients against numbers that somebody else computed: by hand, and by PyTorch 2.13.0's autograd
+// of F.scaled_dot_product_attention in float64. Sizes and inputs are those of attention_reference_test.cc; the loss is
 // sum(out * sin(0.9 i + 0.3)); numbers are printed as [B, S, H, D].
 #include <gtest/gtest.h>
 

@@ -13,6 +13,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <random>
 
 #include "attention/reference_backward.h"
 #include "training_inputs.h"
@@ -400,6 +401,105 @@ TEST(Gradients, PackedSequences) {
     for (int64_t h = 0; h < 2; ++h) dsinks[h] += one.dsinks.get(h);
   }
   for (int64_t h = 0; h < 2; ++h) EXPECT_NEAR(t.dsinks.get(h), dsinks[h], 4 * epsilon_of(DType::f32)) << h;
+}
+
+// A training step in fp32 on random numbers, its gradients by the kernels, and how far these are from the reference as
+// a fraction of the bounds. 80 x 96 tokens in blocks of 16: sums of a hundred terms, where bounds that add up errors
+// without regard to signs would already be a hundred times too loose.
+class Fp32Step {
+ public:
+  explicit Fp32Step(const std::function<void(AttentionOptions&)>& change = {}) {
+    args_.q = random({2, 80, 2, 32});
+    args_.k = random({2, 96, 1, 32});
+    args_.v = random({2, 96, 1, 24});
+    args_.pattern = dense_pattern(80, 96);
+    args_.dout = random({2, 80, 2, 24});
+    args_.dlse = random({2, 2, 80});
+    args_.options.block_bias = random({1, 2, 30});
+    args_.options.attn_bias = random({1, 1, 80, 1});
+    args_.options.sinks = random({2});
+    if (change) change(args_.options);
+    const MutableTensorView out = zeros({2, 80, 2, 24}), lse = zeros({2, 2, 80});
+    args_.out = out;
+    args_.lse = lse;
+    tessera::forward({.q = args_.q, .k = args_.k, .v = args_.v, .pattern = args_.pattern, .out = out, .lse = lse,
+                      .options = args_.options}, executor_);
+  }
+
+  // Largest error of each gradient by its bound. `mistake` is made to the kernel's call alone.
+  std::vector<double> worst(const std::function<void(BackwardArgs&)>& mistake = {}) {
+    std::vector<float> got[6], want[6], bound[6];
+    BackwardArgs args = with_gradients(got);
+    if (mistake) mistake(args);
+    backward(args, executor_);
+    args = with_gradients(want);
+    for (int g = 0; g < 6; ++g) bound[g].resize(want[g].size());
+    reference_backward(args, executor_, {bound[0].data(), bound[1].data(), bound[2].data(), bound[3].data(),
+                                         bound[4].data(), bound[5].data()});
+    std::vector<double> worst(6);
+    for (int g = 0; g < 6; ++g) {
+      for (size_t i = 0; i < want[g].size(); ++i) {
+        worst[g] = std::max(worst[g], std::abs(double{got[g][i]} - want[g][i]) / bound[g][i]);
+      }
+    }
+    return worst;
+  }
+
+ private:
+  MutableTensorView zeros(std::initializer_list<int64_t> sizes) {
+    numbers_.push_back(std::make_unique<Numbers>(DType::f32, sizes));
+    return numbers_.back()->view;
+  }
+  MutableTensorView random(std::initializer_list<int64_t> sizes) {
+    const MutableTensorView view = zeros(sizes);
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < view.numel(); ++i) numbers_.back()->set(i, normal(random_));
+    return view;
+  }
+  BackwardArgs with_gradients(std::vector<float> (&to)[6]) const {
+    BackwardArgs args = args_;
+    const TensorView like[] = {args.q, args.k, args.v, args.options.block_bias, args.options.attn_bias,
+                               args.options.sinks};
+    MutableTensorView* gradients[] = {&args.dq, &args.dk, &args.dv, &args.dblock_bias, &args.dattn_bias, &args.dsinks};
+    for (int g = 0; g < 6; ++g) {
+      to[g].resize(like[g].numel());
+      static_cast<detail::BasicView<void*>&>(*gradients[g]) = {to[g].data(), DType::f32, like[g].rank, like[g].sizes,
+                                                               like[g].strides};
+    }
+    return args;
+  }
+
+  std::mt19937 random_{7};
+  std::vector<std::unique_ptr<Numbers>> numbers_;
+  BackwardArgs args_;
+  ThreadPool executor_{2};
+};
+
+TEST(GradientBounds, HoldAndAreNotLoose) {
+  for (const auto& [name, change] : std::vector<std::pair<const char*, std::function<void(AttentionOptions&)>>>{
+           {"plain", {}},
+           {"causal", [](AttentionOptions& o) { o.causal = true; }},
+           {"softcap", [](AttentionOptions& o) { o.softcap = 2; }},
+           {"large scores", [](AttentionOptions& o) { o.scale = 10; }},
+           {"dropout", [](AttentionOptions& o) { o.dropout.p = 0.3; }}}) {
+    const std::vector<double> worst = Fp32Step(change).worst();
+    for (int g = 0; g < 6; ++g) EXPECT_LT(worst[g], 1) << name << ", gradient " << g;
+    // Those of many elements: their largest error is no matter of luck.
+    for (int g = 0; g < 3; ++g) EXPECT_GT(worst[g], 0.02) << name << ", gradient " << g;
+  }
+}
+
+TEST(GradientBounds, NoticeSmallMistakes) {
+  Fp32Step step;
+  // The scale off by a few thousand epsilons; dlse left out.
+  const std::vector<double> scale = step.worst([](BackwardArgs& a) { a.options.scale = (1 + 5e-4) / std::sqrt(32.0); });
+  const std::vector<double> dlse = step.worst([](BackwardArgs& a) { a.dlse = {}; });
+  for (const int g : {0, 1}) {
+    EXPECT_GT(scale[g], 1) << g;
+    EXPECT_GT(dlse[g], 1000) << g;
+  }
+  EXPECT_GT(scale[2], 1);
+  for (const int g : {3, 4, 5}) EXPECT_GT(dlse[g], 100) << g;
 }
 
 }  // namespace

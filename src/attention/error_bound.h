@@ -31,11 +31,49 @@ struct ErrorBound {
     const double more = u * (2 * std::abs(reference) + 2 * std::abs(score - reference) + kExpRoundings);
     return std::expm1(std::min(error + more, 700.0));
   }
-  // What `value` loses when it is stored in 16 bits before the next product; fp16 is subnormal below 2^-14.
-  static double storage_error(DType dtype, double value) {
-    if (dtype == DType::bf16) return epsilon_of(dtype) * std::abs(value);
-    if (dtype == DType::f16) return epsilon_of(dtype) * std::abs(value) + 0x1p-25;
-    return 0;
+};
+
+// An error as a sum of many small ones. `sum` adds up their bounds: it always holds. `square` adds up the squares: as
+// roundings are independent and have mean 0, the error exceeds kDeviations * sqrt(square) with a probability below
+// 2 exp(-kDeviations^2 / 2) = 3e-14 (Hoeffding 1963; Higham & Mary, A New Approach to Probabilistic Rounding Error
+// Analysis, 2019). Gradients need it: they are small differences of many terms, and n errors of any sign add up to
+// sqrt(n), not to n: with 500 keys a bound is 4e-5 of a gradient instead of 1e-2. Equal rows make equal errors: theirs
+// are not independent.
+struct Error {
+  static constexpr double u = ErrorBound::u;
+  static constexpr double kDeviations = 8;
+
+  double sum = 0, square = 0;
+
+  // One error of at most x.
+  static Error of(double x) { return {std::abs(x), x * x}; }
+  // n roundings of numbers of this magnitude.
+  static Error roundings(double n, double magnitude) {
+    return {n * u * std::abs(magnitude), n * u * u * magnitude * magnitude};
+  }
+  // n terms x added up in any order that has nothing to do with their signs: E partial sum^2 <= total^2 + sum x^2.
+  static Error summation(double n, double total, double magnitude, double squares) {
+    return {n * u * magnitude, n * u * u * (total * total + squares)};
+  }
+  // What x loses when it is stored in 16 bits before the next product; fp16 is subnormal below 2^-14.
+  static Error storage(DType dtype, double x) {
+    if (dtype == DType::bf16) return of(epsilon_of(dtype) / 2 * std::abs(x));
+    if (dtype == DType::f16) return of(epsilon_of(dtype) / 2 * std::abs(x) + 0x1p-25);
+    return {};
+  }
+
+  Error& operator+=(const Error& e) {
+    sum += e.sum;
+    square += e.square;
+    return *this;
+  }
+  friend Error operator+(Error a, const Error& b) { return a += b; }
+  Error times(double c) const { return {sum * std::abs(c), square * c * c}; }
+  double bound() const { return std::min(sum, kDeviations * std::sqrt(square)); }
+  // Of exp(x) - 1, where this is the error of x.
+  Error grown() const {
+    const double b = std::min(bound(), 700.0);
+    return b > 0 ? times(std::expm1(b) / b) : *this;
   }
 };
 

@@ -1,31 +1,40 @@
 // Gradients of one (query, key) pair in fp64, and bounds on the error of a kernel that computes them in fp32.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "attention/backward_problem.h"
 #include "attention/error_bound.h"
-#include "attention/parallel.h"
 #include "attention/scores.h"
 
 namespace tessera {
 
-// lse and delta = rowsum(dout * out) - dlse of each query row, [B, H, Sq]; errors are those of the kernel's own.
+// lse and delta = rowsum(dout * out) - dlse of each query row, [B, H, Sq]; errors are those that forward() and the
+// kernel make there.
 struct RowStatistics {
-  std::vector<double> lse, delta, lse_error, delta_error;  // errors are empty where nobody wants bounds
+  std::vector<double> lse, delta;
+  std::vector<Error> lse_error, delta_error;  // empty where nobody wants bounds
 };
 
 struct PairGradient {
-  int64_t q = 0, k = 0;    // tokens
+  int64_t q = 0, k = 0;           // tokens
+  int64_t row = 0;                // of RowStatistics
   const double* query = nullptr;  // [D]
   const double* key = nullptr;    // [D]
+  const double* value = nullptr;  // [Dv]
   const double* dout = nullptr;   // [Dv]
+  double weight = 0;       // exp(score - lse)
   double kept = 0;         // weight after dropout: what meets V
+  double centered = 0;     // gradient of the weight - delta
   double dscore = 0;       // gradient of the score: of all that is added to scale * q . k
   double ddot = 0;         // gradient of q . k: dscore through softcap, times scale
-  double kept_error = 0, dscore_error = 0, ddot_error = 0;  // 0 where nobody wants bounds
+  double slope = 1;        // ddot / dscore
+  // 0 where nobody wants bounds. What lse and delta of the row add comes on top, as it is common to all its keys: times
+  // -dscore and -weight, for ddot that by slope, for kept -kept (first order).
+  Error weight_error, kept_error, dscore_error, ddot_error;
 };
 
 // Visits the pairs of block pairs; a state of one thread.
@@ -71,8 +80,8 @@ class PairGradients {
           load_row(p_.v_block(b, column, kv_head) + slot * element * p_.v.seq, p_.dtype, p_.head_dim_v, value);
           key_loaded_[slot] = 1;
         }
-        PairGradient pair{q, k, query, key, dout};
-        if (differentiate(scores, row, entry, keep_factor(b, h, q, k), value, pair)) visit(pair);
+        PairGradient pair{q, k, row, query, key, value, dout};
+        if (differentiate(scores, entry, keep_factor(b, h, q, k), pair)) visit(pair);
       });
     }
   }
@@ -80,18 +89,22 @@ class PairGradients {
  private:
   struct Dot {
     double sum = 0;
-    double magnitude = 0;  // sum |a_i b_i|
-    double flushed = 0;    // what may be lost where factors below kTiny count as 0
+    Error error;
   };
   Dot dot(const double* a, const double* b, int64_t n) const {
     Dot d;
     for (int64_t i = 0; i < n; ++i) d.sum += a[i] * b[i];
     if (!with_bounds_) return d;
+    double magnitude = 0, squares = 0, flushed = 0;  // flushed: where factors below kTiny count as 0
     for (int64_t i = 0; i < n; ++i) {
-      d.magnitude += std::abs(a[i] * b[i]);
-      d.flushed += std::abs(a[i]) + std::abs(b[i]) + 1;
+      const double x = std::abs(a[i] * b[i]);
+      magnitude += x;
+      squares += x * x;
+      flushed += std::abs(a[i]) + std::abs(b[i]) + 1;
     }
-    d.flushed *= ErrorBound::kTiny;
+    // Two roundings more: of a factor that carries the scale.
+    d.error = Error::summation(static_cast<double>(n + 2), d.sum, magnitude, squares) +
+              Error::of(flushed * ErrorBound::kTiny);
     return d;
   }
 
@@ -102,46 +115,46 @@ class PairGradients {
   }
 
   // False: a bias of -inf, a key that is not there.
-  bool differentiate(const RowScores<double>& scores, int64_t row, int64_t entry, double keep, const double* value,
-                     PairGradient& pair) const {
-    constexpr double u = ErrorBound::u, tiny = ErrorBound::kTiny;
+  bool differentiate(const RowScores<double>& scores, int64_t entry, double keep, PairGradient& pair) const {
     const Dot qk = dot(pair.query, pair.key, p_.head_dim);
     const double score = scores.score(qk.sum, entry, pair.k);
     if (score == -std::numeric_limits<double>::infinity()) return false;
-    const Dot dout_v = dot(pair.dout, value, p_.head_dim_v);
-    const double lse = rows_.lse[row], delta = rows_.delta[row];
-    const double weight = std::exp(score - lse);
-    const double centered = keep * dout_v.sum - delta;
-    const double tanh = p_.softcap > 0 ? std::tanh(p_.scale * qk.sum / p_.softcap) : 0;
-    const double slope = 1 - tanh * tanh;
-    pair.kept = weight * keep;
-    pair.dscore = weight * centered;
-    pair.ddot = p_.scale * (pair.dscore * slope);
+    const Dot dout_v = dot(pair.dout, pair.value, p_.head_dim_v);
+    const double lse = rows_.lse[pair.row], scaled = p_.scale * qk.sum;
+    const double tanh = p_.softcap > 0 ? std::tanh(scaled / p_.softcap) : 0, through = 1 - tanh * tanh;
+    pair.weight = std::exp(score - lse);
+    pair.kept = pair.weight * keep;
+    pair.centered = keep * dout_v.sum - rows_.delta[pair.row];
+    pair.dscore = pair.weight * pair.centered;
+    pair.slope = p_.scale * through;
+    pair.ddot = pair.slope * pair.dscore;
     if (!with_bounds_) return true;
 
-    const double magnitude = std::abs(p_.scale) * qk.magnitude;
-    const double score_error =
-        ErrorBound::score_error(p_, magnitude, score, scores.bias_magnitude(entry, pair.k)) + qk.flushed;
-    const double weight_error =
-        weight * ErrorBound::exp_error(score, lse, score_error + rows_.lse_error[row]) + tiny;
-    pair.kept_error = keep * weight_error + 2 * u * pair.kept + ErrorBound::storage_error(p_.dtype, pair.kept);
+    constexpr double kScore = ErrorBound::kScoreRoundings;
+    const Error scaled_error = qk.error.times(p_.scale) + Error::roundings(kScore, scaled);
+    Error exponent = scaled_error + Error::roundings(4, scores.bias_magnitude(entry, pair.k)) +
+                     Error::roundings(2, score) + Error::roundings(2, lse) + Error::roundings(2, score - lse) +
+                     Error::roundings(ErrorBound::kExpRoundings, 1);
+    if (p_.softcap > 0) exponent += Error::roundings(kScore, p_.softcap);
+    pair.weight_error = exponent.grown().times(pair.weight) + Error::of(ErrorBound::kTiny);
+    pair.kept_error = pair.weight_error.times(keep) + Error::roundings(2, pair.kept) +
+                      Error::storage(p_.dtype, pair.kept);
     // dP - delta cancels: what counts is the size of the two, not of their difference.
-    const double centered_error = keep * (u * (static_cast<double>(p_.head_dim_v) + 2) * dout_v.magnitude +
-                                          dout_v.flushed) +
-                                  rows_.delta_error[row] + u * std::abs(centered);
-    pair.dscore_error = weight_error * std::abs(centered) + (weight + weight_error) * centered_error +
-                        u * std::abs(pair.dscore) + tiny + ErrorBound::storage_error(p_.dtype, pair.dscore);
-    double slope_error = 0;
+    const Error centered_error = dout_v.error.times(keep) + Error::roundings(2, keep * dout_v.sum) +
+                                 Error::roundings(1, pair.centered);
+    const double weight_bound = pair.weight_error.bound();
+    pair.dscore_error = pair.weight_error.times(pair.centered) + centered_error.times(pair.weight + weight_bound) +
+                        rows_.delta_error[pair.row].times(weight_bound) + Error::roundings(1, pair.dscore) +
+                        Error::of(ErrorBound::kTiny) + Error::storage(p_.dtype, pair.dscore);
+    Error through_error;
     if (p_.softcap > 0) {
-      const double argument_error =
-          u * (static_cast<double>(p_.head_dim) + ErrorBound::kScoreRoundings) * magnitude / p_.softcap;
-      const double tanh_error = slope * argument_error + ErrorBound::kScoreRoundings * u;
-      slope_error = (2 * std::abs(tanh) + tanh_error) * tanh_error + 2 * u;
+      const Error tanh_error = scaled_error.times(through / p_.softcap) + Error::roundings(kScore, 1);
+      through_error = tanh_error.times(2 * std::abs(tanh) + tanh_error.bound()) + Error::roundings(2, 1);
     }
-    pair.ddot_error = std::abs(p_.scale) * (pair.dscore_error * slope +
-                                            (std::abs(pair.dscore) + pair.dscore_error) * slope_error +
-                                            ErrorBound::storage_error(p_.dtype, pair.dscore * slope)) +
-                      4 * u * std::abs(pair.ddot);
+    pair.ddot_error = (pair.dscore_error.times(through) +
+                       through_error.times(std::abs(pair.dscore) + pair.dscore_error.bound()) +
+                       Error::storage(p_.dtype, pair.dscore * through)).times(p_.scale) +
+                      Error::roundings(4, pair.ddot);
     return true;
   }
 
@@ -152,51 +165,5 @@ class PairGradients {
   std::vector<double> query_, dout_, key_, value_;  // [block, D or Dv]
   std::vector<char> key_loaded_;                    // rows of key_ and value_ that hold the current block's
 };
-
-// lse and delta from out and lse of the problem, as given: fp64, or the dtypes of the call.
-inline RowStatistics row_statistics(const BackwardProblem& g, const Problem& given, Executor& executor,
-                                    const float* out_error, const float* lse_error) {
-  constexpr double u = ErrorBound::u;
-  const Problem& p = g.forward;
-  const int64_t count = p.batch * p.heads * p.seqlen_q, dv = p.head_dim_v;
-  RowStatistics rows;
-  rows.lse.resize(count);
-  rows.delta.resize(count);
-  if (lse_error != nullptr) {
-    rows.lse_error.assign(lse_error, lse_error + count);
-    rows.delta_error.resize(count);
-  }
-  const int64_t units = p.batch * p.heads;
-  parallel_for(
-      executor, units, [&] { return std::vector<double>(2 * dv); },
-      [&](std::vector<double>& scratch, int64_t unit) {
-        const int64_t b = unit / p.heads, h = unit % p.heads;
-        double *out = scratch.data(), *dout = out + dv;
-        for (int64_t q = 0; q < p.seqlen_q; ++q) {
-          const int64_t row = unit * p.seqlen_q + q;
-          rows.lse[row] = load_as_double(given.lse, given.lse_dtype,
-                                         b * given.lse_batch + h * given.lse_head + q * given.lse_seq);
-          if (rows.lse[row] == -std::numeric_limits<double>::infinity()) continue;
-          load_row(given.out.at(b, q, h, size_of(given.out_dtype)), given.out_dtype, dv, out);
-          load_row(g.dout.at(b, q, h, size_of(p.dtype)), p.dtype, dv, dout);
-          double dlse = 0;
-          if (g.dlse != nullptr) {
-            dlse = load_as_double(g.dlse, p.lse_dtype, b * g.dlse_batch + h * g.dlse_head + q * g.dlse_seq);
-          }
-          double sum = 0, error = 0;
-          for (int64_t i = 0; i < dv; ++i) sum += dout[i] * out[i];
-          rows.delta[row] = sum - dlse;
-          if (lse_error == nullptr) continue;
-          const float* bound = out_error + ((b * p.seqlen_q + q) * p.heads + h) * dv;
-          for (int64_t i = 0; i < dv; ++i) {
-            error += std::abs(dout[i]) * (static_cast<double>(bound[i]) + ErrorBound::kTiny) +
-                     u * static_cast<double>(dv + 2) * std::abs(dout[i] * out[i]) +
-                     ErrorBound::kTiny * (std::abs(out[i]) + 1);
-          }
-          rows.delta_error[row] = error + 2 * u * (std::abs(dlse) + std::abs(rows.delta[row]));
-        }
-      });
-  return rows;
-}
 
 }  // namespace tessera

@@ -10,6 +10,7 @@
 #include "attention/pair_gradients.h"
 #include "attention/parallel.h"
 #include "attention/reference.h"
+#include "attention/row_statistics.h"
 
 namespace tessera {
 
@@ -23,45 +24,53 @@ class Sums {
   void clear(int64_t rows, int64_t width) {
     width_ = width;
     value_.assign(rows * width, 0);
-    if (!with_bounds_) return;
-    error_.assign(rows * width, 0);
-    magnitude_.assign(rows * width, 0);
+    if (with_bounds_) loss_.assign(rows * width, {});
     terms_.assign(rows, 0);
   }
 
   // Row `row` += factor * x.
-  void add(int64_t row, double factor, const double* x, double factor_error) {
+  void add(int64_t row, double factor, const double* x, const Error& factor_error) {
     const int64_t first = row * width_;
     for (int64_t i = 0; i < width_; ++i) value_[first + i] += factor * x[i];
     if (!with_bounds_) return;
     for (int64_t i = 0; i < width_; ++i) {
-      magnitude_[first + i] += std::abs(factor * x[i]);
-      error_[first + i] += factor_error * std::abs(x[i]) + std::abs(factor) * ErrorBound::kTiny;
+      Loss& loss = loss_[first + i];
+      const double term = std::abs(factor * x[i]);
+      loss.magnitude += term;
+      loss.squares += term * term;
+      loss.error += factor_error.times(x[i]) + Error::of(factor * ErrorBound::kTiny);
     }
     ++terms_[row];
   }
-  void add(int64_t row, double x, double error) {
+  void add(int64_t row, double x, const Error& error) {
     const double one = 1;
     add(row, x, &one, error);
   }
+  // An error of a sum as a whole.
+  void add_error(int64_t row, int64_t i, const Error& error) { loss_[row * width_ + i].error += error; }
+  double value(int64_t row, int64_t i) const { return value_[row * width_ + i]; }
+
   // Adds row 0 of another, of width 1.
   void join(const Sums& other) {
     value_[0] += other.value_[0];
-    if (!with_bounds_) return;
-    error_[0] += other.error_[0];
-    magnitude_[0] += other.magnitude_[0];
     terms_[0] += other.terms_[0];
+    if (!with_bounds_) return;
+    loss_[0].magnitude += other.loss_[0].magnitude;
+    loss_[0].squares += other.loss_[0].squares;
+    loss_[0].error += other.loss_[0].error;
   }
 
   // Element i of row `row` to where it belongs. `dtype`: of the gradient; fp64: its own rounding is not counted.
   void store(int64_t row, int64_t i, void* to, DType dtype, int64_t index, bool accumulate, float* bound) const {
-    // A few roundings more: scale on the way out, partial sums of threads.
-    constexpr double kStoreRoundings = 8;
+    // A few roundings more: scale on the way out, partial sums of threads, and the part of exp2's error that is the
+    // same for all terms.
+    constexpr double kStoreRoundings = 8 + ErrorBound::kExpRoundings;
     double value = value_[row * width_ + i];
-    if (bound != nullptr && !with_bounds_) *bound = 0;  // a call without query rows: nothing was summed
-    if (bound != nullptr && with_bounds_) {
-      const double sum = ErrorBound::u * (static_cast<double>(terms_[row]) + kStoreRoundings);
-      *bound = static_cast<float>(error_[row * width_ + i] + sum * magnitude_[row * width_ + i] + ErrorBound::kTiny);
+    if (bound != nullptr) {
+      const Loss& loss = loss_[row * width_ + i];
+      const Error error = loss.error + Error::roundings(kStoreRoundings, value) +
+                          Error::summation(static_cast<double>(terms_[row]), value, loss.magnitude, loss.squares);
+      *bound = static_cast<float>(error.bound() + ErrorBound::kTiny);
     }
     if (to == nullptr) return;
     if (accumulate) value += load_as_double(to, dtype, index);
@@ -71,15 +80,34 @@ class Sums {
   }
 
  private:
+  struct Loss {
+    double magnitude = 0, squares = 0;  // sums of |x| and x^2 of the terms x
+    Error error;                        // of the terms
+  };
   bool with_bounds_;
   int64_t width_ = 1;
-  std::vector<double> value_, error_, magnitude_;  // sums of x, of the errors of x, of |x|
-  std::vector<int64_t> terms_;                     // of each row
+  std::vector<double> value_;
+  std::vector<Loss> loss_;
+  std::vector<int64_t> terms_;  // of each row
+};
+
+// Where a sum takes several keys of a query row, the errors of the row's lse and delta meet it once, times the sums of
+// dscore and weight.
+struct RowShare {
+  int64_t row = -1;  // of RowStatistics
+  double dscore = 0, weight = 0;
+
+  void add(const PairGradient& pair) {
+    row = pair.row;
+    dscore += pair.dscore;
+    weight += pair.weight;
+  }
 };
 
 struct Worker {
   PairGradients pairs;
   Sums first, second;
+  std::vector<RowShare> shares;
 };
 
 class GradientPasses {
@@ -95,9 +123,18 @@ class GradientPasses {
       const int64_t b = unit / s_.rows() / p_.heads, h = unit / s_.rows() % p_.heads, i = unit % s_.rows();
       const int64_t begin = i * s_.block_q;
       w.first.clear(s_.block_q, p_.head_dim);
+      w.second.clear(s_.block_q, p_.head_dim);  // of weights: how much an error of delta counts
       visit_row(w, b, h, i, [&](int64_t, const PairGradient& pair) {
         w.first.add(pair.q - begin, pair.ddot, pair.key, pair.ddot_error);
+        if (with_bounds_) w.second.add(pair.q - begin, pair.weight * pair.slope, pair.key, {});
       });
+      for (int64_t r = 0; with_bounds_ && r < std::min(p_.seqlen_q - begin, int64_t{s_.block_q}); ++r) {
+        const int64_t row = (b * p_.heads + h) * p_.seqlen_q + begin + r;
+        for (int64_t d = 0; d < p_.head_dim; ++d) {
+          w.first.add_error(r, d, rows_.lse_error[row].times(w.first.value(r, d)) +
+                                      rows_.delta_error[row].times(w.second.value(r, d)));
+        }
+      }
       store(w.first, g_.dq, b, begin, std::min(p_.seqlen_q, begin + s_.block_q), h, p_.seqlen_q, p_.heads, p_.head_dim,
             bounds_.dq);
     });
@@ -116,8 +153,11 @@ class GradientPasses {
         const int64_t column = p_.pattern.col_id(b, h, j);
         for (int64_t t = g_.transposed.indptr[column]; t < g_.transposed.indptr[column + 1]; ++t) {
           w.pairs.visit(b, h, g_.transposed.rows[t], g_.transposed.entries[t], [&](const PairGradient& pair) {
-            if (dk) w.first.add(pair.k - begin, pair.ddot, pair.query, pair.ddot_error);
-            if (dv) w.second.add(pair.k - begin, pair.kept, pair.dout, pair.kept_error);
+            if (dk) {
+              w.first.add(pair.k - begin, pair.ddot, pair.query,
+                          pair.ddot_error + row_error(pair, pair.ddot, pair.weight * pair.slope));
+            }
+            if (dv) w.second.add(pair.k - begin, pair.kept, pair.dout, pair.kept_error + row_error(pair, pair.kept, 0));
           });
         }
       }
@@ -137,9 +177,14 @@ class GradientPasses {
       w.first.clear(last - first, 1);
       for_each_head(bias_batches, bias_b, bias_heads, bias_h, [&](int64_t b, int64_t h) {
         if (p_.pattern.row_id(b, h, i) != row) return;
+        w.shares.assign((last - first) * s_.block_q, {});
         visit_row(w, b, h, i, [&](int64_t entry, const PairGradient& pair) {
           w.first.add(entry - first, pair.dscore, pair.dscore_error);
+          w.shares[(entry - first) * s_.block_q + pair.q % s_.block_q].add(pair);
         });
+        for (size_t n = 0; n < w.shares.size(); ++n) {
+          add_share(w.first, static_cast<int64_t>(n) / s_.block_q, w.shares[n]);
+        }
       });
       for (int64_t entry = first; entry < last; ++entry) {
         const int64_t at = bias_b * g_.dbias_batch + bias_h * g_.dbias_head + entry * g_.dbias_entry;
@@ -165,10 +210,15 @@ class GradientPasses {
       for_each_head(size[0], bias_b, size[1], bias_h, [&](int64_t b, int64_t h) {
         const int64_t first = by_row ? part : 0, last = by_row ? part + 1 : s_.rows();
         for (int64_t i = first; i < last; ++i) {
+          w.shares.assign(s_.block_q, {});
           visit_row(w, b, h, i, [&](int64_t, const PairGradient& pair) {
-            w.first.add((by_row ? pair.q - begin : 0) * size[3] + (by_key ? pair.k : 0), pair.dscore,
-                        pair.dscore_error);
+            const int64_t to = (by_row ? pair.q - begin : 0) * size[3] + (by_key ? pair.k : 0);
+            w.first.add(to, pair.dscore, pair.dscore_error);
+            RowShare alone, &share = by_key ? alone : w.shares[pair.q % s_.block_q];
+            share.add(pair);
+            if (by_key) add_share(w.first, to, alone);
           });
+          for (int64_t r = 0; r < s_.block_q; ++r) add_share(w.first, by_row ? r * size[3] : 0, w.shares[r]);
         }
       });
       for (int64_t r = 0; r < rows; ++r) {
@@ -211,7 +261,7 @@ class GradientPasses {
   void run(int64_t units, const std::function<void(Worker&, int64_t)>& work) {
     parallel_for(
         executor_, units,
-        [&] { return Worker{PairGradients(g_, rows_), Sums(with_bounds_), Sums(with_bounds_)}; }, work);
+        [&] { return Worker{PairGradients(g_, rows_), Sums(with_bounds_), Sums(with_bounds_), {}}; }, work);
   }
 
   // Calls visit(entry, pair) for all pairs of block row i of (b, h).
@@ -246,13 +296,26 @@ class GradientPasses {
     }
   }
 
+  // What errors of lse and delta do to a number with these (negative) derivatives.
+  Error row_error(const PairGradient& pair, double by_lse, double by_delta) const {
+    if (!with_bounds_) return {};
+    return rows_.lse_error[pair.row].times(by_lse) + rows_.delta_error[pair.row].times(by_delta);
+  }
+  void add_share(Sums& sums, int64_t to, const RowShare& share) const {
+    if (!with_bounds_ || share.row < 0) return;
+    sums.add_error(to, 0, rows_.lse_error[share.row].times(share.dscore) +
+                              rows_.delta_error[share.row].times(share.weight));
+  }
+
   void add_sink(Sums& sums, double sink, int64_t row) const {
     const double lse = rows_.lse[row], delta = rows_.delta[row], weight = std::exp(sink - lse);
-    double error = 0;
+    Error error;
     if (with_bounds_) {
-      const double lost = ErrorBound::exp_error(sink, lse, 2 * ErrorBound::u * std::abs(sink) + rows_.lse_error[row]);
-      const double weight_error = weight * lost + ErrorBound::kTiny;
-      error = weight_error * std::abs(delta) + (weight + weight_error) * rows_.delta_error[row];
+      const Error exponent = Error::roundings(2, sink) + Error::roundings(2, lse) + Error::roundings(2, sink - lse) +
+                             Error::roundings(ErrorBound::kExpRoundings, 1) + rows_.lse_error[row];
+      const Error weight_error = exponent.grown().times(weight) + Error::of(ErrorBound::kTiny);
+      error = weight_error.times(delta) + rows_.delta_error[row].times(weight + weight_error.bound()) +
+              Error::roundings(2, weight * delta);
     }
     sums.add(0, -weight * delta, error);
   }
@@ -298,7 +361,7 @@ void clear_bias_gradients(const BackwardProblem& g) {
 }
 
 void run_passes(const BackwardProblem& problem, const RowStatistics& rows, Executor& executor,
-                const GradientBounds& bounds) {
+                const GradientBounds& bounds = {}) {
   GradientPasses passes(problem, rows, executor, bounds);
   passes.queries();
   passes.keys();
@@ -325,14 +388,16 @@ void reference_gradients(const BackwardProblem& problem, Executor& executor, con
   float* out_bound = with_bounds ? out_error.data() : nullptr;
   float* lse_bound = with_bounds ? lse_error.data() : nullptr;
   reference_attention(forward, executor, out_bound, lse_bound);
+  RowStatistics rows = row_statistics(problem, forward, executor);
+  if (with_bounds) add_row_errors(problem, forward, out_error, lse_error, executor, rows);
   clear_bias_gradients(problem);
-  run_passes(problem, row_statistics(problem, forward, executor, out_bound, lse_bound), executor, bounds);
+  run_passes(problem, rows, executor, bounds);
 }
 
 void fp64_backward(std::span<const BackwardProblem> problems, Executor& executor) {
   for (const BackwardProblem& problem : problems) clear_bias_gradients(problem);
   for (const BackwardProblem& problem : problems) {
-    run_passes(problem, row_statistics(problem, problem.forward, executor, nullptr, nullptr), executor, {});
+    run_passes(problem, row_statistics(problem, problem.forward, executor), executor);
   }
 }
 
