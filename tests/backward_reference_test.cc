@@ -489,6 +489,17 @@ TEST(GradientBounds, HoldAndAreNotLoose) {
   }
 }
 
+TEST(GradientBounds, OfCallsWithoutQueries) {  // keys and values have gradients: zeros
+  Training t({.seqlen_q = 0, .seqlen_k = 20, .head_dim = 3, .head_dim_v = 2}, dense_pattern(0, 20));
+  std::vector<float> dk(60, 77), dv(40, 77);
+  t.dk.set(5, 77);
+  InlineExecutor executor;
+  reference_backward(t.backward_args(), executor, {.dk = dk.data(), .dv = dv.data()});
+  for (const float bound : dk) EXPECT_LT(bound, 1e-30);
+  for (const float bound : dv) EXPECT_LT(bound, 1e-30);
+  EXPECT_EQ(t.dk.get(5), 0);
+}
+
 TEST(GradientBounds, NoticeSmallMistakes) {
   Fp32Step step;
   // The scale off by a few thousand epsilons; dlse left out.

@@ -16,7 +16,8 @@ namespace tessera {
 // kernel make there.
 struct RowStatistics {
   std::vector<double> lse, delta;
-  std::vector<Error> lse_error, delta_error;  // empty where nobody wants bounds
+  bool with_errors = false;                   // somebody wants bounds
+  std::vector<Error> lse_error, delta_error;  // empty if not
 };
 
 struct PairGradient {
@@ -41,7 +42,7 @@ struct PairGradient {
 class PairGradients {
  public:
   PairGradients(const BackwardProblem& problem, const RowStatistics& rows)
-      : g_(problem), p_(problem.forward), rows_(rows), with_bounds_(!rows.lse_error.empty()) {
+      : g_(problem), p_(problem.forward), rows_(rows), with_bounds_(rows.with_errors) {
     const PatternShape& s = p_.pattern.shape;
     query_.resize(s.block_q * p_.head_dim);
     dout_.resize(s.block_q * p_.head_dim_v);

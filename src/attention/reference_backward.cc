@@ -115,7 +115,7 @@ class GradientPasses {
   GradientPasses(const BackwardProblem& problem, const RowStatistics& rows, Executor& executor,
                  const GradientBounds& bounds)
       : g_(problem), p_(problem.forward), s_(p_.pattern.shape), rows_(rows), executor_(executor), bounds_(bounds),
-        with_bounds_(!rows.lse_error.empty()) {}
+        with_bounds_(rows.with_errors) {}
 
   void queries() {
     if (g_.dq.data == nullptr && bounds_.dq == nullptr) return;

@@ -140,10 +140,10 @@ RowStatistics row_statistics(const BackwardProblem& g, const Problem& given, Exe
 void add_row_errors(const BackwardProblem& problem, const Problem& exact, const std::vector<float>& out_bound,
                     const std::vector<float>& lse_bound, Executor& executor, RowStatistics& rows) {
   RowStatistics no_errors = rows;  // the pairs are visited with bounds, of their own errors alone
+  no_errors.with_errors = true;
   no_errors.lse_error.resize(rows.lse.size());
   no_errors.delta_error.resize(rows.lse.size());
-  rows.lse_error.resize(rows.lse.size());
-  rows.delta_error.resize(rows.lse.size());
+  rows = no_errors;
   const int64_t block_rows = problem.forward.pattern.shape.rows(), heads = problem.forward.heads;
   parallel_for(
       executor, problem.forward.batch * heads * block_rows,
