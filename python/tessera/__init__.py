@@ -1,0 +1,47 @@
+"""Tessera: block-sparse attention for long sequences, on PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import patterns
+from ._pattern import BlockPattern, PatternStatistics
+from .functional import (
+    AttentionWeights,
+    attention_weights,
+    block_sparse_attention,
+    decode,
+    dilated_attention,
+    merge,
+    varlen_attention,
+)
+
+# Names that are loaded when they are first used: the module where each lives.
+_LAZY: dict[str, str] = {}
+
+__all__ = [
+    "AttentionWeights",
+    "BlockPattern",
+    "PatternStatistics",
+    "attention_weights",
+    "block_sparse_attention",
+    "decode",
+    "dilated_attention",
+    "merge",
+    "patterns",
+    "varlen_attention",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,453 @@
+"""BlockPattern: which blocks of the score matrix are computed, as an immutable value of a few integer tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from . import _ops  # noqa: F401  (loads the library)
+
+_t = torch.ops.tessera
+
+
+class Spread(NamedTuple):
+    """Mean, smallest, largest and population standard deviation."""
+
+    mean: float
+    min: float
+    max: float
+    std: float
+
+
+class PatternStatistics(NamedTuple):
+    """What :meth:`BlockPattern.statistics` measures; over all pattern heads and batches.
+
+    Densities count admissible pairs only: all, or with ``causal`` those that hold a (q, k) with
+    ``k <= q + seqlen_k - seqlen_q``.
+    """
+
+    rows: int  # block rows and columns of one head
+    cols: int
+    kept_blocks: int
+    partial_blocks: int  # those with a bitmap
+    admissible_blocks: int
+    density: float
+    sparsity: float  # 1 - density
+    row_density: Spread
+    column_density: Spread
+    diagonal_density: float  # share of the rows that keep their diagonal column
+    empty_rows: int
+    load_imbalance: float  # largest / mean kept blocks of a row
+
+
+def check_int(name: str, value: Any, minimum: int | None = None) -> int:
+    """``value`` as int, or TypeError/ValueError that names the argument."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got bool {value}; allowed: an integer")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: an integer") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: got {value}; allowed: {minimum} or more")
+    return value
+
+
+def check_block(block: int | Sequence[int]) -> tuple[int, int]:
+    """(block_q, block_k) of an int or a pair."""
+    if isinstance(block, (tuple, list)):
+        if len(block) != 2:
+            raise ValueError(f"block: got {len(block)} numbers; allowed: an integer or (block_q, block_k)")
+        return check_int("block_q", block[0]), check_int("block_k", block[1])
+    size = check_int("block", block)
+    return size, size
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    """``value`` if it is a tensor, else TypeError that names the argument."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; allowed: torch.Tensor")
+    return value
+
+
+class BlockPattern:
+    """The kept blocks of ``batches`` x ``heads`` score matrices ``[seqlen_q, seqlen_k]``, in blocks ``block_q`` x
+    ``block_k`` (each a multiple of 16 in 16..256; the last row and column may be ragged).
+
+    Immutable; made by :mod:`tessera.patterns`, by the ``from_...`` functions, or from other patterns. Validated once
+    when it is made, and again by the operators, which take it as tensors.
+
+    Attributes:
+        indptr: int32 ``[batches * heads * rows + 1]``, where the blocks of each block row begin in ``indices``.
+        indices: int32 ``[num_blocks]``, block columns, ascending in each row.
+        bitmap_index: int32 ``[num_blocks]``, which bitmap (-1: the block is full); None when every block is full.
+        bitmaps: int64 ``[n, block_q, ceil(block_k / 64)]``, bit ``k % 64`` of word ``k // 64`` admits key k; or None.
+        seqlen_q, seqlen_k, block_q, block_k, heads, batches: int. heads and batches are 1 where all share a pattern.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    bitmap_index: Tensor | None
+    bitmaps: Tensor | None
+    seqlen_q: int
+    seqlen_k: int
+    block_q: int
+    block_k: int
+    heads: int
+    batches: int
+    op_args: tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]  # as operators take it
+
+    def __init__(
+        self,
+        indptr: Tensor,
+        indices: Tensor,
+        *,
+        seqlen_q: int,
+        seqlen_k: int,
+        block: int | Sequence[int] = 128,
+        heads: int = 1,
+        batches: int = 1,
+        bitmap_index: Tensor | None = None,
+        bitmaps: Tensor | None = None,
+    ) -> None:
+        """From CSR tensors as in the attributes. ValueError for anything that is not a pattern (negative, unsorted,
+        duplicate or out-of-range indices, an indptr that falls)."""
+        check_tensor("indptr", indptr), check_tensor("indices", indices)
+        if bitmap_index is not None:
+            check_tensor("bitmap_index", bitmap_index)
+        if bitmaps is not None:
+            check_tensor("bitmaps", bitmaps)
+        shape = (
+            check_int("seqlen_q", seqlen_q),
+            check_int("seqlen_k", seqlen_k),
+            *check_block(block),
+            check_int("heads", heads),
+            check_int("batches", batches),
+        )
+        self._set(*_t.pattern_canonical(indptr, indices, bitmap_index, bitmaps, shape))
+
+    def _set(self, indptr, indices, bitmap_index, bitmaps, shape) -> None:
+        if bitmaps is not None and bitmaps.numel() == 0:
+            bitmap_index = bitmaps = None
+        shape = tuple(shape)
+        d = self.__dict__
+        d["indptr"], d["indices"], d["bitmap_index"], d["bitmaps"] = indptr, indices, bitmap_index, bitmaps
+        d["seqlen_q"], d["seqlen_k"], d["block_q"], d["block_k"], d["heads"], d["batches"] = shape
+        d["op_args"] = (indptr, indices, bitmap_index, bitmaps, shape)
+
+    @classmethod
+    def _make(cls, parts) -> BlockPattern:
+        self = object.__new__(cls)
+        self._set(*parts)
+        return self
+
+    # ---- from what a caller holds
+
+    @staticmethod
+    def from_mask(mask: Tensor, *, seqlen_q: int, seqlen_k: int, block: int | Sequence[int] = 128) -> BlockPattern:
+        """Blocks where ``mask`` is non-zero. mask: bool or integer ``[rows, cols]``, ``[heads, rows, cols]`` or
+        ``[batches, heads, rows, cols]``, rows = ceil(seqlen_q / block_q), cols = ceil(seqlen_k / block_k)."""
+        mask = _as_tensor("mask", mask)
+        block_q, block_k = check_block(block)
+        sizes = check_int("seqlen_q", seqlen_q), check_int("seqlen_k", seqlen_k)
+        return BlockPattern._make(_t.pattern_from_mask(mask, *sizes, block_q, block_k))
+
+    @staticmethod
+    def from_token_mask(mask: Tensor, *, block: int | Sequence[int] = 128) -> BlockPattern:
+        """Pairs where ``mask`` is non-zero; blocks with some pairs only get a bitmap. mask: bool or integer
+        ``[seqlen_q, seqlen_k]``, with heads, or with batches and heads in front."""
+        return BlockPattern._make(_t.pattern_from_token_mask(_as_tensor("mask", mask), *check_block(block)))
+
+    @staticmethod
+    def from_lists(
+        lists: Sequence[Iterable[int]],
+        *,
+        seqlen_q: int,
+        seqlen_k: int,
+        block: int | Sequence[int] = 128,
+        heads: int = 1,
+        batches: int = 1,
+    ) -> BlockPattern:
+        """The kept columns of each block row, in any order; rows of all heads of all batches one after the other."""
+        rows = [[check_int(f"lists[{i}]", j) for j in row] for i, row in enumerate(lists)]
+        for i, row in enumerate(rows):
+            row.sort()
+        ends = [0]
+        for row in rows:
+            ends.append(ends[-1] + len(row))
+        if any(j != j & 0x7FFFFFFF for row in rows for j in row):
+            raise ValueError("lists: got a column below 0 or above 2^31; allowed: 0 .. cols - 1")
+        flat = [j for row in rows for j in row]
+        return BlockPattern(
+            torch.tensor(ends, dtype=torch.int64),
+            torch.tensor(flat, dtype=torch.int32),
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            block=block,
+            heads=heads,
+            batches=batches,
+        )
+
+    @staticmethod
+    def from_csr(
+        indptr: Tensor | Sequence[Tensor],
+        indices: Tensor | Sequence[Tensor],
+        blocks: Tensor | Sequence[Tensor] | None = None,
+        *,
+        seqlen_q: int,
+        seqlen_k: int,
+        block: int | Sequence[int] = 128,
+        heads: int = 1,
+        batches: int = 1,
+        sort: bool = False,
+    ) -> BlockPattern:
+        """One CSR matrix of blocks, or one a batch and head (batch first), as torch.sparse and SciPy hold them.
+
+        Args:
+            indptr: int32 or int64 ``[rows + 1]``.
+            indices: int32 or int64 ``[entries]``, ascending in each row (``sort``: any order).
+            blocks: None (every kept block is full), or bool or integer ``[entries, block_q, block_k]`` (BSR):
+                non-zero admits the pair.
+        """
+        listed = [x if isinstance(x, (list, tuple)) else [x] for x in (indptr, indices, [] if blocks is None else blocks)]
+        for name, tensors in zip(("indptr", "indices", "blocks"), listed):
+            for t in tensors:
+                check_tensor(name, t)
+        shape = (
+            check_int("seqlen_q", seqlen_q),
+            check_int("seqlen_k", seqlen_k),
+            *check_block(block),
+            check_int("heads", heads),
+            check_int("batches", batches),
+        )
+        return BlockPattern._make(_t.pattern_from_csr(*listed, shape, bool(sort)))
+
+    # ---- from other patterns
+
+    def __or__(self, other: BlockPattern) -> BlockPattern:
+        """Admits what either admits. Lengths and blocks must agree; heads and batches too, or be 1."""
+        if not isinstance(other, BlockPattern):
+            return NotImplemented
+        return BlockPattern._make(_t.pattern_unite(*self.op_args, *other.op_args))
+
+    def __and__(self, other: BlockPattern) -> BlockPattern:
+        """Admits what both admit."""
+        if not isinstance(other, BlockPattern):
+            return NotImplemented
+        return BlockPattern._make(_t.pattern_intersect(*self.op_args, *other.op_args))
+
+    def slice(self, rows: slice | None = None, cols: slice | None = None) -> BlockPattern:
+        """Block rows and columns of two ranges (step 1), as ``pattern[rows, cols]``. The slice counts tokens from its
+        own start: attention over it needs ``q_offset`` and ``k_offset`` wherever positions matter."""
+        limits = []
+        for name, s, n in (("rows", rows, self.rows), ("cols", cols, self.cols)):
+            s = slice(None) if s is None else s
+            if not isinstance(s, slice):
+                raise TypeError(f"{name}: got {type(s).__name__}; allowed: a slice of block {name}")
+            begin, end, step = s.indices(n)
+            if step != 1:
+                raise ValueError(f"{name}: got step {step}; allowed: 1")
+            limits += [begin, max(begin, end)]
+        return BlockPattern._make(_t.pattern_slice(*self.op_args, *limits))
+
+    def __getitem__(self, key) -> BlockPattern:
+        if isinstance(key, slice):
+            key = (key, slice(None))
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise TypeError(f"index: got {key!r}; allowed: pattern[rows, cols] with slices of block rows and columns")
+        return self.slice(*key)
+
+    def transpose(self) -> BlockPattern:
+        """Rows become columns: lengths, block sizes and bitmaps change places."""
+        return BlockPattern._make(_t.pattern_transpose(*self.op_args))
+
+    @staticmethod
+    def stack_heads(patterns: Sequence[BlockPattern]) -> BlockPattern:
+        """Heads of all patterns, one after the other; everything else must agree."""
+        return _stack(patterns, False)
+
+    @staticmethod
+    def stack_batches(patterns: Sequence[BlockPattern]) -> BlockPattern:
+        """Batches of all patterns, one after the other; everything else must agree."""
+        return _stack(patterns, True)
+
+    # ---- what it is
+
+    @property
+    def rows(self) -> int:
+        """Block rows of one head."""
+        return -(-self.seqlen_q // self.block_q)
+
+    @property
+    def cols(self) -> int:
+        """Block columns of one head."""
+        return -(-self.seqlen_k // self.block_k)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(block_q, block_k)."""
+        return self.block_q, self.block_k
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(seqlen_q, seqlen_k)."""
+        return self.seqlen_q, self.seqlen_k
+
+    @property
+    def num_blocks(self) -> int:
+        """Kept block pairs over all pattern heads and batches."""
+        return self.indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Kept share of all block pairs. Of the admissible ones under causality: ``statistics(causal=True).density``."""
+        pairs = self.rows * self.cols * self.heads * self.batches
+        return self.num_blocks / pairs if pairs else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(t.nbytes for t in self.op_args[:4] if t is not None)
+
+    def statistics(self, causal: bool = False) -> PatternStatistics:
+        """Densities, empty rows, load imbalance; among the admissible pairs if ``causal``."""
+        x = _t.pattern_statistics(*self.op_args, bool(causal))
+        return PatternStatistics(
+            *(int(n) for n in x[:5]), x[5], x[6], Spread(*x[7:11]), Spread(*x[11:15]), x[15], int(x[16]), x[17]
+        )
+
+    def to_mask(self) -> Tensor:
+        """Kept blocks (partial ones too) as bool ``[batches, heads, rows, cols]``. Grows with rows x cols."""
+        counts = self.indptr.diff().long()
+        row = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+        mask = torch.zeros(counts.numel(), self.cols, dtype=torch.bool)
+        mask[row, self.indices.long()] = True
+        return mask.view(self.batches, self.heads, self.rows, self.cols)
+
+    def to_token_mask(self) -> Tensor:
+        """Admitted pairs as bool ``[batches, heads, seqlen_q, seqlen_k]``: for tests and small lengths."""
+        counts = self.indptr.diff().long()
+        row = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+        full = torch.ones(self.num_blocks, self.block_q, self.block_k, dtype=torch.bool)
+        if self.bitmaps is not None:
+            bits = (self.bitmaps.unsqueeze(-1) >> torch.arange(64)) & 1
+            bits = bits.flatten(2)[:, :, : self.block_k].bool()
+            partial = self.bitmap_index >= 0
+            full[partial] = bits[self.bitmap_index[partial].long()]
+        tokens = torch.zeros(counts.numel(), self.cols, self.block_q, self.block_k, dtype=torch.bool)
+        tokens[row, self.indices.long()] = full
+        tokens = tokens.view(self.batches, self.heads, self.rows, self.cols, self.block_q, self.block_k)
+        tokens = tokens.transpose(3, 4).reshape(
+            self.batches, self.heads, self.rows * self.block_q, self.cols * self.block_k
+        )
+        return tokens[:, :, : self.seqlen_q, : self.seqlen_k].contiguous()
+
+    def ascii(self, head: int = 0, max_width: int = 80, batch: int = 0) -> str:
+        """One head as text: '#' full, '+' partial, '.' skipped; wider patterns shaded by the kept share."""
+        return _t.pattern_ascii(*self.op_args, head, max_width, batch)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockPattern):
+            return NotImplemented
+        if self is other:
+            return True
+        if self.op_args[4] != other.op_args[4] or (self.bitmaps is None) != (other.bitmaps is None):
+            return False
+        return all(a is None or torch.equal(a, b) for a, b in zip(self.op_args[:4], other.op_args[:4]))
+
+    def __hash__(self) -> int:
+        if "_hash" not in self.__dict__:
+            self.__dict__["_hash"] = _t.pattern_hash(*self.op_args)
+        return self.__dict__["_hash"]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"BlockPattern({self.seqlen_q} x {self.seqlen_k}, block {self.block_q} x {self.block_k}",
+            f"{self.num_blocks} blocks, density {self.density:.4g}",
+        ]
+        if self.heads > 1:
+            parts.append(f"{self.heads} heads")
+        if self.batches > 1:
+            parts.append(f"{self.batches} batches")
+        return ", ".join(parts) + ")"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: a BlockPattern is immutable")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{name}: a BlockPattern is immutable")
+
+    def __copy__(self) -> BlockPattern:
+        return self
+
+    def __deepcopy__(self, memo) -> BlockPattern:
+        return self
+
+    def __reduce__(self):
+        return _unpickle, self.op_args
+
+
+def _unpickle(indptr, indices, bitmap_index, bitmaps, shape) -> BlockPattern:
+    return BlockPattern._make(_t.pattern_canonical(indptr, indices, bitmap_index, bitmaps, shape))
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name}: got {type(value).__name__}; allowed: a tensor or array of bool") from None
+    return value
+
+
+def _stack(patterns: Sequence[BlockPattern], batches: bool) -> BlockPattern:
+    patterns = list(patterns)
+    if not patterns:
+        raise ValueError("patterns: got none; allowed: at least one BlockPattern")
+    for p in patterns:
+        if not isinstance(p, BlockPattern):
+            raise TypeError(f"patterns: got {type(p).__name__} among them; allowed: BlockPattern")
+    none_index, none_bits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    return BlockPattern._make(
+        _t.pattern_stack(
+            [p.indptr for p in patterns],
+            [p.indices for p in patterns],
+            [none_index if p.bitmap_index is None else p.bitmap_index for p in patterns],
+            [none_bits if p.bitmaps is None else p.bitmaps for p in patterns],
+            [n for p in patterns for n in p.op_args[4]],
+            batches,
+        )
+    )
+
+
+# A tree of four leaves for torch.export, torch.compile and vmap. Leaves need not be tensors: transforms put theirs in.
+def _flatten(p: BlockPattern):
+    return list(p.op_args[:4]), p.op_args[4]
+
+
+def _unflatten(leaves, shape) -> BlockPattern:
+    p = object.__new__(BlockPattern)
+    d = p.__dict__
+    d["indptr"], d["indices"], d["bitmap_index"], d["bitmaps"] = leaves
+    d["seqlen_q"], d["seqlen_k"], d["block_q"], d["block_k"], d["heads"], d["batches"] = shape
+    d["op_args"] = (*leaves, tuple(shape))
+    return p
+
+
+pytree.register_pytree_node(
+    BlockPattern,
+    _flatten,
+    _unflatten,
+    serialized_type_name="tessera.BlockPattern",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda p: (
+        [(pytree.GetAttrKey(n), x) for n, x in zip(("indptr", "indices", "bitmap_index", "bitmaps"), p.op_args[:4])],
+        p.op_args[4],
+    ),
+)

@@ -1,0 +1,423 @@
+"""Attention over block patterns as functions. Tensors are ``[B, S, H, D]`` (``layout="bshd"``) or ``[B, H, S, D]``
+(``"bhsd"``): both are strides of what lies in memory, nothing is copied; the last dimension must be contiguous.
+
+fp32, bf16, fp16 with fp32 sums and softmax; fp64 runs a plain, slow reference. Under autocast q, k and v go to the
+autocast dtype, biases stay as they are. Errors of the caller are ValueError or TypeError naming the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from ._pattern import BlockPattern, check_int, check_tensor
+
+_decode, _forward = _ops.decode, _ops.forward
+_compiling = torch.compiler.is_compiling
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+class AttentionWeights(NamedTuple):
+    """Normalised weights of the kept blocks only."""
+
+    block_indices: Tensor  # int64 [blocks, 4]: batch, head, block row, block column
+    block_values: Tensor  # fp32 [blocks, block_q, block_k]; 0 where masked and past the ends
+    block_size: tuple[int, int]  # block_q, block_k
+    shape: tuple[int, int, int, int]  # B, H, Sq, Sk
+
+
+def _type_error(name: str, value: Any, allowed: str) -> TypeError:
+    return TypeError(f"{name}: got {type(value).__name__}; allowed: {allowed}")
+
+
+def _check_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        try:
+            return value.__float__()  # numbers of NumPy and the like
+        except AttributeError:
+            raise _type_error(name, value, "a number") from None
+    return value
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise _type_error(name, t, "torch.Tensor")
+
+
+def _check_main(q: Any, k: Any, v: Any, pattern: Any) -> None:
+    _check_tensors(q=q if q is not None else (), k=k if k is not None else (), v=v if v is not None else ())
+    if not isinstance(pattern, BlockPattern):
+        raise _type_error("pattern", pattern, "tessera.BlockPattern")
+
+
+def _check_layout(layout: Any) -> bool:
+    """Whether tensors come as [B, H, S, D]."""
+    if layout == "bhsd":
+        return True
+    if layout == "bshd":
+        return False
+    raise ValueError(f'layout: got {layout!r}; allowed: "bshd" or "bhsd"')
+
+
+def _to_bshd(name: str, t: Tensor) -> Tensor:
+    if t.dim() != 4:
+        raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: 4, [B, H, S, D]")
+    return t.transpose(1, 2)
+
+
+def _window(window: Any, causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) of an int, as the pattern `local_window` reads it, or of a pair."""
+    if window is None:
+        return None, None
+    if isinstance(window, (tuple, list)):
+        if len(window) != 2:
+            raise ValueError(f"window: got {len(window)} numbers; allowed: an integer or (left, right)")
+        left, right = (None if w is None else check_int("window", w, 0) for w in window)
+        return left, right
+    width = check_int("window", window, 0)
+    return (width, None) if causal else (width // 2, width // 2)
+
+
+def _rng(dropout_p: Any) -> Tensor | None:
+    """Seed and offset of a call's dropout, from torch's default generator; None without dropout."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _NUMBERS):
+        raise _type_error("dropout_p", dropout_p, "a number in [0, 1)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}; allowed: 0 <= dropout_p < 1")
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64) if dropout_p else None
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    attn_bias: Tensor | None = None,
+    block_bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_offset: int | None = None,
+    k_offset: int = 0,
+    return_lse: bool = False,
+    layout: str = "bshd",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + biases) v`` with one softmax over all keys that a row's pattern admits.
+
+    Args:
+        q: ``[B, Sq, H, D]`` (or ``[B, H, Sq, D]``, see ``layout``).
+        k: ``[B, Sk, Hkv, D]``, ``H % Hkv == 0`` (grouped-query attention).
+        v: ``[B, Sk, Hkv, Dv]``.
+        pattern: of (Sq, Sk); its heads are 1 or H, its batches 1 or B.
+        causal: admits keys at positions up to the query's. Queries end where keys end (``q_offset`` changes that).
+        scale: finite; default ``1 / sqrt(D)``.
+        attn_bias: floating, ``[B or 1, H or 1, Sq or 1, Sk or 1]``, added to the scores; -inf allowed; has a gradient.
+        block_bias: fp32 ``[B or 1, H or 1, pattern.num_blocks per batch and head]``, added to all scores of a kept
+            block; has a gradient.
+        key_lengths: int32 or int64 ``[B]``, valid keys (padding after them).
+        window: tokens: ``(left, right)`` admits keys at most so far before and after the query (None: no limit); an int
+            stands for ``(w, None)`` if causal, else ``(w // 2, w // 2)``.
+        dropout_p: in [0, 1), on the normalised weights; follows ``torch.manual_seed``.
+        softcap: > 0: scores become ``softcap * tanh(score / softcap)``, before biases.
+        alibi_slopes: fp32 ``[H]`` or ``[B, H]``: adds ``-slope * |distance|``; no gradient.
+        sinks: fp32 ``[H]``: a logit that joins the denominator only; has a gradient.
+        q_offset, k_offset: positions of the first query (default ``Sk - Sq``) and key.
+        return_lse: also returns lse, fp32 ``[B, H, Sq]`` (natural log; -inf for a row that sees no key), with gradient.
+
+    Returns:
+        out, as q but with Dv columns; 0 in rows that see no key. Or (out, lse).
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and type(pattern) is BlockPattern):
+        _check_main(q, k, v, pattern)
+    if scale is not None and type(scale) is not float:
+        scale = _check_number("scale", scale)
+    if type(softcap) is not float:
+        softcap = _check_number("softcap", softcap)
+    left, right = (None, None) if window is None else _window(window, causal)
+    rng = None if dropout_p == 0 and dropout_p is not False else _rng(dropout_p)
+    if q_offset is not None or k_offset != 0:
+        q_offset, k_offset = _check_offsets(q_offset, k_offset)
+    biased = attn_bias is not None or block_bias is not None or sinks is not None
+    if biased or alibi_slopes is not None or key_lengths is not None:
+        _check_tensors(
+            attn_bias=attn_bias, block_bias=block_bias, sinks=sinks, alibi_slopes=alibi_slopes, key_lengths=key_lengths
+        )
+        if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError("alibi_slopes: got a tensor that requires grad; allowed: one that does not (no gradient)")
+    if layout == "bshd":
+        swap = False
+    else:
+        swap = _check_layout(layout)
+        q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
+    indptr, indices, bitmap_index, bitmaps, shape = pattern.op_args
+    options = (
+        scale, bool(causal), left, right, q_offset, k_offset, key_lengths, False, softcap, alibi_slopes, block_bias,
+        attn_bias, sinks, dropout_p, rng,
+    )  # fmt: skip
+    wants_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (
+            biased
+            and any(t is not None and t.requires_grad for t in (attn_bias, block_bias, sinks))
+        )
+    )
+    if wants_grad or _compiling():
+        out, lse = _forward(q, k, v, indptr, indices, bitmap_index, bitmaps, shape, *options)
+    else:
+        out, lse = _decode(q, k, v, indptr, indices, bitmap_index, bitmaps, shape, None, *options)
+    if swap:
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def _check_offsets(q_offset: Any, k_offset: Any) -> tuple[int | None, int]:
+    if q_offset is not None and not isinstance(q_offset, torch.SymInt):
+        q_offset = check_int("q_offset", q_offset)
+    if not isinstance(k_offset, torch.SymInt):
+        k_offset = check_int("k_offset", k_offset)
+    return q_offset, k_offset
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pattern: BlockPattern,
+    *,
+    key_lengths: Tensor | None = None,
+    page_table: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    block_bias: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bshd",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few new queries over a key/value cache; no gradients.
+
+    Args:
+        q: ``[B, Sq, H, D]``, the newest Sq tokens (Sq <= 16 takes the schedule that splits over keys).
+        k_cache, v_cache: ``[B, Sk, Hkv, D]``, ``[B, Sk, Hkv, Dv]``; with ``page_table`` pages ``[pages, block_k, Hkv,
+            D]`` and ``Dv`` (always in this order).
+        pattern: of (Sq, Sk), Sk the capacity of the cache.
+        key_lengths: int32 or int64 ``[B]``, keys of the cache that are valid, the new ones included; the queries stand
+            at the end of them.
+        page_table: int32 ``[B, ceil(Sk / block_k)]``.
+
+    Others and result as :func:`block_sparse_attention`.
+    """
+    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor):
+        if not isinstance(pattern, BlockPattern):
+            raise _type_error("pattern", pattern, "tessera.BlockPattern")
+    else:
+        _check_tensors(q=q if q is not None else (), k_cache=k_cache if k_cache is not None else (),
+                       v_cache=v_cache if v_cache is not None else ())
+    if scale is not None:
+        scale = _check_number("scale", scale)
+    left, right = _window(window, causal)
+    _check_tensors(
+        key_lengths=key_lengths, page_table=page_table, alibi_slopes=alibi_slopes, sinks=sinks, block_bias=block_bias,
+        attn_bias=attn_bias,
+    )  # fmt: skip
+    swap = _check_layout(layout)
+    if swap:
+        q = _to_bshd("q", q)
+        if page_table is None:
+            k_cache, v_cache = _to_bshd("k_cache", k_cache), _to_bshd("v_cache", v_cache)
+    out, lse = _decode(
+        q, k_cache, v_cache, *pattern.op_args, page_table, scale, bool(causal), left, right, None, 0, key_lengths,
+        key_lengths is not None, _check_number("softcap", softcap), alibi_slopes, block_bias, attn_bias, sinks, 0.0, None,
+    )  # fmt: skip
+    if swap:
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    patterns: Sequence[BlockPattern],
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Packed sequences: sequence i is rows ``cu_seqlens_q[i] .. cu_seqlens_q[i + 1]`` of q, likewise of k and v.
+
+    Args:
+        q: ``[total_q, H, D]``; k: ``[total_k, Hkv, D]``; v: ``[total_k, Hkv, Dv]``.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[N + 1]`` from 0.
+        patterns: N, pattern i of the lengths of sequence i; one object may stand for many. Heads 1 or H, batches 1,
+            without bitmaps.
+
+    Others as :func:`block_sparse_attention`.
+
+    Returns:
+        out ``[total_q, H, Dv]``, or (out, lse), lse fp32 ``[H, total_q]``.
+    """
+    _check_tensors(**{n: () if t is None else t for n, t in (("q", q), ("k", k), ("v", v),
+                   ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))})
+    if isinstance(patterns, BlockPattern):
+        raise _type_error("patterns", patterns, "a sequence of BlockPattern, one a sequence")
+    shapes: list[int] = []
+    for i, p in enumerate(patterns):
+        if not isinstance(p, BlockPattern):
+            raise _type_error(f"patterns[{i}]", p, "tessera.BlockPattern")
+        if p.bitmaps is not None:
+            raise ValueError(f"patterns[{i}]: got a pattern with bitmaps; allowed: full blocks only")
+        shapes.extend(p.op_args[4])
+    _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
+    left, right = _window(window, causal)
+    out, lse = _ops.varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, [p.indptr for p in patterns], [p.indices for p in patterns], shapes,
+        None if scale is None else _check_number("scale", scale), bool(causal), left, right,
+        _check_number("softcap", softcap), alibi_slopes, sinks, dropout_p, _rng(dropout_p),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool = False,
+    scale: float | None = None,
+    pattern: str | None = None,
+    density: float | None = None,
+    block: int = 128,
+    pattern_window: int | None = None,
+    pattern_rates: Sequence[int] = (),
+    global_tokens: int | None = None,
+    stride: int | None = None,
+    pattern_seed: int = 0,
+    attn_bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    dropout_p: float = 0.0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    layout: str = "bshd",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LongNet (Ding et al. 2023): for each (w, r) segments of w tokens, of each the rows offset::r (offset = head mod r)
+    attend to each other; results are joined by their lse. A position that no (w, r) covers is 0.
+
+    Args:
+        q: ``[B, S, H, D]`` (or ``[B, H, S, D]``); k, v: ``[B, S, Hkv, D]``, ``[B, S, Hkv, Dv]``.
+        segment_lengths, dilation_rates: w in tokens and r, equally many, each >= 1.
+        pattern: name of a pattern inside each dilated segment (its tokens are the rows that are left), with density,
+            block, pattern_window, pattern_rates, global_tokens, stride, pattern_seed as in :mod:`tessera.patterns`;
+            None: dense.
+        attn_bias: of token pairs; no gradient here.
+
+    Others as :func:`block_sparse_attention`.
+    """
+    _check_tensors(**{n: () if t is None else t for n, t in (("q", q), ("k", k), ("v", v))})
+    _check_tensors(attn_bias=attn_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes)
+    if torch.is_grad_enabled():
+        for name, t in (("attn_bias", attn_bias), ("alibi_slopes", alibi_slopes)):
+            if t is not None and t.requires_grad:
+                raise ValueError(f"{name}: got a tensor that requires grad; allowed: one that does not (no gradient)")
+    lists = []
+    for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates),
+                         ("pattern_rates", pattern_rates)):
+        if not isinstance(values, (list, tuple)):
+            raise _type_error(name, values, "a list of integers")
+        lists.append([check_int(name, x) for x in values])
+    if pattern is not None and not isinstance(pattern, str):
+        raise _type_error("pattern", pattern, "the name of a pattern, or None")
+    if pattern is None and density is not None:
+        raise ValueError("density: got a density without a pattern; allowed: None, or pattern=name")
+    left, right = _window(window, causal)
+    swap = _check_layout(layout)
+    if swap:
+        q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
+    out, lse = _ops.dilated_forward(
+        q, k, v, lists[0], lists[1], pattern, None if density is None else _check_number("density", density),
+        check_int("block", block), pattern_window, lists[2], global_tokens, stride, check_int("pattern_seed", pattern_seed),
+        None if scale is None else _check_number("scale", scale), bool(causal), left, right, None, 0, key_lengths, False,
+        _check_number("softcap", softcap), alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
+    )  # fmt: skip
+    if swap:
+        out = out.transpose(1, 2)
+    return (out, lse) if return_lse else out
+
+
+def merge(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "bshd"
+) -> tuple[Tensor, Tensor]:
+    """Joins partial results over disjoint sets of keys, with gradients. out: ``[B, S, H, Dv]`` (or ``[B, H, S, Dv]``),
+    lse: fp32 ``[B, H, S]``. A side with lse -inf contributes nothing; both -inf gives 0 and -inf."""
+    _check_tensors(**{n: () if t is None else t for n, t in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b),
+                   ("lse_b", lse_b))})
+    if not _check_layout(layout):
+        return _ops.merge(out_a, lse_a, out_b, lse_b)
+    out, lse = _ops.merge(_to_bshd("out_a", out_a), lse_a, _to_bshd("out_b", out_b), lse_b)
+    return out.transpose(1, 2), lse
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    pattern: BlockPattern,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    attn_bias: Tensor | None = None,
+    block_bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_offset: int | None = None,
+    k_offset: int = 0,
+    layout: str = "bshd",
+) -> AttentionWeights:
+    """Normalised weights of the kept blocks only, before dropout; no gradients. Arguments as
+    :func:`block_sparse_attention`. ValueError if they would need more than 16 GiB."""
+    check_tensor("q", q), check_tensor("k", k)
+    if not isinstance(pattern, BlockPattern):
+        raise _type_error("pattern", pattern, "tessera.BlockPattern")
+    _check_tensors(
+        attn_bias=attn_bias, block_bias=block_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks
+    )
+    left, right = _window(window, causal)
+    if _check_layout(layout):
+        q, k = _to_bshd("q", q), _to_bshd("k", k)
+    indices, values = _ops.weights(
+        q, k, *pattern.op_args, None if scale is None else _check_number("scale", scale), bool(causal), left, right,
+        *_check_offsets(q_offset, k_offset), key_lengths, False, _check_number("softcap", softcap), alibi_slopes,
+        block_bias, attn_bias, sinks, 0.0, None,
+    )  # fmt: skip
+    return AttentionWeights(
+        indices, values, (pattern.block_q, pattern.block_k), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    )

@@ -1,0 +1,293 @@
+"""The named patterns. Each function returns a :class:`tessera.BlockPattern`, made in O(kept blocks), deterministically.
+
+Common arguments: ``seqlen_q``, ``seqlen_k`` (default: seqlen_q) in tokens; ``block``, an int or (block_q, block_k), each
+a multiple of 16 in 16..256; ``causal`` admits the block pairs that hold at least one (q, k) with
+``k <= q + seqlen_k - seqlen_q``; ``heads`` is 1, or the number of heads where they shall differ. ``density`` is the
+KEPT share of the admissible pairs, in (0, 1]: each row of blocks keeps ``max(1, round(density * admissible))`` and
+always its diagonal. Explicit geometry (window, global_tokens, stride) wins over density; the achieved density is what
+``pattern.statistics(causal).density`` says. Errors: ValueError or TypeError naming the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ._pattern import BlockPattern, check_block, check_int
+
+_t = torch.ops.tessera
+NAMES = (
+    "dense",
+    "causal",
+    "local_window",
+    "dilated_sparse",
+    "global_local",
+    "strided",
+    "random",
+    "bigbird",
+    "dilated_segments",
+    "hierarchical",
+)
+_INTS = ("window", "global_tokens", "stride")
+_FLOATS = ("density", "local_density", "global_density", "inter_node_density")
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            return float(value.item()) if not isinstance(value, bool) else _bad(name, value)
+        except AttributeError:
+            _bad(name, value)
+    return float(value)
+
+
+def _bad(name: str, value: Any):
+    raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: a number")
+
+
+def _list(name: str, values: Any) -> list[int]:
+    if values is None:
+        return []
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: got {type(values).__name__}; allowed: a sequence of integers")
+    return [check_int(name, x) for x in values]
+
+
+def _spec(kind, seqlen_q, seqlen_k, block, heads=1, causal=False, seed=0, ranks=1, ranks_per_node=1, **options) -> list:
+    if not isinstance(kind, str):
+        raise TypeError(f"name: got {type(kind).__name__}; allowed: one of {', '.join(NAMES)}")
+    seqlen_q = check_int("seqlen_q", seqlen_q)
+    seqlen_k = seqlen_q if seqlen_k is None else check_int("seqlen_k", seqlen_k)
+    block_q, block_k = check_block(block)
+    ints = {n: None if options.get(n) is None else check_int(n, options[n]) for n in _INTS}
+    floats = {n: _number(n, options.get(n)) for n in _FLOATS}
+    unknown = set(options) - set(_INTS) - set(_FLOATS) - {"dilation_rates", "segment_lengths"}
+    if unknown:
+        raise TypeError(f"{sorted(unknown)[0]}: got an option that no pattern has")
+    return [
+        kind,
+        seqlen_q,
+        seqlen_k,
+        block_q,
+        block_k,
+        check_int("heads", heads),
+        bool(causal),
+        floats["density"],
+        ints["window"],
+        _list("dilation_rates", options.get("dilation_rates")),
+        _list("segment_lengths", options.get("segment_lengths")),
+        ints["global_tokens"],
+        ints["stride"],
+        check_int("seed", seed),
+        check_int("ranks", ranks),
+        check_int("ranks_per_node", ranks_per_node),
+        floats["local_density"],
+        floats["global_density"],
+        floats["inter_node_density"],
+    ]
+
+
+def make(
+    name: str,
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    causal: bool = False,
+    heads: int = 1,
+    cached: bool = False,
+    **options,
+) -> BlockPattern:
+    """The pattern of that name, with the options of the function of that name. ``cached``: through :data:`cache`."""
+    spec = _spec(name, seqlen_q, seqlen_k, block, heads, causal, **options)
+    return BlockPattern._make(_t.cached_pattern(*spec) if cached else _t.make_pattern(*spec))
+
+
+def dense(seqlen_q, seqlen_k=None, *, block=128, causal=False, heads=1) -> BlockPattern:
+    """Every admissible pair."""
+    return make("dense", seqlen_q, seqlen_k, block=block, causal=causal, heads=heads)
+
+
+def causal(seqlen_q, seqlen_k=None, *, block=128, heads=1) -> BlockPattern:
+    """Every pair that causality admits. Inside blocks on the diagonal the attention call's ``causal=True`` decides."""
+    return make("causal", seqlen_q, seqlen_k, block=block, causal=True, heads=heads)
+
+
+def local_window(
+    seqlen_q, seqlen_k=None, *, block=128, window=None, density=None, causal=False, heads=1
+) -> BlockPattern:
+    """Pairs whose tokens come within ``window / 2`` on either side (causal: ``window`` back), or with ``density`` alone
+    the nearest pairs up to the budget."""
+    return make(
+        "local_window", seqlen_q, seqlen_k, block=block, window=window, density=density, causal=causal, heads=heads
+    )
+
+
+def dilated_sparse(
+    seqlen_q, seqlen_k=None, *, block=128, density, dilation_rates=None, causal=False, heads=1
+) -> BlockPattern:
+    """The budget shared round-robin among ``dilation_rates`` (blocks; default 1, 2, 4, 8, 16): each rate r in turn adds
+    its next unused nearest pair at distance +-r, +-2r, ..."""
+    return make(
+        "dilated_sparse",
+        seqlen_q,
+        seqlen_k,
+        block=block,
+        density=density,
+        dilation_rates=dilation_rates,
+        causal=causal,
+        heads=heads,
+    )
+
+
+def global_local(
+    seqlen_q, seqlen_k=None, *, block=128, global_tokens=None, window=None, density=None, causal=False, heads=1
+) -> BlockPattern:
+    """The first ``global_tokens`` (default 64) as rows and columns, and the local window (or density)."""
+    return make(
+        "global_local",
+        seqlen_q,
+        seqlen_k,
+        block=block,
+        global_tokens=global_tokens,
+        window=window,
+        density=density,
+        causal=causal,
+        heads=heads,
+    )
+
+
+def strided(seqlen_q, seqlen_k=None, *, block=128, stride=None, density=None, causal=False, heads=1) -> BlockPattern:
+    """``(i - j) % stride == 0``, or neighbours (Child et al. 2019)."""
+    return make("strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density, causal=causal, heads=heads)
+
+
+def random(seqlen_q, seqlen_k=None, *, block=128, density, seed=0, causal=False, heads=1) -> BlockPattern:
+    """Random pairs, exactly the budget a row; every (seed, head, row) draws on its own."""
+    return make("random", seqlen_q, seqlen_k, block=block, density=density, seed=seed, causal=causal, heads=heads)
+
+
+def bigbird(
+    seqlen_q,
+    seqlen_k=None,
+    *,
+    block=128,
+    density,
+    global_tokens=None,
+    window=None,
+    seed=0,
+    causal=False,
+    heads=1,
+) -> BlockPattern:
+    """Global, window and random pairs up to the budget (Zaheer et al. 2020)."""
+    return make(
+        "bigbird",
+        seqlen_q,
+        seqlen_k,
+        block=block,
+        density=density,
+        global_tokens=global_tokens,
+        window=window,
+        seed=seed,
+        causal=causal,
+        heads=heads,
+    )
+
+
+def dilated_segments(
+    seqlen_q, seqlen_k=None, *, block=128, segment_lengths, dilation_rates, causal=False, heads=1
+) -> BlockPattern:
+    """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r), the
+    offset shifting by head."""
+    return make(
+        "dilated_segments",
+        seqlen_q,
+        seqlen_k,
+        block=block,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        causal=causal,
+        heads=heads,
+    )
+
+
+def hierarchical(
+    seqlen_q,
+    seqlen_k=None,
+    *,
+    block=128,
+    density=None,
+    local_density=None,
+    global_density=None,
+    inter_node_density=None,
+    ranks=1,
+    ranks_per_node=1,
+    causal=False,
+    heads=1,
+) -> BlockPattern:
+    """By place: one density inside a rank, one inside a node, one across nodes (``density`` for those not given); far
+    parts keep the same columns for all rows of a rank."""
+    return make(
+        "hierarchical",
+        seqlen_q,
+        seqlen_k,
+        block=block,
+        density=density,
+        local_density=local_density,
+        global_density=global_density,
+        inter_node_density=inter_node_density,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        causal=causal,
+        heads=heads,
+    )
+
+
+class CacheStats(NamedTuple):
+    """Counts of :data:`cache`."""
+
+    hits: int
+    misses: int
+    evictions: int
+    entries: int
+    bytes: int
+    max_entries: int
+    max_bytes: int
+
+
+class PatternCache:
+    """The process's cache of named patterns: least recently used, keyed by everything that defines a pattern."""
+
+    def get(self, name: str, seqlen_q: int, seqlen_k: int | None = None, **options) -> BlockPattern:
+        """As :func:`make`, but made once."""
+        return make(name, seqlen_q, seqlen_k, cached=True, **options)
+
+    def warm_up(self, name: str, seqlens: Sequence[int], *, block: int | Sequence[int] = 128, **options) -> None:
+        """Makes the patterns of these lengths (seqlen_q = seqlen_k) ahead of time."""
+        _t.cache_warm_up(_list("seqlens", seqlens), *_spec(name, 0, 0, block, **options))
+
+    def stats(self) -> CacheStats:
+        """Hits, misses, evictions, entries, bytes and limits."""
+        return CacheStats(*_t.cache_stats())
+
+    def resize(self, max_entries: int | None = None, max_bytes: int | None = None) -> None:
+        """New limits; patterns beyond them go at once."""
+        now = self.stats()
+        _t.cache_resize(
+            now.max_entries if max_entries is None else check_int("max_entries", max_entries, 0),
+            now.max_bytes if max_bytes is None else check_int("max_bytes", max_bytes, 0),
+        )
+
+    def clear(self) -> None:
+        """Drops all patterns; counts go on."""
+        _t.cache_clear()
+
+    def __len__(self) -> int:
+        return self.stats().entries
+
+
+cache = PatternCache()
