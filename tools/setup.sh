@@ -55,12 +55,46 @@ need_packages() {
 
 cxx_packages=(libhwy-dev libcli11-dev libfmt-dev nlohmann-json3-dev libpng-dev libgtest-dev libbenchmark-dev)
 
-# configure PRESET [-DOPTION=VALUE...]: once; afterwards ninja itself sees what has changed, except in the presets.
+# Debian's python3 comes without what makes a virtual environment, and without the headers that torch.compile needs.
+python_packages() {
+  python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv
+  python3 -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null || echo python3-dev
+}
+
+# build/venv: Python with torch and all that the tests of the package need. Looked at again only when the list, the
+# interpreter or the place has changed.
+need_venv() {
+  local venv="$root/build/venv" list="$root/tests/python/requirements.txt" stamp
+  stamp=$(printf '%s\n' "$root"; python3 -VV; command -v python3; cat "$list")
+  if [ -x "$venv/bin/python" ] && [ "$stamp" = "$(cat "$venv/.stamp" 2>/dev/null)" ]; then return 0; fi
+  say "installing torch and the tests' Python packages into build/venv"
+  rm -rf "$venv"
+  { python3 -m venv "$venv" && "$venv/bin/python" -m pip install --disable-pip-version-check -r "$list"; } \
+    </dev/null >"$root/build/venv.log" 2>&1 ||
+    { tail -n 20 "$root/build/venv.log" >&2; die "could not make build/venv (log: $root/build/venv.log)"; }
+  printf '%s\n' "$stamp" >"$venv/.stamp"
+}
+
+# Whether every -DNAME=VALUE is what the cache of a build folder says already.
+cache_has() {
+  local cache=$1/CMakeCache.txt option name
+  shift
+  for option in "$@"; do
+    name=${option%%=*}
+    name=${name#-D}
+    grep -qs "^${name%%:*}:[A-Z]*=" "$cache" &&
+      [ "$(sed -n "s/^${name%%:*}:[A-Z]*=//p" "$cache")" = "${option#*=}" ] || return 1
+  done
+}
+
+# configure PRESET [-DOPTION=VALUE...]: when an option is not yet so; afterwards ninja itself sees what has changed,
+# except in the presets.
 configure() {
   local preset=$1 build="$root/build/$1"
   shift
   if grep -qsFx "CMAKE_HOME_DIRECTORY:INTERNAL=$root" "$build/CMakeCache.txt"; then
-    [ ! "$build/build.ninja" -nt "$root/CMakePresets.json" ] || [ -e "$build/.configuring" ] || return 0
+    [ ! "$build/build.ninja" -nt "$root/CMakePresets.json" ] || [ -e "$build/.configuring" ] ||
+      ! cache_has "$build" "$@" || return 0
   else
     rm -rf "$build"  # of a source folder that has moved, if of any
   fi
