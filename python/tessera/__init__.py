@@ -18,7 +18,24 @@ from .functional import (
 )
 
 # Names that are loaded when they are first used: the module where each lives.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    # The guides' names (docs/guide-names.md).
+    **dict.fromkeys(
+        (
+            "BlockSparseRingDilatedAttention",
+            "BlockSparseRingDilatedAttentionV2",
+            "PatternConfig",
+            "SparsePatternConfig",
+            "SparsePatternGenerator",
+            "create_block_sparse_attention",
+            "create_dilated_attention",
+            "estimate_memory_savings",
+            "get_block_sparse_preset",
+        ),
+        ".compat",
+    ),
+    "PerformanceMonitor": ".monitoring",
+}
 
 __all__ = [
     "AttentionWeights",

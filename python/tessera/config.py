@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from ._pattern import BlockPattern
@@ -35,43 +35,44 @@ DEFAULT_DENSITY = 0.1
 _warned_above_half = False
 
 
-def _reject(name: str, got: object, allowed: str, error: type[Exception] = ValueError) -> None:
+def reject(name: str, got: object, allowed: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raises the error that names the argument, what came, and what is allowed."""
     raise error(f"{name}: got {got!r}, allowed: {allowed}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
     allowed = f"an int >= {low}" if high is None else f"an int in {low}..{high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        _reject(name, value, allowed, TypeError)
+        reject(name, value, allowed, TypeError)
     number = int(value.__index__())  # type: ignore[attr-defined]
     if number < low or (high is not None and number > high):
-        _reject(name, value, allowed)
+        reject(name, value, allowed)
     return number
 
 
 def _fraction(name: str, value: object, allowed: str, closed: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
-        _reject(name, value, allowed, TypeError)
+        reject(name, value, allowed, TypeError)
     number = float(value)  # type: ignore[arg-type]
     if not (math.isfinite(number) and (0 <= number if closed else 0 < number) and number <= 1):
-        _reject(name, value, allowed)
+        reject(name, value, allowed)
     return number
 
 
 def _integers(name: str, value: object, low: int) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
-        _reject(name, value, f"a sequence of one or more ints >= {low}", TypeError)
+        reject(name, value, f"a sequence of one or more ints >= {low}", TypeError)
     return tuple(_integer(name, item, low) for item in value)  # type: ignore[attr-defined]
 
 
 def _block(value: object) -> int | tuple[int, int]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2:
-            _reject("block_size", value, "an int, or (block_q, block_k)")
+            reject("block_size", value, "an int, or (block_q, block_k)")
         return (_block(value[0]), _block(value[1]))  # type: ignore[return-value]
     size = _integer("block_size", value, 16, 256)
     if size % 16:
-        _reject("block_size", value, "a multiple of 16 in 16..256")
+        reject("block_size", value, "a multiple of 16 in 16..256")
     return size
 
 
@@ -149,7 +150,7 @@ class PatternConfig:
             if value is not None
         }
         if len(given) > 1:
-            _reject(" and ".join(given), tuple(given.values()), "only one of them")
+            reject(" and ".join(given), tuple(given.values()), "only one of them")
         self.pattern_type = pattern_type
         self.block_size = block_size
         self.local_window_size = local_window_size
@@ -166,7 +167,7 @@ class PatternConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pattern_type":
             if value not in _OPTIONS:
-                _reject(name, value, ", ".join(_OPTIONS))
+                reject(name, value, ", ".join(_OPTIONS))
         elif name == "sparsity_ratio":
             value = check_density(value, name)
             _warn_above_half(value)
@@ -198,10 +199,10 @@ class PatternConfig:
 
     def _check_bounds(self) -> None:
         if self.min_sparsity > self.max_sparsity:
-            _reject("min_sparsity", self.min_sparsity, f"at most max_sparsity = {self.max_sparsity}")
+            reject("min_sparsity", self.min_sparsity, f"at most max_sparsity = {self.max_sparsity}")
         # Half an ulp of slack: 1 - 0.05 must count as 0.95.
         if not self.min_sparsity - 1e-12 <= self.sparsity <= self.max_sparsity + 1e-12:
-            _reject("sparsity", self.sparsity, f"min_sparsity..max_sparsity = {self.min_sparsity}..{self.max_sparsity}")
+            reject("sparsity", self.sparsity, f"min_sparsity..max_sparsity = {self.min_sparsity}..{self.max_sparsity}")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -226,7 +227,7 @@ class PatternConfig:
     def sparsity(self, value: float) -> None:
         number = _fraction("sparsity", value, "a dropped share in [0, 1)", closed=True)
         if number == 1:
-            _reject("sparsity", value, "a dropped share in [0, 1)")
+            reject("sparsity", value, "a dropped share in [0, 1)")
         _silently_set_ratio(self, 1.0 - number)
 
     @property
@@ -246,7 +247,7 @@ class PatternConfig:
         """A copy in which this density decides: an explicit window or stride is dropped. ValueError for kinds that
         have no density."""
         if "density" not in _OPTIONS[self.pattern_type]:
-            _reject("sparsity_ratio", density, f"none: {self.pattern_type} keeps every admissible pair")
+            reject("sparsity_ratio", density, f"none: {self.pattern_type} keeps every admissible pair")
         copy = self.copy()
         if not copy.density_decides:
             copy.local_window_size = copy.stride = None
@@ -276,12 +277,13 @@ class PatternConfig:
         from . import patterns
 
         kind, block, options = self.spec()
-        return getattr(patterns, kind)(
+        return patterns.make(
+            kind,
             seqlen_q,
             seqlen_q if seqlen_k is None else seqlen_k,
             block=block,
-            **({} if kind == "causal" else {"causal": causal}),
-            **({"heads": heads} if self.heads_differ else {}),
+            causal=causal or kind == "causal",
+            heads=heads if self.heads_differ else 1,
             **options,
         )
 
@@ -306,12 +308,12 @@ class PatternConfig:
         elif value is None:
             value = {}
         elif not isinstance(value, Mapping):
-            _reject("sparse_config", value, "a PatternConfig, a dict of its fields, or the name of a pattern", TypeError)
+            reject("sparse_config", value, "a PatternConfig, a dict of its fields, or the name of a pattern", TypeError)
         merged = {**value, **fields}
         known = {*cls.field_names(), "density", "sparsity"}
         for name in merged:
             if name not in known:
-                _reject("sparse_config", name, f"the fields {', '.join(sorted(known))}", TypeError)
+                reject("sparse_config", name, f"the fields {', '.join(sorted(known))}", TypeError)
         return cls(**merged)
 
 

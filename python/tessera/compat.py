@@ -1,0 +1,315 @@
+"""The names of the guides (docs/guide-names.md), the only place for them: thin faces of patterns, functions and modules.
+
+What the guides promise and their system did not do is done here, or refused with an error: one softmax over all kept
+keys, ``sparsity_ratio`` as the KEPT share, segments that count, weights in block form, figures that are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _dilated, functional
+from ._pattern import BlockPattern
+from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
+from .config import PatternConfig, SparsePatternConfig, check_density, reject
+from .monitoring import CallFacts, PerformanceMonitor
+
+__all__ = [
+    "BlockSparseRingDilatedAttention",
+    "BlockSparseRingDilatedAttentionV2",
+    "PatternConfig",
+    "SparsePatternConfig",
+    "SparsePatternGenerator",
+    "create_block_sparse_attention",
+    "create_dilated_attention",
+    "estimate_memory_savings",
+    "get_block_sparse_preset",
+]
+
+
+def _check_absent(ring_size: int, use_adaptive_sparsity: bool) -> None:
+    if ring_size != 1:
+        reject("ring_size", ring_size, "1 (rings of processes come with a later version)")
+    if use_adaptive_sparsity:
+        reject("use_adaptive_sparsity", use_adaptive_sparsity, "False (learned patterns come with a later version)")
+
+
+# Options of a pattern as dilated_attention calls them.
+_INNER = {"window": "pattern_window", "dilation_rates": "pattern_rates", "seed": "pattern_seed"}
+
+
+def block_form(weights: Sequence[Any]) -> dict[str, Any]:
+    """AttentionWeights as the guides' dict; block_size is one int where blocks are square."""
+    indices, values, size, shape = weights
+    return {"block_indices": indices, "block_values": values,
+            "block_size": size[0] if size[0] == size[1] else size, "shape": shape}
+
+
+# ---- Attention -----------------------------------------------------------------------------------------------------
+
+
+class _Configured(nn.Module):
+    """What the guides' modules share: a configuration, a pattern generator, a monitor, and the reports on them."""
+
+    sparse_config: PatternConfig
+    pattern_generator: SparsePatternGenerator
+    performance_monitor: PerformanceMonitor
+    segment_lengths: tuple[int, ...] | None
+    dilation_rates: tuple[int, ...] | None
+
+    def _configure(self, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, sparse_config: Any,
+                   ring_size: int, use_adaptive_sparsity: bool, enable_memory_pool: bool, fields: dict[str, Any]) -> None:
+        _check_absent(ring_size, use_adaptive_sparsity)
+        if (segment_lengths is None) != (dilation_rates is None):
+            reject("segment_lengths, dilation_rates", (segment_lengths, dilation_rates), "both or neither")
+        self.segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
+        self.dilation_rates = None if dilation_rates is None else tuple(dilation_rates)  # type: ignore[arg-type]
+        for name, values in (("segment_lengths", self.segment_lengths), ("dilation_rates", self.dilation_rates)):
+            if values is not None and (not values or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values)):
+                reject(name, values, "one or more ints >= 1")
+        if self.segment_lengths is not None and len(self.segment_lengths) != len(self.dilation_rates):  # type: ignore[arg-type]
+            reject("dilation_rates", self.dilation_rates, f"one for each of the {len(self.segment_lengths)} segment_lengths")
+        self.ring_size = ring_size
+        # Scratch is per thread and kept by the core: there is nothing for a pool to hold.
+        self.enable_memory_pool = bool(enable_memory_pool)
+        self.pattern_generator = SparsePatternGenerator(sparse_config, **fields)
+        if self.segment_lengths is not None and isinstance(self.sparse_config.block_size, tuple):
+            reject("block_size", self.sparse_config.block_size, "one int where there are segment_lengths")
+        self.performance_monitor = PerformanceMonitor()
+        self._last: tuple[int, int, int, bool] | None = None  # heads, seqlen_q, seqlen_k, causal of the last call
+
+    @property
+    def sparse_config(self) -> PatternConfig:  # type: ignore[no-redef]
+        """The configuration in force. Assigning to its fields counts from the next call on."""
+        return self.pattern_generator.config
+
+    def set_sparsity_ratio(self, sparsity_ratio: float) -> float:
+        """Keeps this share of the block pairs from the next call on, held to the bounds min_sparsity and max_sparsity of
+        the configuration; an explicit window or stride no longer decides. The configuration is replaced by a changed
+        copy (other modules may share it). Returns the share in force. ValueError outside (0, 1]."""
+        ratio = self.sparse_config.bounded(check_density(sparsity_ratio, "sparsity_ratio"))
+        self.pattern_generator.config = self.sparse_config.with_density(ratio)
+        return ratio
+
+    def _inner(self, causal: bool) -> _dilated.Inner:
+        return lambda n: self.pattern_generator.config.pattern(n, n, causal=causal)
+
+    def _is_segmented(self, seqlen_q: int, seqlen_k: int) -> bool:
+        return self.segment_lengths is not None and self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k) is None
+
+    def density(self, seqlen_q: int, seqlen_k: int | None = None, num_heads: int = 1, causal: bool = False) -> float:
+        """Kept share as achieved at these lengths: of the admissible block pairs, or with segments of the admissible
+        token pairs."""
+        seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+        if self._is_segmented(seqlen_q, seqlen_k):
+            return _dilated.density(seqlen_q, num_heads, self.segment_lengths, self.dilation_rates,  # type: ignore[arg-type]
+                                    causal, self._inner(causal))
+        pattern = self.pattern_generator.generate_pattern(seqlen_q, num_heads, seqlen_k, causal)
+        return pattern.statistics(causal=causal).density
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, return_weights: bool = False,
+               dropout_p: float = 0.0, **options: Any) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """q [B, Sq, H, D], k, v [B, Sk, Hkv, D] -> [B, Sq, H, Dv], and the weights in block form if asked. Monitored."""
+        heads, seqlen_q, seqlen_k = q.shape[2], q.shape[1], k.shape[1]
+        self._last = heads, seqlen_q, seqlen_k, causal
+        found: dict[str, Any] = {}
+
+        def call() -> Tensor:
+            out, lse = self._compute(q, k, v, causal, dropout_p, options)
+            found["lse"] = lse
+            return out
+
+        if self.performance_monitor.enabled and not torch.compiler.is_compiling():
+            out = self.performance_monitor.run(call, q, k, v, lambda: self._facts(q, k, v, causal, options))
+        else:
+            out = call()
+        if not return_weights:
+            return out
+        return out, self._weights(q, k, found["lse"], causal, options)
+
+    def _compute(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float,
+                 options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self._is_segmented(q.shape[1], k.shape[1]):
+            kind, block, inner = self.sparse_config.spec()
+            return functional.dilated_attention(  # type: ignore[return-value]
+                q, k, v, segment_lengths=self.segment_lengths, dilation_rates=self.dilation_rates, causal=causal,
+                pattern=kind, block=block, dropout_p=dropout_p, return_lse=True,
+                **{_INNER.get(name, name): value for name, value in inner.items()}, **options)
+        pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
+        return functional.block_sparse_attention(  # type: ignore[return-value]
+            q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options)
+
+    def _weights(self, q: Tensor, k: Tensor, lse: Tensor, causal: bool, options: dict[str, Any]) -> dict[str, Any]:
+        if not self._is_segmented(q.shape[1], k.shape[1]):
+            pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
+            found = functional.attention_weights(q.detach(), k.detach(), pattern, causal=causal, **options)
+            return block_form(found)
+        refused = sorted(name for name, value in options.items() if name != "scale" and value is not None)
+        if refused:
+            reject("return_attention_weights", f"True with {', '.join(refused)}", "scale and causality beside segments")
+        block = self.sparse_config.block_size
+        indices, values = _dilated.weights(q.detach(), k.detach(), lse.detach(), self.segment_lengths, self.dilation_rates,
+                                           causal, options.get("scale"), block, self._inner(causal))
+        return block_form((indices, values, (block, block), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])))
+
+    def _facts(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: dict[str, Any]) -> CallFacts:
+        rows = self.performance_monitor.sample_rows
+        if self._is_segmented(q.shape[1], k.shape[1]):
+            # Masks and biases beside causality are not part of the truth that segments are judged against.
+            plain = all(value is None for name, value in options.items() if name != "scale")
+
+            def judge(out: Tensor) -> tuple[float, float]:
+                return _dilated.sampled_quality(q.detach(), k.detach(), v.detach(), out, self.segment_lengths,
+                                                self.dilation_rates, causal, options.get("scale"), self._inner(causal), rows)
+
+            return CallFacts(self.density(q.shape[1], k.shape[1], q.shape[2], causal), causal, judge if plain else None)
+        pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
+
+        def judge_pattern(out: Tensor) -> tuple[float, float]:
+            found = functional.quality(q.detach(), k.detach(), v.detach(), pattern, causal=causal, sample_rows=rows, **options)
+            return found.coverage, found.output_error
+
+        return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern)
+
+    def get_performance_stats(self) -> dict[str, float]:
+        """What performance_monitor measured (PerformanceMonitor.stats). Asking turns it on: before that, and until the
+        next call, measured figures are NaN; density, sparsity and theoretical speedup are then those of the last call."""
+        monitor = self.performance_monitor
+        stats = monitor.stats()
+        monitor.enable()
+        if stats["forwards"] == 0 and self._last is not None:
+            heads, seqlen_q, seqlen_k, causal = self._last
+            density = self.density(seqlen_q, seqlen_k, heads, causal)
+            stats.update(density=density, avg_sparsity=1 - density,
+                         theoretical_speedup=1 / density if density else float("nan"))
+        return stats
+
+    def estimate_memory_savings(self, seq_len: int, num_heads: int = 1, batch_size: int = 1, causal: bool = False,
+                                dtype: torch.dtype = torch.float32) -> dict[str, float]:
+        """What attention weights of this length take: dense_mb as [B, H, S, S], sparse_mb of the kept share, savings
+        (share of dense that is not needed); computing the output alone needs neither, but output_mb beside q, k, v."""
+        share = self.density(seq_len, None, num_heads, causal)
+        return _savings(seq_len, num_heads, batch_size, share, dtype)
+
+    def get_memory_info(self) -> dict[str, Any]:
+        """pattern_cache_size (patterns held), pattern_cache_bytes, _hits, _misses, _evictions; block_size; density,
+        memory_reduction (dropped share of the scores) and theoretical_speedup (1 / density) at the lengths of the last
+        call, before it those that are asked for; enable_memory_pool as given."""
+        cache = self.pattern_generator.pattern_cache
+        share = self.sparse_config.density
+        if self._last is not None:
+            heads, seqlen_q, seqlen_k, causal = self._last
+            share = self.density(seqlen_q, seqlen_k, heads, causal)
+        return {
+            "pattern_cache_size": len(cache),
+            "pattern_cache_bytes": cache.nbytes,
+            "pattern_cache_hits": cache.hits,
+            "pattern_cache_misses": cache.misses,
+            "pattern_cache_evictions": cache.evictions,
+            "block_size": self.sparse_config.block_size,
+            "density": share,
+            "memory_reduction": 1.0 - share,
+            "theoretical_speedup": 1.0 / share if share else float("inf"),
+            "enable_memory_pool": self.enable_memory_pool,
+        }
+
+    def extra_repr(self) -> str:
+        parts = [f"sparse_config={self.sparse_config}"]
+        if self.segment_lengths is not None:
+            parts.append(f"segment_lengths={list(self.segment_lengths)}, dilation_rates={list(self.dilation_rates or ())}")
+        return ", ".join(parts)
+
+
+def _savings(seq_len: int, num_heads: int, batch_size: int, share: float, dtype: torch.dtype) -> dict[str, float]:
+    dense = batch_size * num_heads * seq_len * seq_len * dtype.itemsize / 2**20
+    return {"dense_mb": dense, "sparse_mb": dense * share, "density": share, "savings": 1.0 - share}
+
+
+def estimate_memory_savings(seq_len: int, sparse_config: Any = None, num_heads: int = 1, batch_size: int = 1,
+                            causal: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """As the method of that name, for a configuration alone."""
+    pattern = PatternConfig.of(sparse_config).pattern(seq_len, causal=causal, heads=num_heads)
+    return _savings(seq_len, num_heads, batch_size, pattern.statistics(causal=causal).density, dtype)
+
+
+class BlockSparseRingDilatedAttention(_Configured):
+    """Attention over a pattern, inside LongNet segments where they are given. No parameters.
+
+    Args:
+        segment_lengths, dilation_rates: (w, r) pairs: segments of w tokens, of which every r-th attends; the pattern is
+            made inside each dilated segment. Neither: one pattern over the whole sequence.
+        sparse_config: a SparsePatternConfig, a dict of its fields, or the name of a pattern.
+        sparsity_ratio, and other fields of the config (pattern_type, block_size, density, ...): override it. sparsity_ratio
+            is the KEPT share.
+        dropout: probability with which a weight is dropped in training.
+        ring_size: 1. use_adaptive_sparsity: False. Later versions take others.
+        enable_memory_pool: taken, without effect: there is nothing to pool, as no buffer grows with the sequence.
+    """
+
+    def __init__(self, segment_lengths: Sequence[int] | None = None, dilation_rates: Sequence[int] | None = None,
+                 sparse_config: Any = None, *, sparsity_ratio: float | None = None, dropout: float = 0.0,
+                 ring_size: int = 1, use_adaptive_sparsity: bool = False, enable_memory_pool: bool = False,
+                 **fields: Any) -> None:
+        super().__init__()
+        self._configure(segment_lengths, dilation_rates, sparse_config, ring_size, use_adaptive_sparsity,
+                        enable_memory_pool, {"sparsity_ratio": sparsity_ratio, **fields})
+        if not 0 <= dropout < 1:
+            reject("dropout", dropout, "a probability in [0, 1)")
+        self.dropout = dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False,
+                return_attention_weights: bool = False, **options: Any) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """query [B, Sq, H, D], key, value [B, Sk, Hkv, D] -> [B, Sq, H, D].
+
+        return_attention_weights: also the weights of the kept blocks (no gradient): a dict of block_indices int64 [n, 4]
+        (batch, head, block row, block column), block_values [n, block_q, block_k], block_size and shape (B, H, Sq, Sk).
+        Rows of all blocks of a head sum to 1. options: scale, key_lengths, attn_bias, ... of the functions beneath."""
+        return self.attend(query, key, value, is_causal, return_attention_weights,
+                           self.dropout if self.training else 0.0, **options)
+
+
+class BlockSparseRingDilatedAttentionV2(BlockSparseRingDilatedAttention):
+    """The same under its later name."""
+
+
+# ---- Factories -----------------------------------------------------------------------------------------------------
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "local": {"sparse_config": {"pattern_type": "local_window", "local_window_size": 256, "block_size": 64}},
+    "dilated": {"sparse_config": {"pattern_type": "dilated_sparse", "density": 0.1, "dilation_rates": [1, 2, 4, 8],
+                                  "block_size": 64}},
+    "global_local": {"sparse_config": {"pattern_type": "global_local", "global_tokens": 64, "local_window_size": 256,
+                                       "block_size": 64}},
+    "ultra_sparse": {"sparse_config": {"pattern_type": "dilated_sparse", "density": 0.01, "block_size": 128},
+                     "segment_lengths": [4096, 8192, 16384], "dilation_rates": [1, 4, 16]},
+}
+
+
+def create_block_sparse_attention(variant: str = "auto", **arguments: Any) -> nn.Module:
+    """variant base: BlockSparseRingDilatedAttention; multihead: BlockSparseRingMultiheadDilatedAttention; auto: multihead
+    where embed_dim is given, else base. arguments: those of the class."""
+    if variant == "auto":
+        variant = "multihead" if "embed_dim" in arguments else "base"
+    if variant == "base":
+        return BlockSparseRingDilatedAttention(**arguments)
+    if variant == "multihead":
+        return BlockSparseRingMultiheadDilatedAttention(**arguments)
+    reject("variant", variant, "auto, base, multihead")
+
+
+def get_block_sparse_preset(preset: str, **arguments: Any) -> nn.Module:
+    """An attention module made by create_block_sparse_attention with the preset's arguments; ``arguments`` override."""
+    if preset not in _PRESETS:
+        reject("preset", preset, ", ".join(_PRESETS))
+    return create_block_sparse_attention(**{**_PRESETS[preset], **arguments})
+
+
+def create_dilated_attention(attention_type: str, **arguments: Any) -> nn.Module:
+    """attention_type block_sparse_ring: BlockSparseRingDilatedAttention."""
+    if attention_type != "block_sparse_ring":
+        reject("attention_type", attention_type, "block_sparse_ring")
+    return BlockSparseRingDilatedAttention(**arguments)

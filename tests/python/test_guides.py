@@ -1,0 +1,462 @@
+"""Every code block of the guides, with imports from tessera and the CPU as device: it runs, and does what its comments
+say. The order is that of the guides; lengths are shortened where a comment does not name one."""
+
+import math
+import subprocess
+import sys
+import warnings
+
+import pytest
+import tessera
+import torch
+import torch.nn.functional as F
+from tessera import config as config_module
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def qkv(batch, seqlen, heads, dim, dtype=torch.float32):
+    return tuple(torch.randn(batch, seqlen, heads, dim, dtype=dtype) for _ in range(3))
+
+
+def masked(q, k, v, mask):
+    """Dense attention of [B, S, H, D] under a bool mask: ONE softmax over all keys of a row."""
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def longnet_counts(seqlen, heads, segment_lengths, dilation_rates, config, causal):
+    """[H, S, S]: how many (w, r) admit a pair, by the definition."""
+    counts = torch.zeros(heads, seqlen, seqlen)
+    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
+        for start in range(0, seqlen, width):
+            for head in range(heads):
+                rows = torch.arange(start + head % rate, min(start + width, seqlen), rate)
+                if len(rows) == 0:
+                    continue
+                inner = config.pattern(len(rows), causal=causal).to_token_mask()[0, 0]
+                counts[head, rows[:, None], rows[None, :]] += inner.float()
+    return counts.tril() if causal else counts
+
+
+def longnet(q, k, v, counts):
+    """One softmax over the multiset of keys."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    weights = counts * torch.exp(scores - scores.amax(-1, keepdim=True))
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), weights
+
+
+def dense_of(weights):
+    """[B, H, S, S] of weights in block form."""
+    batch, heads, seqlen_q, seqlen_k = weights["shape"]
+    size = weights["block_size"]
+    rows, cols = -(-seqlen_q // size), -(-seqlen_k // size)
+    dense = torch.zeros(batch, heads, rows, cols, size, size)
+    for (b, h, i, j), values in zip(weights["block_indices"].tolist(), weights["block_values"], strict=True):
+        dense[b, h, i, j] = values
+    return dense.transpose(3, 4).reshape(batch, heads, rows * size, cols * size)[:, :, :seqlen_q, :seqlen_k]
+
+
+# ---- block-sparse-attention-guide.md: pattern types ------------------------------------------------------------------
+
+
+def test_local_window_pattern():
+    from tessera import SparsePatternConfig
+
+    config = SparsePatternConfig(pattern_type="local_window", sparsity_ratio=0.1, local_window_size=512)
+    # "Attention window in tokens": explicit geometry wins, half on either side.
+    kept = config.pattern(4096).to_mask()[0, 0]
+    i, j = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    assert torch.equal(kept, ((i - j).abs() - 1) * 128 + 1 <= 256)
+    # "10% of blocks computed", where density decides.
+    config.local_window_size = None
+    assert config.pattern(4096).density == pytest.approx(0.1, abs=0.5 / 32)
+
+
+def test_dilated_sparse_pattern():
+    from tessera import SparsePatternConfig
+
+    config = SparsePatternConfig(pattern_type="dilated_sparse", sparsity_ratio=0.25, dilation_rates=[1, 2, 4, 8, 16])
+    pattern = config.pattern(8192)
+    assert pattern.density == pytest.approx(0.25, abs=0.5 / 64)
+    # Every rate has its distance in a row in the middle.
+    middle = pattern.to_mask()[0, 0, 32]
+    assert all(middle[32 + rate] or middle[32 - rate] for rate in (0, 1, 2, 4, 8, 16))
+
+
+def test_global_local_pattern():
+    from tessera import SparsePatternConfig
+
+    config = SparsePatternConfig(
+        pattern_type="global_local", sparsity_ratio=0.2, global_tokens=64, local_window_size=256
+    )
+    kept = config.pattern(4096).to_mask()[0, 0]
+    assert kept[0].all() and kept[:, 0].all()  # "First tokens attend globally"
+    assert kept[16].nonzero().flatten().tolist() == [0, 15, 16, 17]  # "Remaining tokens use local windows"
+
+
+def test_content_adaptive_pattern_is_not_there_yet():
+    from tessera import BlockSparseRingDilatedAttention
+
+    with pytest.raises(ValueError, match="use_adaptive_sparsity"):
+        BlockSparseRingDilatedAttention(segment_lengths=[2048, 4096], dilation_rates=[1, 2], use_adaptive_sparsity=True)
+
+
+# ---- implementation classes ------------------------------------------------------------------------------------------
+
+
+def test_ring_dilated_attention():
+    from tessera import BlockSparseRingDilatedAttention, SparsePatternConfig
+
+    config = SparsePatternConfig(pattern_type="dilated_sparse", sparsity_ratio=0.1, block_size=128)
+    attention = BlockSparseRingDilatedAttention(
+        segment_lengths=[2048, 4096, 8192],
+        dilation_rates=[1, 2, 4],
+        sparse_config=config,
+        use_adaptive_sparsity=False,
+        ring_size=1,
+    )
+    query, key, value = qkv(1, 2560, 4, 16)
+    output = attention(query, key, value, is_causal=True)
+    counts = longnet_counts(2560, 4, [2048, 4096, 8192], [1, 2, 4], config, causal=True)
+    torch.testing.assert_close(output, longnet(query, key, value, counts)[0], atol=2e-5, rtol=2e-5)
+
+
+def test_segments_count():
+    """The system behind the guides ignored segment_lengths."""
+    attention = tessera.BlockSparseRingDilatedAttention([256], [1], sparsity_ratio=0.5, block_size=16)
+    query, key, value = qkv(1, 512, 2, 16)
+    before = attention(query, key, value)
+    value[:, 256:] += 1.0
+    after = attention(query, key, value)
+    assert torch.equal(before[:, :256], after[:, :256]) and not torch.equal(before[:, 256:], after[:, 256:])
+
+
+DISTRIBUTED = [
+    "BlockSparseRingAdvancedDistributedDilatedAttention",
+    "BlockSparseRingDistributedDilatedAttention",
+    "DistributedSparseConfig",
+    "DistributedSparsePattern",
+    "HierarchicalSparsePatternGenerator",
+    "OptimizedGradientCommunicator",
+    "GradientCompressor",
+    "AdaptiveMemoryPool",
+]
+LEARNED = [
+    "BlockSparseAdaptive",
+    "create_adaptive_block_sparse",
+    "create_adaptive_sparse_multihead_attention",
+    "ContentAdaptiveSparsity",
+    "ImportanceScorer",
+    "AdaptiveSparsityTrainer",
+]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED + LEARNED)
+def test_distributed_and_learned_names_are_not_there_yet(name):
+    with pytest.raises(ImportError):
+        exec(f"from tessera import {name}")
+    with pytest.raises(ImportError):
+        exec(f"from tessera.compat import {name}")
+
+
+# ---- usage examples --------------------------------------------------------------------------------------------------
+
+EXAMPLE_1 = '''
+import torch
+from tessera import (
+    BlockSparseRingMultiheadDilatedAttention,
+    create_block_sparse_multihead_attention
+)
+
+class SparseTransformerBlock(torch.nn.Module):
+    def __init__(self, d_model=512, n_heads=8, sparsity=0.1):
+        super().__init__()
+        self.attention = create_block_sparse_multihead_attention(
+            embed_dim=d_model,
+            num_heads=n_heads,
+            sparsity_ratio=sparsity,
+            pattern_type='dilated_sparse',
+            dropout=0.1
+        )
+        self.norm1 = torch.nn.LayerNorm(d_model)
+        self.norm2 = torch.nn.LayerNorm(d_model)
+        self.ffn = torch.nn.Sequential(
+            torch.nn.Linear(d_model, 4 * d_model),
+            torch.nn.GELU(),
+            torch.nn.Linear(4 * d_model, d_model)
+        )
+
+    def forward(self, x):
+        attn_out, _ = self.attention(x, x, x)
+        x = self.norm1(x + attn_out)
+        ffn_out = self.ffn(x)
+        x = self.norm2(x + ffn_out)
+        return x
+'''
+
+
+def test_example_2_and_3_are_not_there_yet():
+    with pytest.raises(ImportError):
+        from tessera import create_adaptive_sparse_multihead_attention  # noqa: F401
+    with pytest.raises(ImportError):
+        from tessera import BlockSparseRingAdvancedDistributedDilatedAttention  # noqa: F401
+
+
+# ---- advanced features -----------------------------------------------------------------------------------------------
+
+
+def test_custom_pattern_definition():
+    def create_custom_pattern(seq_len, num_heads, block_size=128):
+        num_blocks = seq_len // block_size
+        pattern = torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.bool)
+        for h in range(num_heads):
+            for i in range(num_blocks):
+                pattern[h, i, i] = True
+                for j in range(0, num_blocks, 3):
+                    pattern[h, i, j] = True
+                for offset in [-1, 1]:
+                    j = i + offset
+                    if 0 <= j < num_blocks:
+                        pattern[h, i, j] = True
+        return pattern
+
+    custom_pattern = create_custom_pattern(1024, 2)
+    mask = custom_pattern.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    query, key, value = qkv(1, 1024, 2, 16)
+    for attention in (
+        tessera.BlockSparseRingDilatedAttention(sparsity_ratio=0.1),
+        tessera.BlockSparseRingDilatedAttention([512], [2], sparsity_ratio=0.1),
+    ):
+        attention.pattern_generator.pattern_cache[1024] = custom_pattern
+        output = attention(query, key, value)
+        torch.testing.assert_close(output, masked(query, key, value, mask), atol=2e-5, rtol=2e-5)
+        del attention.pattern_generator.pattern_cache[1024]
+        assert not torch.allclose(attention(query, key, value), output)
+
+
+# ---- production deployment -------------------------------------------------------------------------------------------
+
+
+def production_attention():
+    from tessera import BlockSparseRingMultiheadDilatedAttention, SparsePatternConfig
+
+    return BlockSparseRingMultiheadDilatedAttention(
+        embed_dim=1024,
+        num_heads=16,
+        segment_lengths=[2048, 4096, 8192],
+        dilation_rates=[1, 2, 4],
+        sparse_config=SparsePatternConfig(
+            pattern_type="dilated_sparse", sparsity_ratio=0.1, block_size=128, min_sparsity=0.05, max_sparsity=0.95
+        ),
+        dropout=0.1,
+        use_layer_norm=True,
+        batch_first=True,
+        device="cpu",
+        dtype=torch.float16,
+    )
+
+
+# ---- troubleshooting -------------------------------------------------------------------------------------------------
+
+
+def test_memory_issues_with_large_sequences():
+    config = tessera.SparsePatternConfig(sparsity_ratio=0.25)
+    attention = tessera.BlockSparseRingDilatedAttention(sparse_config=config)
+    query, key, value = qkv(1, 2048, 1, 16)
+    attention(query, key, value)
+    small = attention.pattern_generator.create_pattern(2048).num_blocks
+    config.block_size = 256  # "Larger blocks = fewer blocks"; no stale hit in the cache
+    pattern = attention.pattern_generator.create_pattern(2048)
+    assert pattern.num_blocks < small and pattern.block_q == 256
+    mask = pattern.to_token_mask()[0, 0]
+    torch.testing.assert_close(attention(query, key, value), masked(query, key, value, mask), atol=2e-5, rtol=2e-5)
+    attention.pattern_generator.pattern_cache.clear()
+
+
+def test_slow_pattern_generation():
+    attention = tessera.BlockSparseRingDilatedAttention(sparsity_ratio=0.25)
+    config = attention.sparse_config
+    config.enable_caching = True
+    for seq_len in [1024, 2048, 4096, 8192]:
+        _ = attention.pattern_generator.create_pattern(seq_len)
+    cache = attention.pattern_generator.pattern_cache
+    assert len(cache) == 4 and cache.misses == 4
+    attention(*qkv(1, 2048, 2, 16))
+    assert cache.misses == 4 and cache.hits == 1
+
+
+def test_incompatible_sequence_lengths():
+    seq_len = 10_000
+    block_size = 128
+    padded_len = ((seq_len + block_size - 1) // block_size) * block_size
+    assert padded_len == 10_112
+    # Padding is not needed: a ragged length gives what the padded one gives with its keys masked.
+    attention = tessera.BlockSparseRingDilatedAttention(sparsity_ratio=0.05)
+    query, key, value = qkv(1, seq_len, 1, 16)
+    padded = [F.pad(t, (0, 0, 0, 0, 0, padded_len - seq_len)) for t in (query, key, value)]
+    expected = attention(*padded, key_lengths=torch.tensor([seq_len]))[:, :seq_len]
+    torch.testing.assert_close(attention(query, key, value), expected, atol=2e-5, rtol=2e-5)
+
+
+# ---- implementations-overview.md -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("local", ("local_window", 64, {"window": 256})),
+        ("dilated", ("dilated_sparse", 64, {"density": 0.1, "dilation_rates": [1, 2, 4, 8]})),
+        ("global_local", ("global_local", 64, {"window": 256, "global_tokens": 64})),
+        ("ultra_sparse", ("dilated_sparse", 128, {"density": 0.01})),
+    ],
+)
+def test_available_presets(preset, expected):
+    attention = tessera.get_block_sparse_preset(preset)
+    assert attention.sparse_config.spec() == expected
+    assert torch.isfinite(attention(*qkv(1, 512, 2, 16))).all()
+
+
+@pytest.mark.parametrize("name", ["adaptive", "distributed", "hierarchical"])
+def test_variants_that_are_not_there(name):
+    with pytest.raises(ValueError, match="variant: got .*allowed: auto, base, multihead"):
+        tessera.create_block_sparse_attention(variant=name)
+    with pytest.raises(ValueError, match="preset"):
+        tessera.get_block_sparse_preset("adaptive_standard")
+
+
+# ---- optimization-report.md ------------------------------------------------------------------------------------------
+
+
+def test_one_softmax_over_all_blocks_of_a_row():
+    """The report's loop takes a softmax a block, and its result keeps one block a row: rows then sum to the number of
+    blocks. Values of one must come out as one."""
+    attention = tessera.BlockSparseRingDilatedAttention(sparsity_ratio=0.5, block_size=16)
+    query, key, _ = qkv(1, 256, 2, 16)
+    ones = torch.ones(1, 256, 2, 16)
+    torch.testing.assert_close(attention(query, key, ones), ones, atol=1e-5, rtol=0)
+
+
+# ---- sparsity-ratio-fix.md -------------------------------------------------------------------------------------------
+
+
+def test_usage_examples(monkeypatch):
+    from tessera import BlockSparseRingDilatedAttention, SparsePatternConfig, create_dilated_attention
+
+    # "sparsity_ratio=0.99  # 99% sparse": here it is the KEPT share, as in the other guides, and a warning says so once.
+    monkeypatch.setattr(config_module, "_warned_above_half", False)
+    lengths = {"segment_lengths": [32768, 65536, 131072], "dilation_rates": [1, 2, 4]}
+    with pytest.warns(UserWarning, match="KEPT share.*sparsity=0.99, or density=0.01"):
+        attention = BlockSparseRingDilatedAttention(**lengths, sparsity_ratio=0.99, enable_memory_pool=True)
+    assert attention.sparse_config.density == 0.99
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = SparsePatternConfig(pattern_type="dilated_sparse", sparsity_ratio=0.95, block_size=128)
+        attention = BlockSparseRingDilatedAttention(**lengths, sparse_config=config)
+        assert attention.sparse_config is config
+        attention = create_dilated_attention("block_sparse_ring", **lengths, sparsity_ratio=0.99)
+        # What the comments meant:
+        attention = create_dilated_attention("block_sparse_ring", **lengths, sparsity=0.99)
+    assert attention.sparse_config.density == pytest.approx(0.01)
+    # 16,384 tokens: 128 blocks a row, one of which is kept by each (w, r).
+    q, k, v = qkv(1, 16384, 1, 16)
+    with torch.no_grad():
+        assert torch.isfinite(attention(q, k, v)).all()
+    assert attention.density(16384) < 0.02
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"sparsity_ratio": 0.25},
+        {"sparse_config": tessera.SparsePatternConfig(sparsity_ratio=0.25)},
+        {"sparse_config": {"sparsity_ratio": 0.25}},
+        {"sparse_config": {"pattern_type": "dilated_sparse"}, "sparsity_ratio": 0.25},
+        {"density": 0.25},
+        {"sparsity": 0.75},
+    ],
+)
+def test_initialization_patterns(form):
+    attention = tessera.BlockSparseRingDilatedAttention(**form)
+    assert attention.sparse_config.density == 0.25
+    assert tessera.BlockSparseRingDilatedAttention().sparse_config.density == 0.1  # "Default configuration"
+
+
+# ---- v2-memory-efficient.md ------------------------------------------------------------------------------------------
+
+
+def v2_config():
+    return tessera.SparsePatternConfig(pattern_type="dilated_sparse", sparsity_ratio=0.1, block_size=128)
+
+
+def test_true_sparse_storage_and_basic_usage():
+    from tessera import BlockSparseRingDilatedAttentionV2
+
+    sparse_config = v2_config()
+    attention = BlockSparseRingDilatedAttentionV2(
+        segment_lengths=[2048, 4096, 8192], dilation_rates=[1, 2, 4], sparse_config=sparse_config
+    )
+    q, k, v = qkv(1, 2304, 2, 16)
+    output = attention(q, k, v)
+    assert isinstance(output, torch.Tensor)
+    again, weights = attention(q, k, v, return_attention_weights=True)
+    assert torch.equal(again, output)
+    assert weights["shape"] == (1, 2, 2304, 2304) and weights["block_size"] == 128
+    counts = longnet_counts(2304, 2, [2048, 4096, 8192], [1, 2, 4], sparse_config, causal=False)
+    expected, dense = longnet(q, k, v, counts)
+    torch.testing.assert_close(output, expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(dense_of(weights), dense, atol=1e-6, rtol=1e-4)
+    # Only active blocks are there.
+    kept = {tuple(index) for index in weights["block_indices"].tolist()}
+    blocks = F.max_pool2d(counts[:, None], 128)[:, 0] > 0
+    assert kept == {(0, *index) for index in blocks.nonzero().tolist()}
+
+
+def test_memory_efficiency_results():
+    attention = tessera.BlockSparseRingDilatedAttentionV2(sparsity_ratio=0.02)
+    savings = attention.estimate_memory_savings(4096)
+    assert savings["dense_mb"] == 64.0 and savings["savings"] >= 0.96
+    _, weights = attention(*qkv(1, 4096, 1, 16), return_attention_weights=True)
+    stored = weights["block_values"].numel() * 4 / 2**20
+    assert stored == pytest.approx(savings["sparse_mb"])
+
+
+def test_efficient_pattern_storage():
+    pattern = v2_config().pattern(131072)
+    assert pattern.nbytes < 2**20  # index lists; a bool matrix of 1,024 x 1,024 blocks would take that
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pattern_type": "local_window", "local_window_size": 512},
+        {"pattern_type": "dilated_sparse", "sparsity_ratio": 0.1},
+        {"pattern_type": "global_local", "global_tokens": 128, "local_window_size": 512},
+    ],
+)
+def test_sparsity_patterns(fields):
+    sparse_config = tessera.SparsePatternConfig(block_size=128, **fields)
+    kept = sparse_config.pattern(4096).to_mask()[0, 0]
+    if "local_window_size" in fields:  # "within 512 tokens": 256 on either side touch two blocks
+        assert kept[16, 14:19].all() and not kept[16, 19:].any()
+    if fields["pattern_type"] == "global_local":  # "first 128 tokens globally"
+        assert kept[:, 0].all() and kept[0].all() and not kept[16, 1:14].any()
+
+
+def test_migration_from_original():
+    attention = tessera.BlockSparseRingDilatedAttention(sparsity_ratio=0.1, block_size=64)
+    attention_v2 = tessera.BlockSparseRingDilatedAttentionV2(sparsity_ratio=0.1, block_size=64)
+    q, k, v = qkv(1, 1024, 2, 16)
+    output, weights = attention(q, k, v, return_attention_weights=True)
+    output_v2, weights_v2 = attention_v2(q, k, v, return_attention_weights=True)
+    assert torch.equal(output, output_v2)
+    for a in (weights, weights_v2):  # block form in both: nothing of S x S
+        assert a["block_values"].shape[1:] == (64, 64) and a["shape"] == (1, 2, 1024, 1024)
+        mask = attention.pattern_generator.create_pattern(1024).to_token_mask()
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4
+        expected = torch.softmax(scores.masked_fill(~mask, -math.inf), -1)
+        torch.testing.assert_close(dense_of(a), expected, atol=1e-6, rtol=1e-4)
