@@ -371,6 +371,32 @@ TEST(Backward, Accumulates) {
   }
 }
 
+// lse and out joined with other keys: a row that sees none of this pattern's gave its sink no weight here.
+TEST(Backward, SinksOfJoinedRowsThatSeeNothingHere) {
+  const Shape s{.batch = 1, .seqlen_q = 48, .seqlen_k = 32, .heads = 2, .kv_heads = 1, .head_dim = 8, .head_dim_v = 8};
+  std::vector<uint64_t> bits(16, 0xffff);
+  bits[3] = 0;  // query 19: not a bit of its only block
+  const BlockPattern pattern = BlockPattern::from_csr(
+      {.seqlen_q = 48, .seqlen_k = 32, .block_q = 16, .block_k = 16}, {0, 2, 3, 3}, {0, 1, 0}, {-1, -1, 0}, bits);
+  InlineExecutor executor;
+  const auto dsinks_of = [&](DType dtype, Isa isa) {
+    TrainingCall call(s, dtype, pattern);
+    Numbers sinks(DType::f32, {2}, {0.3, -0.7}), dsinks(DType::f32, {2}, {9, 9});
+    for (int64_t i = 0; i < call.out.view.numel(); ++i) call.out.set(i, 0.1 * std::sin(static_cast<double>(i)));
+    for (int64_t i = 0; i < call.lse.view.numel(); ++i) call.lse.set(i, 2 + 0.01 * static_cast<double>(i));
+    call.back.options.sinks = sinks.view;
+    call.back.dsinks = dsinks.view;
+    call.back.isa = isa;
+    backward(call.back, executor);
+    return dsinks.values();
+  };
+  const std::vector<double> expected = dsinks_of(DType::f64, Isa::automatic);
+  for (const Isa isa : usable_isas()) {
+    const std::vector<double> got = dsinks_of(DType::f32, isa);
+    for (int h = 0; h < 2; ++h) EXPECT_NEAR(got[h], expected[h], 1e-5 * std::abs(expected[h])) << name_of(isa);
+  }
+}
+
 TEST(Backward, StridesOfEveryKind) {  // gaps, negative, broadcast, bases off by any number of elements
   for (uint64_t seed = 0; seed < 20; ++seed) {
     CaseConfig c = small(33, 65, 24);

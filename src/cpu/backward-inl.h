@@ -339,6 +339,22 @@ class ColumnKernel {
   float* rows_ = nullptr;  // [6][row]: four of dK or dV, zeros, one to be rounded
 };
 
+// Does query q of block row i see a key of this pattern? lse cannot tell where it is joined over more than that.
+inline bool SeesKey(const Problem& p, const MaskGeometry& mask, const RowOfBlocks& row, int64_t q) {
+  const PatternShape& s = p.pattern.shape;
+  const Interval keys = mask.keys_of(q, p.seqlen_k);
+  for (int64_t e = row.first; e < row.end; ++e) {
+    const int64_t begin = int64_t{p.pattern.indices[e]} * s.block_k;
+    const int64_t first = std::max(keys.begin, begin), end = std::min(keys.end, begin + s.block_k);
+    const uint64_t* bitmap = p.pattern.bitmap(e);
+    if (bitmap != nullptr) bitmap += (q % s.block_q) * s.bitmap_words();
+    for (int64_t k = first - begin; k < end - begin; ++k) {
+      if (bitmap == nullptr || (bitmap[k / 64] >> (k % 64) & 1)) return true;
+    }
+  }
+  return false;
+}
+
 // lse in log2 units and delta of block row i of (b, h). Returns -sum of (weight of the sink) * delta.
 template <class T>
 double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
@@ -347,6 +363,8 @@ double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
   const Floats d;
   const int64_t begin = i * p.pattern.shape.block_q;
   const int64_t end = std::min<int64_t>(begin + p.pattern.shape.block_q, p.seqlen_q), dims = p.head_dim_v;
+  const RowOfBlocks& row = state.rows[state.row_index(b, h, i)];
+  const MaskGeometry mask = p.mask(b);
   double sink_sum = 0;
   for (int64_t q = begin; q < end; ++q) {
     const int64_t at = state.query_index(b, h, q);
@@ -368,9 +386,10 @@ double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
     }
     state.lse2[at] = static_cast<float>(lse * kLog2eDouble);
     state.delta[at] = delta;
-    if (g.dsinks != nullptr) sink_sum -= std::exp(static_cast<double>(p.sinks[h * p.sinks_head]) - lse) * delta;
+    if (g.dsinks != nullptr && SeesKey(p, mask, row, q)) {
+      sink_sum -= std::exp(static_cast<double>(p.sinks[h * p.sinks_head]) - lse) * delta;
+    }
   }
-  const RowOfBlocks& row = state.rows[state.row_index(b, h, i)];
   if (g.dq.data != nullptr && row.first == row.end && !g.accumulate) {
     const int64_t size = static_cast<int64_t>(size_of(g.gradient_dtype));
     for (int64_t q = begin; q < end; ++q) std::memset(g.dq.at(b, q, h, size), 0, p.head_dim * size);
