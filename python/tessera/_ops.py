@@ -4,9 +4,13 @@ FLOP counts. Autograd and autocast are in the library itself, so that C++ caller
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.library import register_fake, register_vmap
 
 _LIBRARY = "libtessera_torch.so"
 
@@ -35,3 +39,149 @@ varlen_forward = _t.varlen_forward.default
 varlen_backward = _t.varlen_backward.default
 dilated_forward = _t.dilated_forward.default
 dilated_backward = _t.dilated_backward.default
+
+
+# ---- fake tensors: what comes out, without data
+
+
+def _empty_as(like: Tensor, sizes: tuple, dtype: torch.dtype) -> Tensor:
+    """[B, S, H, D] that lies in memory as ``like`` does (empty_like_layout of torch/convert.cc)."""
+    if like.dim() == 4 and like.stride(2) > like.stride(1):
+        return like.new_empty((sizes[0], sizes[2], sizes[1], sizes[3]), dtype=dtype).transpose(1, 2)
+    return like.new_empty(sizes, dtype=dtype)
+
+
+def _lse_type(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _check_rank(name: str, t: Tensor, rank: int) -> None:
+    if t.dim() != rank:
+        raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: {rank}")
+
+
+def _like(t: Tensor) -> Tensor:
+    return _empty_as(t, tuple(t.shape), t.dtype)
+
+
+@register_fake("tessera::forward")
+@register_fake("tessera::decode")
+@register_fake("tessera::dilated_forward")
+def _forward_fake(q, k, v, *args, **kwargs):
+    _check_rank("q", q, 4), _check_rank("v", v, 4)
+    b, s, h, _ = q.shape
+    return _empty_as(q, (b, s, h, v.shape[3]), q.dtype), q.new_empty((b, h, s), dtype=_lse_type(q))
+
+
+@register_fake("tessera::varlen_forward")
+def _varlen_forward_fake(q, k, v, *args, **kwargs):
+    _check_rank("q", q, 3), _check_rank("v", v, 3)
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_type(q))
+
+
+@register_fake("tessera::backward")
+def _backward_fake(dout, dlse, q, k, v, out, lse, wanted, *args, **kwargs):
+    gradients = [_like(t) if want else t.new_empty(0) for want, t in zip(wanted, (q, k, v))]
+    for want, name in zip(wanted[3:], ("block_bias", "attn_bias", "sinks")):
+        t = argument(backward, name, (dout, dlse, q, k, v, out, lse, wanted, *args), kwargs)
+        gradients.append(t.new_empty(t.shape) if want and t is not None else q.new_empty(0))
+    return tuple(gradients)
+
+
+@register_fake("tessera::varlen_backward")
+def _varlen_backward_fake(dout, dlse, q, k, v, *args, **kwargs):
+    sinks = argument(varlen_backward, "sinks", (dout, dlse, q, k, v, *args), kwargs)
+    shapes = [t.new_empty(t.shape) for t in (q, k, v)]
+    return *shapes, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+@register_fake("tessera::dilated_backward")
+def _dilated_backward_fake(dout, dlse, q, k, v, *args, **kwargs):
+    return _like(q), _like(k), _like(v)
+
+
+@register_fake("tessera::merge")
+def _merge_fake(out_a, lse_a, out_b, lse_b):
+    return _like(out_a), lse_a.new_empty(lse_a.shape)
+
+
+@register_fake("tessera::weights")
+def _weights_fake(q, k, indptr, indices, bitmap_index, bitmaps, shape, *args, **kwargs):
+    # All heads and batches: a pattern that they share counts once for each.
+    n = indices.shape[0] * (q.shape[0] // shape[5]) * (q.shape[2] // shape[4])
+    return q.new_empty((n, 4), dtype=torch.int64), q.new_empty((n, shape[2], shape[3]), dtype=torch.float32)
+
+
+def argument(op: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The argument of that name of a call of ``op``, its default if it was not given."""
+    if name in kwargs:
+        return kwargs[name]
+    for i, a in enumerate(op._schema.arguments):
+        if a.name == name:
+            return args[i] if i < len(args) else a.default_value
+    raise KeyError(name)
+
+
+# ---- vmap: over tensors of the batch the mapped dimension joins the batch; where it cannot (patterns, per-head numbers,
+# seeds, gradients of shared biases), one call for each
+
+
+def _spell(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """All arguments by position, defaults included."""
+    return [argument(op, a.name, args, kwargs) for a in op._schema.arguments]
+
+
+def _at(x: Any, dim: Any, i: int) -> Any:
+    if isinstance(x, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_at(y, d, i) for y, d in zip(x, dim)]
+    return x if dim is None else x.select(dim, i)
+
+
+def _one_by_one(op: Any, info: Any, dims: Sequence[Any], values: Sequence[Any]):
+    results = [op(*(_at(x, d, i) for x, d in zip(values, dims))) for i in range(info.batch_size)]
+    return tuple(torch.stack(r) for r in zip(*results)), (0,) * len(results[0])
+
+
+_BATCHED = ("dout", "dlse", "q", "k", "v", "out", "lse", "out_a", "lse_a", "out_b", "lse_b")
+
+
+def _register_vmap(op: Any) -> None:
+    names = [a.name for a in op._schema.arguments]
+
+    def rule(info, in_dims, *args, **kwargs):
+        values = _spell(op, args, kwargs)
+        dims = list(in_dims) + [None] * (len(values) - len(in_dims))
+        if kwargs:
+            raise ValueError(f"{op}: got keyword arguments under vmap; allowed: positional ones")
+        given = dict(zip(names, values))
+        mapped = [n for n, d in zip(names, dims) if d is not None and not (isinstance(d, (list, tuple)) and not any(
+            x is not None for x in d))]
+        foldable = all(n in _BATCHED for n in mapped) and not given.get("dropout_p")
+        foldable &= all(given.get(n) is None for n in ("page_table", "key_lengths", "block_bias", "attn_bias"))
+        foldable &= not any(given.get("wanted", ())[3:]) and not (given.get("sinks") is not None and "wanted" in given)
+        foldable &= given.get("alibi_slopes") is None and (given.get("pattern_shape") or (1,) * 6)[5] == 1
+        if not foldable or op in (varlen_forward, varlen_backward):
+            return _one_by_one(op, info, dims, values)
+        n = info.batch_size
+        folded = []
+        for name, x, d in zip(names, values, dims):
+            if name in _BATCHED and x is not None:
+                x = x.unsqueeze(0).expand(n, *x.shape) if d is None else x.movedim(d, 0)
+                if name not in ("dlse", "lse", "lse_a", "lse_b") and x.dim() == 5 and x.stride(-1) != 1:
+                    x = x.contiguous()
+                x = x.flatten(0, 1)
+            folded.append(x)
+        results = op(*folded)
+        unfolded = []
+        for r in results:
+            if r.dim() > 1:
+                unfolded.append(r.unflatten(0, (n, r.shape[0] // n)))
+            else:  # a gradient that is not wanted
+                unfolded.append(r.new_empty((n, 0)))
+        return tuple(unfolded), (0,) * len(unfolded)
+
+    register_vmap(f"tessera::{op._schema.name.split('::')[1]}", rule)
+
+
+for _op in (forward, backward, decode, merge, varlen_forward, varlen_backward, dilated_forward, dilated_backward):
+    _register_vmap(_op)
