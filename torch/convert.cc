@@ -97,8 +97,21 @@ BlockPattern pattern_of(const PatternTensors& p) {
                                 std::move(bitmaps));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>> tensors_of(
-    const BlockPattern& pattern) {
+std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
+                                      at::TensorList bitmaps, at::IntArrayRef shapes) {
+  const size_t n = indptr.size();
+  if (indices.size() != n || bitmap_index.size() != n || bitmaps.size() != n || shapes.size() != 6 * n) {
+    fail("patterns", std::to_string(n) + " indptr, " + std::to_string(shapes.size()) + " numbers of shapes",
+         "N of every tensor and 6 N numbers");
+  }
+  std::vector<BlockPattern> patterns;
+  for (size_t i = 0; i < n; ++i) {
+    patterns.push_back(pattern_of({indptr[i], indices[i], bitmap_index[i], bitmaps[i], shapes.slice(6 * i, 6).vec()}));
+  }
+  return patterns;
+}
+
+PatternResult tensors_of(const BlockPattern& pattern) {
   const BlockPatternView v = pattern.view();
   const PatternShape& s = v.shape;
   const int64_t rows = s.total_rows(), entries = pattern.num_blocks(), count = pattern.num_bitmaps();

@@ -38,8 +38,12 @@ struct PatternTensors {
   std::vector<int64_t> shape;
 };
 BlockPattern pattern_of(const PatternTensors& tensors);
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>> tensors_of(
-    const BlockPattern& pattern);
+// Several: each tensor a list, absent bitmaps are empty tensors, shapes [N * 6].
+std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
+                                      at::TensorList bitmaps, at::IntArrayRef shapes);
+
+using PatternResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>>;
+PatternResult tensors_of(const BlockPattern& pattern);
 
 // The options of an op, in the order of its schema (ops.cc).
 struct OptionArguments {

@@ -1,5 +1,5 @@
-// torch.ops.tessera: the core's attention as operators. Schemas here, computing in the core. Autograd, fake tensors and
-// autocast are registered in python/tessera/_ops.py.
+// torch.ops.tessera: the core's attention as operators. Schemas here, computing in the core. Autograd and
+// autocast are in autograd.cc; fake tensors, vmap and FLOP counts in python/tessera/_ops.py.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -7,41 +7,10 @@
 
 #include "convert.h"
 #include "executor.h"
+#include "schema.h"
 #include "tessera/attention.h"
 #include "tessera/backward.h"
 #include "tessera/dilated.h"
-
-// What several operators take. Tensors q, k, v, out are [B, S, H, D] with any strides (last 1); lse is [B, H, S].
-#define PATTERN "Tensor indptr, Tensor indices, Tensor? bitmap_index, Tensor? bitmaps, SymInt[] pattern_shape"
-#define OPTIONS                                                                                                     \
-  "float? scale=None, bool causal=False, int? window_left=None, int? window_right=None, SymInt? q_offset=None, "    \
-  "SymInt k_offset=0, Tensor? key_lengths=None, bool align_to_key_lengths=False, float softcap=0., "                \
-  "Tensor? alibi_slopes=None, Tensor? block_bias=None, Tensor? attn_bias=None, Tensor? sinks=None, "                \
-  "float dropout_p=0., Tensor? rng=None"
-#define DILATION                                                                                                    \
-  "SymInt[] segment_lengths, SymInt[] dilation_rates, str? pattern_kind=None, float? density=None, int block=128, " \
-  "int? window=None, int[] pattern_rates=[], int? global_tokens=None, int? stride=None, int pattern_seed=0"
-
-#define PATTERN_PARAMETERS                                                                    \
-  const at::Tensor &indptr, const at::Tensor &indices, const MaybeTensor &bitmap_index,       \
-      const MaybeTensor &bitmaps, at::IntArrayRef pattern_shape
-#define PATTERN_VALUE PatternTensors{indptr, indices, bitmap_index, bitmaps, pattern_shape.vec()}
-#define OPTION_PARAMETERS                                                                                     \
-  std::optional<double> scale, bool causal, std::optional<int64_t> window_left,                               \
-      std::optional<int64_t> window_right, std::optional<int64_t> q_offset, int64_t k_offset,                 \
-      const MaybeTensor &key_lengths, bool align_to_key_lengths, double softcap, const MaybeTensor &alibi_slopes, \
-      const MaybeTensor &block_bias, const MaybeTensor &attn_bias, const MaybeTensor &sinks, double dropout_p,    \
-      const MaybeTensor &rng
-#define OPTION_VALUE                                                                                            \
-  OptionArguments{scale, causal, window_left, window_right, q_offset, k_offset, key_lengths, align_to_key_lengths, \
-                  softcap, alibi_slopes, block_bias, attn_bias, sinks, dropout_p, rng}
-#define DILATION_PARAMETERS                                                                                      \
-  at::IntArrayRef segment_lengths, at::IntArrayRef dilation_rates, std::optional<c10::string_view> pattern_kind, \
-      std::optional<double> density, int64_t block, std::optional<int64_t> window, at::IntArrayRef pattern_rates, \
-      std::optional<int64_t> global_tokens, std::optional<int64_t> stride, int64_t pattern_seed
-#define DILATION_VALUE                                                                                       \
-  dilation_of(segment_lengths, dilation_rates, pattern_kind, density, block, window, pattern_rates, global_tokens, \
-              stride, pattern_seed)
 
 namespace tessera::ops {
 
@@ -358,9 +327,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dilated_backward_op(const at::Ten
   });
 }
 
+// How many (q, k) pairs a call computes: what effective FLOP counts are made of.
+int64_t admitted_pairs_op(int64_t batch, int64_t heads, PATTERN_PARAMETERS, OPTION_PARAMETERS) {
+  return translate_errors([&] {
+    const Options options(OPTION_VALUE);
+    return admitted_pairs(pattern_of(PATTERN_VALUE), options.get(), batch, heads);
+  });
+}
+
+int64_t dilated_pairs_op(const at::Tensor& q, DILATION_PARAMETERS, OPTION_PARAMETERS) {
+  return translate_errors([&] {
+    check_rank("q", q, 4, "[B, S, H, D]");
+    const Options options(OPTION_VALUE);
+    return dilated_pairs(q.size(1), DILATION_VALUE, options.get(), q.size(0), q.size(2));
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tessera, m) {
+  m.def("admitted_pairs(int batch, int heads, " PATTERN ", " OPTIONS ") -> int");
+  m.def("dilated_pairs(Tensor q, " DILATION ", " OPTIONS ") -> int");
   m.def("forward(Tensor q, Tensor k, Tensor v, " PATTERN ", " OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def("backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool[6] wanted, "
         PATTERN ", " OPTIONS ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dblock_bias, Tensor dattn_bias, "
@@ -381,6 +368,8 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
 }
 
 TORCH_LIBRARY_IMPL(tessera, CPU, m) {
+  m.impl("admitted_pairs", admitted_pairs_op);
+  m.impl("dilated_pairs", dilated_pairs_op);
   m.impl("forward", forward_op);
   m.impl("backward", backward_op);
   m.impl("decode", decode_op);

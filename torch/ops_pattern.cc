@@ -9,24 +9,20 @@
 #include <string>
 
 #include "convert.h"
+#include "schema.h"
 #include "tessera/pattern_cache.h"
 #include "tessera/pattern_combine.h"
 #include "tessera/pattern_custom.h"
 #include "tessera/pattern_statistics.h"
 #include "tessera/patterns.h"
 
-// A pattern as arguments and as a result.
-#define PATTERN "Tensor indptr, Tensor indices, Tensor? bitmap_index, Tensor? bitmaps, SymInt[] pattern_shape"
+// A second pattern as arguments, and a pattern as a result.
 #define PATTERN_B "Tensor indptr_b, Tensor indices_b, Tensor? bitmap_index_b, Tensor? bitmaps_b, SymInt[] pattern_shape_b"
 #define PATTERN_RESULT "(Tensor indptr, Tensor indices, Tensor bitmap_index, Tensor bitmaps, int[] pattern_shape)"
-#define PATTERN_PARAMETERS                                                              \
-  const at::Tensor &indptr, const at::Tensor &indices, const MaybeTensor &bitmap_index, \
-      const MaybeTensor &bitmaps, at::IntArrayRef pattern_shape
 #define PATTERN_PARAMETERS_B                                                                  \
   const at::Tensor &indptr_b, const at::Tensor &indices_b, const MaybeTensor &bitmap_index_b, \
       const MaybeTensor &bitmaps_b, at::IntArrayRef pattern_shape_b
-#define PATTERN_VALUE pattern_of({indptr, indices, bitmap_index, bitmaps, pattern_shape.vec()})
-#define PATTERN_VALUE_B pattern_of({indptr_b, indices_b, bitmap_index_b, bitmaps_b, pattern_shape_b.vec()})
+#define PATTERN_VALUE_B PatternTensors{indptr_b, indices_b, bitmap_index_b, bitmaps_b, pattern_shape_b.vec()}
 
 // Every field of PatternSpec, in its order.
 #define SPEC                                                                                                       \
@@ -50,8 +46,6 @@
 namespace tessera::ops {
 
 namespace {
-
-using PatternResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>>;
 
 // A block size out of int's range stays out of the allowed range.
 int narrow(int64_t block) { return static_cast<int>(std::clamp<int64_t>(block, -1, 1 << 20)); }
@@ -141,7 +135,7 @@ PatternResult from_token_mask_op(const at::Tensor& mask, int64_t block_q, int64_
 
 // The same pattern, checked and canonical.
 PatternResult canonical_op(PATTERN_PARAMETERS) {
-  return translate_errors([&] { return tensors_of(PATTERN_VALUE); });
+  return translate_errors([&] { return tensors_of(pattern_of(PATTERN_VALUE)); });
 }
 
 PatternResult from_csr_op(at::TensorList indptr, at::TensorList indices, at::TensorList blocks,
@@ -163,33 +157,19 @@ PatternResult from_csr_op(at::TensorList indptr, at::TensorList indices, at::Ten
 }
 
 PatternResult unite_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
-  return translate_errors([&] { return tensors_of(unite(PATTERN_VALUE, PATTERN_VALUE_B)); });
+  return translate_errors([&] { return tensors_of(unite(pattern_of(PATTERN_VALUE), pattern_of(PATTERN_VALUE_B))); });
 }
 
 PatternResult intersect_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
-  return translate_errors([&] { return tensors_of(intersect(PATTERN_VALUE, PATTERN_VALUE_B)); });
+  return translate_errors([&] { return tensors_of(intersect(pattern_of(PATTERN_VALUE), pattern_of(PATTERN_VALUE_B))); });
 }
 
 PatternResult slice_op(PATTERN_PARAMETERS, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
-  return translate_errors([&] { return tensors_of(slice(PATTERN_VALUE, row_begin, row_end, col_begin, col_end)); });
+  return translate_errors([&] { return tensors_of(slice(pattern_of(PATTERN_VALUE), row_begin, row_end, col_begin, col_end)); });
 }
 
 PatternResult transpose_op(PATTERN_PARAMETERS) {
-  return translate_errors([&] { return tensors_of(transpose(PATTERN_VALUE)); });
-}
-
-std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
-                                      at::TensorList bitmaps, at::IntArrayRef shapes) {
-  const size_t n = indptr.size();
-  if (indices.size() != n || bitmap_index.size() != n || bitmaps.size() != n || shapes.size() != 6 * n) {
-    fail("patterns", std::to_string(n) + " indptr, " + std::to_string(shapes.size()) + " numbers of shapes",
-         "N of every tensor and 6 N numbers");
-  }
-  std::vector<BlockPattern> patterns;
-  for (size_t i = 0; i < n; ++i) {
-    patterns.push_back(pattern_of({indptr[i], indices[i], bitmap_index[i], bitmaps[i], shapes.slice(6 * i, 6).vec()}));
-  }
-  return patterns;
+  return translate_errors([&] { return tensors_of(transpose(pattern_of(PATTERN_VALUE))); });
 }
 
 PatternResult stack_op(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
@@ -202,7 +182,7 @@ PatternResult stack_op(at::TensorList indptr, at::TensorList indices, at::Tensor
 
 std::vector<double> statistics_op(PATTERN_PARAMETERS, bool causal) {
   return translate_errors([&] {
-    const PatternStatistics s = statistics(PATTERN_VALUE, causal);
+    const PatternStatistics s = statistics(pattern_of(PATTERN_VALUE), causal);
     const auto d = [](int64_t x) { return static_cast<double>(x); };
     return std::vector<double>{d(s.rows), d(s.cols), d(s.kept_blocks), d(s.partial_blocks), d(s.admissible_blocks),
                                s.density, s.sparsity, s.row_density.mean, s.row_density.min, s.row_density.max,
@@ -212,11 +192,11 @@ std::vector<double> statistics_op(PATTERN_PARAMETERS, bool causal) {
 }
 
 int64_t hash_op(PATTERN_PARAMETERS) {
-  return translate_errors([&] { return static_cast<int64_t>(PATTERN_VALUE.hash()); });
+  return translate_errors([&] { return static_cast<int64_t>(pattern_of(PATTERN_VALUE).hash()); });
 }
 
 std::string ascii_op(PATTERN_PARAMETERS, int64_t head, int64_t max_width, int64_t batch) {
-  return translate_errors([&] { return ascii(PATTERN_VALUE, head, max_width, batch); });
+  return translate_errors([&] { return ascii(pattern_of(PATTERN_VALUE), head, max_width, batch); });
 }
 
 }  // namespace

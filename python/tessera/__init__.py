@@ -37,6 +37,8 @@ _LAZY: dict[str, str] = {
     "PerformanceMonitor": ".monitoring",
 }
 
+_LAZY_MODULES = ("analysis",)
+
 __all__ = [
     "AttentionWeights",
     "BlockPattern",
@@ -49,6 +51,7 @@ __all__ = [
     "patterns",
     "varlen_attention",
     *_LAZY,
+    *_LAZY_MODULES,
 ]
 
 
@@ -57,8 +60,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name], __name__), name)
         globals()[name] = value
         return value
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

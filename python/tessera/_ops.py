@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import register_fake, register_vmap
+from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = "libtessera_torch.so"
 
@@ -185,3 +187,56 @@ def _register_vmap(op: Any) -> None:
 
 for _op in (forward, backward, decode, merge, varlen_forward, varlen_backward, dilated_forward, dilated_backward):
     _register_vmap(_op)
+
+
+# ---- FLOP counts for torch.utils.flop_counter: effective ones, of admitted pairs only
+
+
+def _pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    q = argument(op, "q", args, kwargs)
+    given = {a.name: argument(op, a.name, args, kwargs) for a in op._schema.arguments}
+    names = [a.name for a in _t.admitted_pairs.default._schema.arguments][2:]
+    if q.device.type != "cpu" or isinstance(q, FakeTensor) or isinstance(given["indptr"], FakeTensor):
+        # Without data: the kept blocks as if all were full.
+        shape = given["pattern_shape"]
+        shared = (q.shape[0] // shape[5]) * (q.shape[2] // shape[4])
+        return given["indices"].shape[0] * shape[2] * shape[3] * shared
+    return _t.admitted_pairs.default(q.shape[0], q.shape[2], *(given[n] for n in names))
+
+
+def _register_flops(op: Any, pairs: Any, *, backward_pass: bool) -> None:
+    def count(*args, out_val=None, **kwargs) -> int:
+        q, v = argument(op, "q", args, kwargs), argument(op, "v", args, kwargs)
+        d, dv = q.shape[-1], v.shape[-1]
+        # A pair: q k and p v; backward: scores again, dp, dv, dq and dk.
+        return pairs(op, args, kwargs) * (2 * (3 * d + 2 * dv) if backward_pass else 2 * (d + dv))
+
+    register_flop_formula(op.overloadpacket, get_raw=True)(count)
+
+
+def _dilated_pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    names = [a.name for a in _t.dilated_pairs.default._schema.arguments]
+    return _t.dilated_pairs.default(*(argument(op, n, args, kwargs) for n in names))
+
+
+def _varlen_pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    given = {a.name: argument(op, a.name, args, kwargs) for a in op._schema.arguments}
+    pairs, shapes = 0, given["pattern_shapes"]
+    for i, (indptr, indices) in enumerate(zip(given["indptrs"], given["indices"])):
+        pairs += _t.admitted_pairs.default(
+            1, given["q"].shape[1], indptr, indices, None, None, shapes[6 * i : 6 * i + 6], given["scale"],
+            given["causal"], given["window_left"], given["window_right"],
+        )  # fmt: skip
+    return pairs
+
+
+for _op, _count in (
+    (forward, _pairs),
+    (decode, _pairs),
+    (backward, _pairs),
+    (dilated_forward, _dilated_pairs),
+    (dilated_backward, _dilated_pairs),
+    (varlen_forward, _varlen_pairs),
+    (varlen_backward, _varlen_pairs),
+):
+    _register_flops(_op, _count, backward_pass="backward" in _op._schema.name)

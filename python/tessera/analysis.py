@@ -1,0 +1,233 @@
+"""Judging patterns against the true attention of real queries and keys, and pictures. Exact and streamed: nothing of
+size Sq x Sk is held. q: ``[B, Sq, H, D]``, k: ``[B, Sk, Hkv, D]``, v: ``[B, Sk, Hkv, Dv]``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._pattern import BlockPattern, check_block, check_int, check_tensor
+
+_t = torch.ops.tessera
+
+
+class Quality(NamedTuple):
+    """How much of the true attention a pattern holds."""
+
+    coverage: float  # share of the true attention mass in the kept blocks: mean over rows, 0..1
+    coverage_p5: float  # ... the row at the 5th percentile
+    coverage_min: float  # ... the worst row
+    density: float  # kept / admissible block pairs
+    efficiency: float  # coverage / density
+    locality: float  # coverage of the nearest blocks to the diagonal at the same budget
+    oracle_coverage: float  # of the best choice of whole blocks at the same budget
+    oracle_ratio: float  # coverage / oracle_coverage
+    output_error: float  # |sparse - dense| / |dense| of the outputs; NaN without v
+    rows: int  # token rows judged
+
+
+def _figures(row: Tensor) -> Quality:
+    x = row.tolist()
+    return Quality(*x[:9], int(x[9]))
+
+
+def _options(causal: bool, scale: float | None, window: Any, key_lengths: Tensor | None) -> dict[str, Any]:
+    from .functional import _window
+
+    left, right = _window(window, causal)
+    return {
+        "causal": bool(causal), "scale": scale, "window_left": left, "window_right": right, "key_lengths": key_lengths
+    }  # fmt: skip
+
+
+def quality(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    pattern: BlockPattern | Sequence[BlockPattern],
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    sample_rows: int = 0,
+    seed: int = 0,
+    per_head: bool = False,
+) -> Any:
+    """Quality of a pattern (:class:`Quality`) or of several (a list: those of one block size share a pass).
+
+    ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
+    """
+    several = not isinstance(pattern, BlockPattern)
+    patterns = list(pattern) if several else [pattern]
+    check_tensor("q", q), check_tensor("k", k)
+    for p in patterns:
+        if not isinstance(p, BlockPattern):
+            raise TypeError(f"pattern: got {type(p).__name__}; allowed: BlockPattern, or several")
+    no_index, no_bits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    figures = _t.quality(
+        q.detach(),
+        k.detach(),
+        None if v is None else check_tensor("v", v).detach(),
+        [p.indptr for p in patterns],
+        [p.indices for p in patterns],
+        [no_index if p.bitmap_index is None else p.bitmap_index for p in patterns],
+        [no_bits if p.bitmaps is None else p.bitmaps for p in patterns],
+        [n for p in patterns for n in p.op_args[4]],
+        check_int("sample_rows", sample_rows, 0),
+        check_int("seed", seed),
+        **_options(causal, scale, window, key_lengths),
+    )
+    found = []
+    for table in figures:
+        whole = _figures(table[0])
+        found.append((whole, [_figures(row) for row in table[1:]]) if per_head else whole)
+    return found if several else found[0]
+
+
+class OptimizeResult(NamedTuple):
+    """What :meth:`AttentionMass.optimize` found."""
+
+    spec: dict[str, Any]  # name and options of the cheapest pattern that reaches the target (or of most coverage)
+    coverage: float
+    density: float
+    reached: bool
+    oracle_density: float  # of the cheapest per-row choice that reaches the target
+    bound_density: float  # no pattern does with less
+    evaluated: int
+    candidates: list[tuple[dict[str, Any], float, float, bool]]  # the best of each kind: spec, coverage, density, reached
+
+
+class AttentionMass:
+    """The true attention summed over blocks, from :func:`attention_mass`. ``values``: fp32 ``[B, H, rows, cols]``, the
+    mean over a row's tokens of their mass in the block."""
+
+    def __init__(self, parts: Sequence[Any], causal: bool) -> None:
+        self._parts = tuple(parts)
+        self.causal = causal
+
+    @property
+    def values(self) -> Tensor:
+        return self._parts[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(seqlen_q, seqlen_k)."""
+        return self._parts[4][0], self._parts[4][1]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(block_q, block_k)."""
+        return self._parts[4][2], self._parts[4][3]
+
+    def coverage(self, pattern: BlockPattern) -> tuple[float, float]:
+        """(coverage, density) of a pattern without bitmaps, in O(kept blocks)."""
+        return tuple(_t.mass_coverage(*self._parts, *pattern.op_args))
+
+    def oracle_pattern(self, density: float) -> BlockPattern:
+        """The best pattern: in each row the blocks of most mass, up to the budget of the density."""
+        return BlockPattern._make(_t.oracle_pattern(*self._parts, float(density)))
+
+    def oracle_coverage(self, density: float) -> float:
+        """Coverage of :meth:`oracle_pattern`."""
+        return _t.oracle_coverage(*self._parts, float(density))
+
+    def oracle_density(self, coverage: float) -> float:
+        """Density of the cheapest oracle pattern that reaches ``coverage``."""
+        return _t.mass_densities(*self._parts, float(coverage))[0]
+
+    def bound_density(self, coverage: float) -> float:
+        """No pattern of whole blocks reaches ``coverage`` with less."""
+        return _t.mass_densities(*self._parts, float(coverage))[1]
+
+    def optimize(self, target_coverage: float = 0.9, names: Sequence[str] = (), seed: int = 0) -> OptimizeResult:
+        """The cheapest named pattern that reaches the target coverage (mean over rows, heads and batches)."""
+        specs, figures, oracle, bound, evaluated = _t.optimize(
+            *self._parts, self.causal, float(target_coverage), list(names), check_int("seed", seed)
+        )
+        found = [(s, c, d, bool(r)) for s, (c, d, r) in zip(json.loads(specs), figures.tolist())]
+        return OptimizeResult(*found[0], oracle, bound, evaluated, found[1:])
+
+    def make(self, spec: dict[str, Any]) -> BlockPattern:
+        """The pattern of a spec that :meth:`optimize` gave."""
+        from . import patterns
+
+        options = dict(spec)
+        return patterns.make(options.pop("name"), *self.shape, block=self.block, **options)
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block: int | tuple[int, int] = 128,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    max_bytes: int = 1 << 32,
+) -> AttentionMass:
+    """The true attention of q and k summed over blocks. ValueError if it would need more than ``max_bytes``."""
+    check_tensor("q", q), check_tensor("k", k)
+    options = _options(causal, scale, window, key_lengths)
+    parts = _t.attention_mass(q.detach(), k.detach(), *check_block(block), check_int("max_bytes", max_bytes), **options)
+    return AttentionMass(parts, bool(causal))
+
+
+# ---- pictures: uint8 [height, width, 3]
+
+
+def draw_pattern(
+    pattern: BlockPattern,
+    title: str = "",
+    *,
+    batch: int = 0,
+    head: int = 0,
+    causal: bool = False,
+    size: int = 512,
+    legend: bool = True,
+) -> Tensor:
+    """Kept blocks full or partial; ``causal`` shades what causality excludes."""
+    return _t.draw_pattern(*pattern.op_args, title, batch, head, causal, size, legend)
+
+
+def draw_heat_map(values: Tensor, title: str = "", **options: Any) -> Tensor:
+    """Values ``[rows, cols]`` as colours. Options: seqlen_q, seqlen_k (for the axes), value_label, min, max, log_scale,
+    size."""
+    return _t.draw_heat_map(check_tensor("values", values).detach(), title, **options)
+
+
+def draw_sheet(images: Sequence[Tensor], columns: int, title: str = "") -> Tensor:
+    """Images in a grid, row by row."""
+    return _t.draw_sheet(list(images), check_int("columns", columns, 1), title)
+
+
+def draw_lines(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    title: str = "",
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    dashed: Sequence[str] = (),
+) -> Tensor:
+    """Curves: name -> (x, y)."""
+    x, y = ([torch.as_tensor(s[i], dtype=torch.float64) for s in series.values()] for i in (0, 1))
+    which = [i for i, name in enumerate(series) if name in dashed]
+    return _t.draw_lines(list(series), x, y, which, title, x_label, y_label, log_x, log_y)
+
+
+def write_png(image: Tensor, path: str | os.PathLike[str]) -> None:
+    """Writes beside the path and renames."""
+    _t.write_png(check_tensor("image", image), os.fspath(path))
+
+
+def encode_png(image: Tensor) -> bytes:
+    """The bytes of a PNG file."""
+    return _t.encode_png(check_tensor("image", image)).numpy().tobytes()
