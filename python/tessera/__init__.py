@@ -34,6 +34,8 @@ _LAZY: dict[str, str] = {
         ),
         ".compat",
     ),
+    "BlockSparseAttention": ".modules",
+    "MultiheadAttention": ".modules",
     "PerformanceMonitor": ".monitoring",
 }
 

@@ -1,0 +1,345 @@
+"""What tessera.MultiheadAttention computes: projections, torch's masks as lengths and biases, attention, weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import patterns
+from ._pattern import BlockPattern, _unflatten
+from .config import PatternConfig
+from .functional import attention_weights, block_sparse_attention, merge
+
+PatternSource = BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | Mapping[str, Any] | str | None
+
+_DENSE_BLOCK = 128
+_NEG_INF = float("-inf")
+
+
+class ArgumentError(ValueError, AssertionError, RuntimeError):
+    """A caller's mistake, under the types that torch's own module raises for it as well."""
+
+
+def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | None:
+    """A ``pattern=`` argument as what :func:`pattern_for` takes: names and dicts become configs. TypeError for others."""
+    if pattern is None or isinstance(pattern, (BlockPattern, PatternConfig)):
+        return pattern
+    if isinstance(pattern, (str, Mapping)):
+        return PatternConfig.of(pattern)
+    if callable(pattern):
+        return pattern
+    raise TypeError(
+        f"pattern: got {type(pattern).__name__}; allowed: None (dense), a BlockPattern, a callable (seqlen_q, seqlen_k) -> "
+        "BlockPattern, a PatternConfig, a dict of its fields, or the name of a pattern"
+    )
+
+
+@lru_cache(maxsize=256)
+def _dense(seqlen_q: int, seqlen_k: int) -> BlockPattern:
+    return patterns.dense(seqlen_q, seqlen_k, block=_DENSE_BLOCK)
+
+
+def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
+    """Every pair; in a traced graph from tensor operations, so that lengths may be symbols."""
+    if not torch.compiler.is_compiling():
+        return _dense(seqlen_q, seqlen_k)
+    rows, cols = -(-seqlen_q // _DENSE_BLOCK), -(-seqlen_k // _DENSE_BLOCK)
+    indptr = torch.arange(rows + 1, dtype=torch.int32) * cols
+    indices = torch.arange(cols, dtype=torch.int32).repeat(rows)
+    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1))
+
+
+def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
+    """The pattern of these lengths; named ones come from the process's cache."""
+    if source is None:
+        return dense_pattern(seqlen_q, seqlen_k)
+    if isinstance(source, PatternConfig):
+        kind, block, options = source.spec()
+        return patterns.cache.get(
+            kind, seqlen_q, seqlen_k, block=block, causal=causal or kind == "causal",
+            heads=heads if source.heads_differ else 1, **options,
+        )  # fmt: skip
+    pattern = source if isinstance(source, BlockPattern) else source(seqlen_q, seqlen_k)
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"pattern: got {type(pattern).__name__} from the callable; allowed: tessera.BlockPattern")
+    if (pattern.seqlen_q, pattern.seqlen_k) != (seqlen_q, seqlen_k):
+        raise ArgumentError(
+            f"pattern: got one of {pattern.seqlen_q} x {pattern.seqlen_k} tokens; allowed: {seqlen_q} x {seqlen_k}, the "
+            "lengths of query and key"
+        )
+    return pattern
+
+
+def check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, num_heads: int
+) -> bool:
+    """Whether the input is batched. Words and types of the errors are torch's."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; allowed: torch.Tensor")
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: got {type(mask).__name__}; allowed: torch.Tensor or None")
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ArgumentError(f"{name}: got {mask.dtype}; only bool and floating types of {name} are supported")
+    try:
+        return F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
+    except AssertionError as e:
+        raise ArgumentError(str(e)) from None
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, _NEG_INF)
+
+
+def _may_look(mask: Tensor) -> bool:
+    """Whether values may decide what is done: not while somebody traces or batches this code."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(mask) in (Tensor, torch.nn.Parameter)
+        and not mask.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _padding(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """(key lengths ``[N]``, bias ``[N, 1, 1, S]``) of a key padding mask ``[N, S]``. Padding at the end needs no bias."""
+    seqlen_k = mask.shape[1]
+    if seqlen_k == 0:
+        return None, None
+    blocked = mask if mask.dtype == torch.bool else mask == _NEG_INF
+    at = torch.arange(seqlen_k, device=mask.device)
+    if _may_look(mask) and not mask.requires_grad:
+        lengths = seqlen_k - blocked.sum(1)
+        plain = torch.equal(blocked, at >= lengths[:, None])
+        if mask.dtype != torch.bool:
+            plain = plain and bool(((mask == 0) | blocked).all())
+        if plain:
+            return lengths, None
+    lengths = torch.where(blocked, 0, at + 1).amax(1)
+    return lengths, _additive(mask, dtype)[:, None, None, :]
+
+
+def _bias(mask: Tensor, dtype: torch.dtype, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> Tensor:
+    """An attention mask ``[L, S]`` or ``[N * H, L, S]`` as ``[1 or N, 1 or H, L, S]``."""
+    if mask.dim() == 2:
+        allowed: tuple[int, ...] = (seqlen_q, seqlen_k)
+        wide = mask[None, None]
+    else:
+        allowed = (batch * heads, seqlen_q, seqlen_k)
+    if tuple(mask.shape) != allowed:
+        raise ArgumentError(
+            f"attn_mask: got shape {tuple(mask.shape)}; The shape of the {mask.dim()}D attn_mask is {mask.shape}, but "
+            f"should be {allowed}."
+        )
+    if mask.dim() == 3:
+        wide = mask.unflatten(0, (batch, heads))
+    return _additive(wide, dtype)
+
+
+def _project(
+    query: Tensor, key: Tensor, value: Tensor, packed: Tensor | None, separate: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v ``[..., E]``: one product for what is the same tensor, views of its result."""
+    embed_dim = query.shape[-1]
+    weight = packed if packed is not None else separate[0]
+    if bias is not None and weight is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    if packed is None:
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), separate, biases))  # type: ignore
+    if key is value:
+        if query is key:
+            return F.linear(query, packed, bias).chunk(3, -1)  # type: ignore[return-value]
+        w_q, w_kv = packed.split([embed_dim, 2 * embed_dim])
+        b_q, b_kv = (None, None) if bias is None else bias.split([embed_dim, 2 * embed_dim])
+        return (F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, -1))  # type: ignore[return-value]
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), packed.chunk(3), biases))  # type: ignore
+
+
+def dense_weights(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, keep: Tensor | None, bias: Tensor | None,
+    key_lengths: Tensor | None, causal: bool, average: bool,
+) -> Tensor:  # fmt: skip
+    """Weights before dropout, ``[N, L, S]`` averaged over heads or ``[N, H, L, S]``, with gradients: exp(score - lse), one
+    head at a time. q ``[N, L, H, D]``, k ``[N, S, H, D]``, lse ``[N, H, L]``; keep: bool ``[1 or N, 1 or H, L, S]``."""
+    seqlen_q, heads, seqlen_k = q.shape[1], q.shape[2], k.shape[1]
+    if causal:
+        tril = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).tril(seqlen_k - seqlen_q)
+        keep = tril[None, None] if keep is None else keep & tril
+    if key_lengths is not None:
+        valid = torch.arange(seqlen_k, device=q.device) < key_lengths[:, None]
+        keep = valid[:, None, None] if keep is None else keep & valid[:, None, None]
+    lse = lse.masked_fill(lse == _NEG_INF, 0)[..., None]
+
+    def of(t: Tensor, h: int) -> Tensor:
+        return t[:, h if t.shape[1] > 1 else 0]
+
+    def head(h: int) -> Tensor:
+        scores = (q[:, :, h] @ k[:, :, h].mT).to(lse.dtype) * scale
+        if bias is not None:
+            scores = scores + of(bias, h)
+        if keep is not None:
+            scores = scores.masked_fill(~of(keep, h), _NEG_INF)
+        return (scores - lse[:, h]).exp()
+
+    if not average:
+        return torch.stack([head(h) for h in range(heads)], 1).to(q.dtype)
+    total = head(0)
+    for h in range(1, heads):
+        total = total + head(h)
+    return (total / heads).to(q.dtype)
+
+
+def _block_weights(q: Tensor, k: Tensor, pattern: BlockPattern, share: Tensor | None, **options: Any) -> dict[str, Any]:
+    """Block form of the weights; share ``[N, H, L]``: the part of the softmax that these keys hold, None: all."""
+    w = attention_weights(q, k, pattern, **options)
+    values = w.block_values
+    if share is not None:
+        batch, head, row = w.block_indices[:, 0], w.block_indices[:, 1], w.block_indices[:, 2]
+        rows = F.pad(share, (0, pattern.rows * pattern.block_q - share.shape[-1])).unflatten(-1, (-1, pattern.block_q))
+        values = values * rows[batch, head, row].unsqueeze(-1)
+    return {
+        "block_indices": w.block_indices, "block_values": values, "block_size": w.block_size, "shape": w.shape,
+    }  # fmt: skip
+
+
+def multi_head_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    *,
+    pattern: BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | None = None,
+    separate_proj_weights: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    key_padding_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    need_weights: bool | str = False,
+    average_attn_weights: bool = True,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor | dict[str, Any] | None]:
+    """:class:`tessera.MultiheadAttention` as a function of its parameters; batched input only.
+
+    Args:
+        query: ``[L, N, E]``, or ``[N, L, E]`` if batch_first; key, value: ``[S, N, kdim]``, ``[S, N, vdim]`` likewise.
+        in_proj_weight: ``[3 E, E]``, or None and three ``separate_proj_weights``; in_proj_bias: ``[3 E]`` or None.
+        pattern: as :func:`pattern_source` returns it; over query and key, without bias_k, bias_v and the zero key, which
+            every row sees.
+        key_lengths: int64 ``[N]``, in place of a key_padding_mask.
+
+    Others as the module. Returns (output, weights).
+    """
+    if query.shape[-1] != out_proj_weight.shape[1]:
+        raise ArgumentError(
+            f"query: got {query.shape[-1]} features; was expecting embedding dimension of {out_proj_weight.shape[1]}, but "
+            f"got {query.shape[-1]}"
+        )
+    if key.shape[:2] != value.shape[:2] or (in_proj_weight is not None and key.shape != value.shape):
+        raise ArgumentError(
+            f"value: got shape {tuple(value.shape)}; key shape {key.shape} does not match value shape {value.shape}"
+        )
+    batch_dim = 0 if batch_first else 1
+    if query.shape[batch_dim] != key.shape[batch_dim]:
+        raise ArgumentError(
+            f"key: got a batch of {key.shape[batch_dim]}; allowed: {query.shape[batch_dim]}, the batch of query"
+        )
+    q, k, v = (
+        x.unflatten(-1, (num_heads, -1)) if batch_first else x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+        for x in _project(query, key, value, in_proj_weight, separate_proj_weights, in_proj_bias)
+    )
+    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+
+    # torch's masks. The hint is_causal replaces the mask where torch lets it; without a mask it is what is asked for.
+    causal = is_causal
+    if is_causal and attn_mask is not None:
+        if key_padding_mask is None and not need_weights and seqlen_q == seqlen_k:
+            attn_mask = None
+        else:
+            causal = False
+    bias = None
+    if attn_mask is not None:
+        bias = _bias(attn_mask, q.dtype, batch, num_heads, seqlen_q, seqlen_k)
+    if key_padding_mask is not None:
+        if tuple(key_padding_mask.shape) != (batch, seqlen_k):
+            raise ArgumentError(
+                f"key_padding_mask: got shape {tuple(key_padding_mask.shape)}; Expected key_padding_mask.shape to be "
+                f"{(batch, seqlen_k)}"
+            )
+        key_lengths, padding = _padding(key_padding_mask, q.dtype)
+        if padding is not None:
+            bias = padding if bias is None else bias + padding
+    blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
+
+    options: dict[str, Any] = {"causal": causal, "attn_bias": bias, "key_lengths": key_lengths}
+    extra = _extra_keys(k, v, bias_k, bias_v, add_zero_attn)
+    if extra is None and not need_weights:
+        out = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, **options)
+        lse = part_lse = None
+    else:
+        out, part_lse = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, return_lse=True, **options)
+        lse = part_lse
+    if extra is not None:
+        more, more_lse = block_sparse_attention(
+            q, *extra, dense_pattern(seqlen_q, extra[0].shape[1]), dropout_p=dropout_p, return_lse=True
+        )
+        out, lse = merge(out, part_lse, more, more_lse)
+
+    if not batch_first:
+        out = out.transpose(0, 1)
+    out = F.linear(out.reshape(*out.shape[:2], -1), out_proj_weight, out_proj_bias)
+    if not need_weights:
+        return out, None
+    if need_weights == "blocks":
+        share = None if extra is None else (part_lse - lse).exp().nan_to_num(0.0)
+        return out, _block_weights(q, k, blocks, share, **options)
+    keep = None if pattern is None else blocks.to_token_mask()
+    scale = 1 / math.sqrt(q.shape[-1])
+    weights = dense_weights(
+        q, k, lse, scale=scale, keep=keep, bias=bias, key_lengths=key_lengths, causal=causal,
+        average=average_attn_weights,
+    )  # fmt: skip
+    if extra is not None:
+        last = dense_weights(
+            q, extra[0], lse, scale=scale, keep=None, bias=None, key_lengths=None, causal=False,
+            average=average_attn_weights,
+        )  # fmt: skip
+        weights = torch.cat([weights, last], -1)
+    return out, weights
+
+
+def _extra_keys(
+    k: Tensor, v: Tensor, bias_k: Tensor | None, bias_v: Tensor | None, add_zero_attn: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Keys and values ``[N, 1 or 2, H, D]`` that every row sees beside the sequence's: bias_k, bias_v and the zero one."""
+    if bias_k is None and not add_zero_attn:
+        return None
+    batch, heads, dim = k.shape[0], k.shape[2], k.shape[3]
+    pairs = []
+    if bias_k is not None and bias_v is not None:
+        pairs.append(tuple(b.to(k.dtype).view(1, 1, heads, dim).expand(batch, -1, -1, -1) for b in (bias_k, bias_v)))
+    if add_zero_attn:
+        pairs.append((k.new_zeros(batch, 1, heads, dim), v.new_zeros(batch, 1, heads, dim)))
+    return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)

@@ -1,0 +1,322 @@
+"""Attention modules: parameters and configuration only; what they compute is in functional.py and _multihead.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._multihead import ArgumentError, PatternSource, check_shapes, multi_head_attention_forward, pattern_for, pattern_source
+from .functional import attention_weights, block_sparse_attention
+
+__all__ = ["BlockSparseAttention", "MultiheadAttention"]
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` over a block pattern: the same arguments, defaults, parameters (names, shapes,
+    initialisation from the same seed) and results, each row's softmax being over the keys that pattern and masks admit.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch.
+        pattern: None (dense); a :class:`~tessera.BlockPattern` (fixed lengths; heads 1 or num_heads); a callable
+            ``(seqlen_q, seqlen_k) -> BlockPattern``, asked at every call; a :class:`~tessera.PatternConfig`, a dict of
+            its fields, or the name of a pattern (made for the lengths that come, and cached).
+
+    What is not as in torch:
+
+    - A row that sees no key gives 0 before the output projection, and weights 0; torch gives NaN.
+    - ``is_causal=True`` without ``attn_mask`` is causal attention (aligned bottom right); torch refuses it. Named
+      patterns then keep their density among the pairs that causality admits.
+    - ``need_weights=True`` (the default) makes dense weights ``[N, L, S]``, with gradients, before dropout (torch: after
+      it). ``need_weights="blocks"`` returns the kept blocks only: a dict with ``block_indices`` (int64 ``[blocks, 4]``:
+      batch, head, block row, block column), ``block_values`` (fp32 ``[blocks, block_q, block_k]``), ``block_size`` and
+      ``shape``; no gradients. Pass ``need_weights=False`` for long sequences.
+    - Nested tensors of ``torch.jagged`` layout work wherever others do (``batch_first``, no masks); strided ones too
+      with a pattern, and as torch takes them without.
+    - No detour in eval mode: with a pattern, ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder``, which read the
+      projection weights to compute dense attention by themselves, are told not to (``_qkv_same_embed_dim`` is False,
+      ``merge_masks`` refuses). With ``pattern=None`` dense is what is asked for, so torch's inference operator is taken
+      where torch would, for dense weights and strided nested tensors; ``pattern="dense"`` never takes it.
+
+    Raises:
+        ValueError (also an AssertionError and a RuntimeError, as torch raises): shapes, mask dtypes, a pattern of other
+            lengths. TypeError: what is not a tensor or pattern.
+    """
+
+    _pattern: Any = None  # what unpickled torch modules have
+    _qkv_same_embed_dim: bool
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pattern: PatternSource = None,
+    ) -> None:
+        source = pattern_source(pattern)
+        try:
+            super().__init__(
+                embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+            )
+        except AssertionError as e:
+            raise ArgumentError(f"num_heads: got {num_heads} for embed_dim {embed_dim}; {e}") from None
+        self.pattern = source
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, *, pattern: PatternSource = None) -> MultiheadAttention:
+        """A module that shares the parameters, mode and hooks of ``module``: what swaps attention in a model."""
+        if not isinstance(module, nn.MultiheadAttention):
+            raise TypeError(f"module: got {type(module).__name__}; allowed: torch.nn.MultiheadAttention")
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        state = {name: dict(x) if isinstance(x, dict) else x for name, x in module.__dict__.items()}
+        new.__dict__.update(state)
+        new.pattern = pattern
+        return new
+
+    @property
+    def pattern(self) -> Any:
+        """None, a BlockPattern, a callable or a PatternConfig. May be assigned; takes all that the constructor takes."""
+        return self._pattern
+
+    @pattern.setter
+    def pattern(self, pattern: PatternSource) -> None:
+        self._pattern = pattern_source(pattern)
+        # torch.nn.TransformerEncoder and its layer ask this before they compute dense attention from the weights.
+        self._qkv_same_embed_dim = self._pattern is None and self.in_proj_weight is not None
+
+    def merge_masks(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor
+    ) -> tuple[Tensor | None, int | None]:
+        """As torch, for dense attention. RuntimeError with a pattern: who merges masks is about to go around it."""
+        if self._pattern is not None:
+            raise RuntimeError(
+                "merge_masks: got a call on attention with a pattern; allowed: calls of the module (this one comes from "
+                "code that computes dense attention from the module's weights)"
+            )
+        return super().merge_masks(attn_mask, key_padding_mask, query)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | str = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """Attention of query ``[L, N, E]`` over key ``[S, N, kdim]`` and value ``[S, N, vdim]`` (``batch_first``: N first;
+        unbatched: without N).
+
+        Args:
+            key_padding_mask: ``[N, S]`` (``[S]``), bool (True: not a key) or floating (added to the scores). Padding at
+                the end costs nothing.
+            need_weights: True, False or ``"blocks"``; see the class.
+            attn_mask: ``[L, S]`` or ``[N * num_heads, L, S]``, bool (True: may not attend) or floating (added).
+            average_attn_weights: mean over heads instead of ``[N, num_heads, L, S]``.
+            is_causal: says that attn_mask is the causal one; without attn_mask: be causal.
+
+        Returns:
+            (output ``[L, N, E]`` as query, weights or None)
+        """
+        batched = check_shapes(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        if not isinstance(need_weights, bool) and need_weights != "blocks":
+            raise ArgumentError(f'need_weights: got {need_weights!r}; allowed: True, False or "blocks"')
+        if query.is_nested or key.is_nested or value.is_nested:
+            if self._pattern is None and query.layout == torch.strided and not isinstance(need_weights, str):
+                return super().forward(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if need_weights is True and self._torch_infers(query, key, value, key_padding_mask, attn_mask):
+            return super().forward(
+                query, key, value, key_padding_mask, True, attn_mask, average_attn_weights, is_causal
+            )
+        if not batched:
+            dim = 0 if self.batch_first else 1
+            same_kv, same_qk = key is value, query is key
+            query = query.unsqueeze(dim)
+            key = query if same_qk else key.unsqueeze(dim)
+            value = key if same_kv else value.unsqueeze(dim)
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        out, weights = self._attend(
+            query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
+        if not batched:
+            out = out.squeeze(0 if self.batch_first else 1)
+            if isinstance(weights, Tensor):
+                weights = weights.squeeze(0)
+        return out, weights
+
+    def extra_repr(self) -> str:
+        kind = "dense" if self._pattern is None else repr(self._pattern)
+        return f"{self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}, pattern={kind}"
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        return multi_head_attention_forward(
+            query, key, value, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight,
+            self.out_proj.bias, pattern=self._pattern,
+            separate_proj_weights=(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), bias_k=self.bias_k,
+            bias_v=self.bias_v, add_zero_attn=self.add_zero_attn, dropout_p=self.dropout if self.training else 0.0,
+            batch_first=self.batch_first, **options,
+        )  # fmt: skip
+
+    def _torch_infers(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """Whether torch's module would take its inference operator."""
+        if (
+            self._pattern is not None
+            or self.training
+            or query is not key
+            or key is not value
+            or query.dim() != 3
+            or not self.batch_first
+            or not self._qkv_same_embed_dim
+            or self.in_proj_bias is None
+            or self.bias_k is not None
+            or self.add_zero_attn
+            or self.num_heads % 2
+            or torch.compiler.is_compiling()
+            or not torch.backends.mha.get_fastpath_enabled()
+            or torch.is_autocast_enabled()
+        ):
+            return False
+        if any(m is not None and m.is_floating_point() for m in (key_padding_mask, attn_mask)):
+            return False
+        tensors = (query, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
+        return len({t.dtype for t in tensors}) == 1 and not (
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        )
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool | str,
+        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Sequences as rows of padded tensors with key lengths; weights are of the padded shape."""
+        if not (query.is_nested and key.is_nested and value.is_nested):
+            raise ArgumentError("query, key, value: got nested and plain tensors; allowed: all of one kind")
+        if not self.batch_first or key_padding_mask is not None or attn_mask is not None:
+            raise ArgumentError(
+                "query: got a nested tensor; allowed: with batch_first=True and neither key_padding_mask nor attn_mask"
+            )
+        lengths_q, lengths_k, lengths_v = (_nested_lengths(x) for x in (query, key, value))
+        if lengths_k != lengths_v:
+            raise ArgumentError(f"value: got sequences of {lengths_v} tokens; allowed: {lengths_k}, those of key")
+        padded_q = torch.nested.to_padded_tensor(query, 0.0)
+        padded_k = padded_q if key is query else torch.nested.to_padded_tensor(key, 0.0)
+        padded_v = padded_k if value is key else torch.nested.to_padded_tensor(value, 0.0)
+        if is_causal and lengths_q != lengths_k:
+            raise ArgumentError("is_causal: got nested tensors of different lengths; allowed: query and key of the same")
+        out, weights = self._attend(
+            padded_q, padded_k, padded_v, key_lengths=torch.tensor(lengths_k, dtype=torch.int64),
+            need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
+        rows = [out[i, :n] for i, n in enumerate(lengths_q)]
+        if query.layout == torch.jagged:
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=query.offsets()), weights
+        return torch.nested.as_nested_tensor(rows), weights
+
+
+def _nested_lengths(t: Tensor) -> list[int]:
+    if t.layout == torch.jagged:
+        return t.offsets().diff().tolist()
+    return [x.shape[0] for x in t.unbind()]
+
+
+class BlockSparseAttention(nn.Module):
+    """:func:`tessera.block_sparse_attention` with its options kept: no parameters, no projections.
+
+    Args:
+        pattern: as in :class:`MultiheadAttention`.
+        causal, scale, window, softcap, layout: as the function.
+        dropout: on the normalised weights, in training.
+    """
+
+    def __init__(
+        self,
+        pattern: PatternSource = None,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        window: int | tuple[int | None, int | None] | None = None,
+        dropout: float = 0.0,
+        softcap: float = 0.0,
+        layout: str = "bshd",
+    ) -> None:
+        super().__init__()
+        if layout not in ("bshd", "bhsd"):
+            raise ValueError(f'layout: got {layout!r}; allowed: "bshd" or "bhsd"')
+        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout!r}; allowed: 0 <= dropout < 1")
+        self.pattern = pattern
+        self.causal, self.scale, self.window, self.dropout = causal, scale, window, dropout
+        self.softcap, self.layout = softcap, layout
+
+    @property
+    def pattern(self) -> Any:
+        """None, a BlockPattern, a callable or a PatternConfig."""
+        return self._pattern
+
+    @pattern.setter
+    def pattern(self, pattern: PatternSource) -> None:
+        self._pattern = pattern_source(pattern)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        attn_bias: Tensor | None = None,
+        block_bias: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Any:
+        """q ``[B, Sq, H, D]``, k ``[B, Sk, Hkv, D]``, v ``[B, Sk, Hkv, Dv]`` (or heads before tokens, see layout).
+
+        Returns:
+            out ``[B, Sq, H, Dv]``; with return_lse (out, lse); with need_weights the
+            :class:`~tessera.AttentionWeights` of the kept blocks at the end.
+        """
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{name}: got {type(t).__name__}; allowed: torch.Tensor")
+            if t.dim() != 4:
+                raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: 4, {self.layout}")
+        s, h = (1, 2) if self.layout == "bshd" else (2, 1)
+        pattern = pattern_for(self._pattern, q.shape[s], k.shape[s], self.causal, q.shape[h])
+        options: dict[str, Any] = {
+            "causal": self.causal, "scale": self.scale, "window": self.window, "softcap": self.softcap,
+            "layout": self.layout, "attn_bias": attn_bias, "block_bias": block_bias, "key_lengths": key_lengths,
+            "alibi_slopes": alibi_slopes, "sinks": sinks,
+        }  # fmt: skip
+        dropout_p = self.dropout if self.training else 0.0
+        result = block_sparse_attention(q, k, v, pattern, dropout_p=dropout_p, return_lse=return_lse, **options)
+        if not need_weights:
+            return result
+        weights = attention_weights(q, k, pattern, **options)
+        return (*result, weights) if return_lse else (result, weights)
+
+    def extra_repr(self) -> str:
+        kind = "dense" if self._pattern is None else repr(self._pattern)
+        return f"pattern={kind}, causal={self.causal}, layout={self.layout!r}"
