@@ -7,18 +7,22 @@ keys, ``sparsity_ratio`` as the KEPT share, segments that count, weights in bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _dilated, functional
+from . import _dilated, analysis, functional
 from ._pattern import BlockPattern
 from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
 from .config import PatternConfig, SparsePatternConfig, check_density, reject
 from .monitoring import CallFacts, PerformanceMonitor
 
 __all__ = [
+    "PatternOptimizer",
+    "PatternQualityAnalyzer",
+    "PatternVisualizer",
+    "pattern_statistics",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingDilatedAttentionV2",
     "PatternConfig",
@@ -38,8 +42,22 @@ def _check_absent(ring_size: int, use_adaptive_sparsity: bool) -> None:
         reject("use_adaptive_sparsity", use_adaptive_sparsity, "False (learned patterns come with a later version)")
 
 
+# Options of a call that are part of the true attention which patterns are judged against.
+_TRUTH = {"scale", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks", "q_offset", "k_offset"}
+
 # Options of a pattern as dilated_attention calls them.
 _INNER = {"window": "pattern_window", "dilation_rates": "pattern_rates", "seed": "pattern_seed"}
+
+
+def _quality(q: Tensor, k: Tensor, v: Tensor | None, pattern: BlockPattern, sample_rows: int = 0,
+             **options: Any) -> analysis.Quality:
+    """analysis.quality with every option of the operator."""
+    none = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    bitmaps = none if pattern.bitmaps is None else (pattern.bitmap_index, pattern.bitmaps)
+    figures = torch.ops.tessera.quality(
+        q.detach(), k.detach(), None if v is None else v.detach(), [pattern.indptr], [pattern.indices], [bitmaps[0]],
+        [bitmaps[1]], list(pattern.op_args[4]), sample_rows, 0, **options)
+    return analysis.Quality(*figures[0, 0].tolist())
 
 
 def block_form(weights: Sequence[Any]) -> dict[str, Any]:
@@ -170,10 +188,11 @@ class _Configured(nn.Module):
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
 
         def judge_pattern(out: Tensor) -> tuple[float, float]:
-            found = functional.quality(q.detach(), k.detach(), v.detach(), pattern, causal=causal, sample_rows=rows, **options)
+            found = _quality(q, k, v, pattern, rows, causal=causal, **options)
             return found.coverage, found.output_error
 
-        return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern)
+        judged = not options.keys() - _TRUTH
+        return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern if judged else None)
 
     def get_performance_stats(self) -> dict[str, float]:
         """What performance_monitor measured (PerformanceMonitor.stats). Asking turns it on: before that, and until the
@@ -313,3 +332,113 @@ def create_dilated_attention(attention_type: str, **arguments: Any) -> nn.Module
     if attention_type != "block_sparse_ring":
         reject("attention_type", attention_type, "block_sparse_ring")
     return BlockSparseRingDilatedAttention(**arguments)
+
+
+# ---- Analysis ------------------------------------------------------------------------------------------------------
+
+
+def pattern_statistics(pattern: Any, block_size: int = 128, causal: bool = False) -> dict[str, float]:
+    """Figures of a BlockPattern, or of a bool tensor of blocks: density, sparsity, avg/min/max/std_row_density and
+    _column_density, diagonal_density, empty_rows, kept_blocks, load_imbalance."""
+    found = as_pattern(pattern, block_size).statistics(causal=causal)
+    stats: dict[str, float] = {name: getattr(found, name) for name in (
+        "density", "sparsity", "diagonal_density", "empty_rows", "kept_blocks", "partial_blocks", "admissible_blocks",
+        "load_imbalance")}
+    for name in ("row_density", "column_density"):
+        spread = getattr(found, name)
+        stats.update({f"avg_{name}": spread.mean, f"min_{name}": spread.min, f"max_{name}": spread.max,
+                      f"std_{name}": spread.std})
+    return stats
+
+
+class PatternVisualizer:
+    """Draws patterns."""
+
+    def visualize_pattern(self, pattern: Any, title: str = "", save_path: str | None = None, head: int = 0,
+                          block_size: int = 128, causal: bool = False) -> str:
+        """Writes a PNG to save_path if given; returns the pattern as text."""
+        pattern = as_pattern(pattern, block_size)
+        if save_path is not None:
+            analysis.write_png(analysis.draw_pattern(pattern, title, head=head, causal=causal), save_path)
+        return pattern.ascii(head)
+
+
+class PatternMetrics(NamedTuple):
+    """What PatternQualityAnalyzer found."""
+
+    coverage_ratio: float  # share of the true attention mass that the kept blocks hold
+    locality_score: float  # the share that as many blocks nearest to the diagonal hold
+    efficiency_score: float  # coverage / density: 1 is what random blocks would hold
+    approximation_error: float  # |sparse - dense| / |dense|: of the outputs given q, k, v, else of the weights
+    density: float
+    oracle_coverage: float  # the share that the best choice of as many blocks holds
+
+
+class PatternQualityAnalyzer:
+    """Judges a pattern against the true attention."""
+
+    def analyze_pattern_quality(self, sparse_pattern: Any, reference_attention: Tensor | None = None, *,
+                                query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None,
+                                block_size: int = 128, causal: bool = False) -> PatternMetrics:
+        """sparse_pattern: a BlockPattern, or a bool tensor of blocks. reference_attention: dense weights [B, H, Sq, Sk] or [H, Sq, Sk] that the caller holds already; or query, key,
+        value [B, S, H, D], for which nothing of size Sq x Sk is made."""
+        if (reference_attention is None) == (query is None or key is None):
+            reject("reference_attention", None if reference_attention is None else "both", "weights, or query and key")
+        if reference_attention is None:
+            pattern = as_pattern(sparse_pattern, block_size, query.shape[1], key.shape[1])  # type: ignore[union-attr]
+            found = _quality(query, key, value, pattern, causal=causal)  # type: ignore[arg-type]
+            error = found.output_error
+        else:
+            weights = reference_attention.detach()
+            weights = weights[None] if weights.dim() == 3 else weights
+            if weights.dim() != 4:
+                reject("reference_attention", tuple(reference_attention.shape), "[B, H, Sq, Sk] or [H, Sq, Sk]")
+            batch, heads, seqlen_q, seqlen_k = weights.shape
+            pattern = as_pattern(sparse_pattern, block_size, seqlen_q, seqlen_k)
+            # Scores of zero plus the logarithm of the weights: their softmax is the weights.
+            zero_q = torch.zeros(batch, seqlen_q, heads, 1)
+            zero_k = torch.zeros(batch, seqlen_k, heads, 1)
+            found = _quality(zero_q, zero_k, None, pattern, attn_bias=weights.float().log(), causal=causal)
+            error = self._error_of_weights(weights, pattern, causal)
+        return PatternMetrics(found.coverage, found.locality, found.efficiency, error, found.density, found.oracle_coverage)
+
+    @staticmethod
+    def _error_of_weights(weights: Tensor, pattern: BlockPattern, causal: bool) -> float:
+        """|kept and renormalised - weights| / |weights|, block row by block row."""
+        batch, heads, seqlen_q, seqlen_k = weights.shape
+        rows = pattern.rows
+        error = norm = 0.0
+        for b in range(batch):
+            for h in range(heads):
+                line = ((b % pattern.batches) * pattern.heads + h % pattern.heads) * rows
+                for i in range(rows):
+                    true = weights[b, h, i * pattern.block_q : (i + 1) * pattern.block_q].double()
+                    keep = torch.zeros(seqlen_k, dtype=torch.bool)
+                    for j in pattern.indices[int(pattern.indptr[line + i]) : int(pattern.indptr[line + i + 1])].tolist():
+                        keep[j * pattern.block_k : (j + 1) * pattern.block_k] = True
+                    sparse = true * keep
+                    sparse = sparse / sparse.sum(-1, keepdim=True).clamp(min=1e-300)
+                    error += float((sparse - true).square().sum())
+                    norm += float(true.square().sum())
+        return (error / norm) ** 0.5 if norm else float("nan")
+
+
+class PatternOptimizer:
+    """Looks for the cheapest pattern that holds a share of the attention mass."""
+
+    def __init__(self, target_coverage: float = 0.9, block_size: int = 128) -> None:
+        self.target_coverage = target_coverage
+        self.block_size = block_size
+
+    def optimize(self, query: Tensor, key: Tensor, causal: bool = False) -> tuple[PatternConfig, analysis.OptimizeResult]:
+        """query, key [B, S, H, D] -> the configuration of the cheapest kind that reaches target_coverage (if none does,
+        of the one with most), and all that was found."""
+        mass = analysis.attention_mass(query, key, block=self.block_size, causal=causal)
+        found = mass.optimize(self.target_coverage, _CONFIGURABLE)
+        names = {"name": "pattern_type", "window": "local_window_size"}
+        fields = {names.get(name, name): item for name, item in found.spec.items() if name not in ("causal", "heads")}
+        return PatternConfig(block_size=self.block_size, **fields), found
+
+
+# Kinds that a PatternConfig can say.
+_CONFIGURABLE = ("local_window", "dilated_sparse", "global_local", "strided", "random", "bigbird")

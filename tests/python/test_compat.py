@@ -179,6 +179,42 @@ def test_modules_are_copied_and_pickled():
         assert attention.sparse_config.density == 0.25 and not torch.equal(again(q, k, v), expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_cross_attention_grouped_heads_and_gradients(causal):
+    attention = BlockSparseRingDilatedAttention(sparsity_ratio=0.5, block_size=32)
+    q, k, v = qkv(2, 320, 4, 16, kv_heads=2)
+    q = q[:, :200].requires_grad_()
+    k.requires_grad_(), v.requires_grad_()
+    out, weights = attention(q, k, v, is_causal=causal, return_attention_weights=True)
+    mask = attention.pattern_generator.create_pattern(200, 4, 320, causal).to_token_mask()[0, 0]
+    if causal:
+        mask = mask & torch.ones(200, 320, dtype=torch.bool).tril(120)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert weights["shape"] == (2, 4, 200, 320) and not weights["block_values"].requires_grad
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for a, b in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_segments_with_grouped_heads_have_gradients_and_weights():
+    attention = BlockSparseRingDilatedAttention([64, 128], [1, 3], sparsity_ratio=0.5, block_size=16)
+    q, k, v = (t.requires_grad_() for t in qkv(2, 200, 4, 16, kv_heads=2))
+    out, weights = attention(q, k, v, is_causal=True, return_attention_weights=True)
+    out.sum().backward()
+    assert all(torch.isfinite(t.grad).all() and t.grad.abs().sum() > 0 for t in (q, k, v))
+    # Weights times values are the output; rows that nothing covers are 0 in both.
+    total = torch.zeros(2, 4, 208, 16)
+    padded = torch.nn.functional.pad(v.detach(), (0, 0, 0, 0, 0, 8))
+    for (b, h, i, j), block in zip(weights["block_indices"].tolist(), weights["block_values"], strict=True):
+        total[b, h, i * 16 : i * 16 + 16] += block @ padded[b, j * 16 : j * 16 + 16, h // 2]
+    torch.testing.assert_close(total[:, :, :200].transpose(1, 2), out.detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="return_attention_weights: got 'True with key_lengths'"):
+        attention(q, k, v, return_attention_weights=True, key_lengths=torch.tensor([100, 200]))
+
+
 def test_dropout_is_for_training_only():
     attention = BlockSparseRingDilatedAttention(sparsity_ratio=0.5, block_size=16, dropout=0.5)
     q, k, v = qkv(1, 128, 2, 16)
@@ -216,3 +252,41 @@ def test_density_of_segments_counts_their_pairs(causal):
     )
     dense = heads * (seqlen * (seqlen + 1) // 2 if causal else seqlen**2)
     assert attention.density(seqlen, num_heads=heads, causal=causal) == pytest.approx(admitted / dense)
+
+
+def test_quality_of_a_pattern_given_queries_or_weights():
+    from tessera.compat import PatternQualityAnalyzer
+
+    q, k, v = qkv(1, 300, 2, 16, kv_heads=1)
+    pattern = tessera.patterns.random(300, block=32, density=0.3)
+    weights = torch.softmax(torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0]) / 4, -1)
+    analyzer = PatternQualityAnalyzer()
+    given_qkv = analyzer.analyze_pattern_quality(pattern, query=q, key=k, value=v)
+    given_weights = analyzer.analyze_pattern_quality(pattern.to_mask()[0, 0], weights[0], block_size=32)
+    for name in ("coverage_ratio", "locality_score", "efficiency_score", "density", "oracle_coverage"):
+        assert getattr(given_qkv, name) == pytest.approx(getattr(given_weights, name), rel=1e-3), name
+    with pytest.raises(ValueError, match="^reference_attention: got None"):
+        analyzer.analyze_pattern_quality(pattern)
+    with pytest.raises(ValueError, match="^reference_attention: got 'both'"):
+        analyzer.analyze_pattern_quality(pattern, weights, query=q, key=k)
+
+
+def test_optimizer_finds_a_configuration_that_reaches_the_target():
+    from tessera.compat import PatternOptimizer
+
+    q, k, v = qkv(1, 512, 2, 16)
+    k[:, :32] += 2 * q.mean(1, keepdim=True)
+    config, found = PatternOptimizer(target_coverage=0.5, block_size=32).optimize(q, k)
+    assert found.reached and isinstance(config, SparsePatternConfig)
+    pattern = config.pattern(512)
+    assert pattern.density == pytest.approx(found.density)
+    assert tessera.analysis.quality(q, k, v, pattern).coverage >= 0.5
+
+
+def test_statistics_and_pictures_of_bool_tensors():
+    from tessera.compat import PatternVisualizer, pattern_statistics
+
+    mask = torch.eye(4, dtype=torch.bool)
+    stats = pattern_statistics(mask, block_size=16)
+    assert stats["density"] == stats["avg_row_density"] == 0.25 and stats["diagonal_density"] == 1.0
+    assert PatternVisualizer().visualize_pattern(mask, block_size=16).split() == ["#...", ".#..", "..#.", "...#"]

@@ -210,6 +210,47 @@ def test_example_2_and_3_are_not_there_yet():
 # ---- advanced features -----------------------------------------------------------------------------------------------
 
 
+def test_pattern_visualization(tmp_path):
+    from tessera import PatternConfig, PatternVisualizer, SparsePatternGenerator
+
+    config = PatternConfig(pattern_type="dilated_sparse", sparsity_ratio=0.1)
+    generator = SparsePatternGenerator(config)
+    pattern = generator.generate_pattern(seq_len=4096, num_heads=8)
+    path = tmp_path / "sparse_pattern.png"
+    visualizer = PatternVisualizer()
+    visualizer.visualize_pattern(pattern, title="Dilated Sparse Pattern (90% sparse)", save_path=str(path))
+    assert path.read_bytes().startswith(b"\x89PNG\r\n")
+    assert pattern.density == pytest.approx(0.1, abs=0.5 / 32)
+
+
+def test_pattern_quality_analysis(capsys):
+    from tessera import PatternQualityAnalyzer, SparsePatternGenerator, pattern_statistics
+
+    pattern = SparsePatternGenerator(pattern_type="dilated_sparse", sparsity_ratio=0.1).generate_pattern(1024, 2)
+    q, k, _ = qkv(1, 1024, 2, 16)
+    dense_attention_weights = torch.softmax(3 * torch.einsum("bqhd,bkhd->bhqk", q, k) / 4, -1)
+
+    analyzer = PatternQualityAnalyzer()
+    metrics = analyzer.analyze_pattern_quality(sparse_pattern=pattern, reference_attention=dense_attention_weights)
+    print(f"Coverage: {metrics.coverage_ratio:.2%}")
+    print(f"Locality: {metrics.locality_score:.2%}")
+    print(f"Efficiency: {metrics.efficiency_score:.2f}x")
+    print(f"Approximation Error: {metrics.approximation_error:.4f}")
+
+    kept = dense_attention_weights * pattern.to_token_mask()
+    assert metrics.coverage_ratio == pytest.approx(float(kept.sum(-1).mean()), rel=1e-4)
+    assert metrics.efficiency_score == pytest.approx(metrics.coverage_ratio / pattern.density, rel=1e-4)
+    again = kept / kept.sum(-1, keepdim=True)
+    error = (again - dense_attention_weights).norm() / dense_attention_weights.norm()
+    assert metrics.approximation_error == pytest.approx(float(error), rel=1e-3)
+
+    stats = pattern_statistics(pattern)
+    print(f"Average row density: {stats['avg_row_density']:.2%}")
+    print(f"Diagonal density: {stats['diagonal_density']:.2%}")
+    assert stats["avg_row_density"] == pytest.approx(1 / 8) and stats["diagonal_density"] == 1.0
+    assert "Diagonal density: 100.00%" in capsys.readouterr().out
+
+
 def test_custom_pattern_definition():
     def create_custom_pattern(seq_len, num_heads, block_size=128):
         num_blocks = seq_len // block_size
