@@ -1,4 +1,5 @@
-# What an installed Tessera consists of: library, headers, program, sample, and the CMake package `tessera`.
+# What an installed Tessera consists of: library, headers, program, sample, the operators for PyTorch where they were
+# built, and the CMake package `tessera`.
 include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/tessera)
@@ -9,6 +10,13 @@ install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/tessera DESTINATION ${CMAKE_INST
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/data/ DESTINATION ${CMAKE_INSTALL_DATADIR}/tessera)
 if(TARGET tessera_cli)
   install(TARGETS tessera_cli)
+endif()
+
+if(TARGET tessera_torch)
+  install(TARGETS tessera_torch EXPORT tessera-torch-targets)
+  install(DIRECTORY ${PROJECT_SOURCE_DIR}/torch/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/tessera/torch
+    FILES_MATCHING PATTERN "*.h")
+  install(EXPORT tessera-torch-targets NAMESPACE tessera:: DESTINATION ${package_dir})
 endif()
 
 install(EXPORT tessera-targets NAMESPACE tessera:: DESTINATION ${package_dir})

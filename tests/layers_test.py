@@ -36,6 +36,8 @@ LIBRARIES = {
     "nlohmann": {"io"},
     "png.h": {"analysis"},
 }
+# Torch's own headers: nowhere but in torch/ and what tests it.
+TORCH_FOLDERS = {"torch", "ATen", "c10", "caffe2"}
 # A library neither prints, nor ends the program, nor reads its environment.
 FORBIDDEN_WORDS = re.compile(
     r"\b(?:std::(?:cout|cerr|clog)|printf|fprintf|puts|fputs|putchar|perror|fmt::print|"
@@ -96,6 +98,22 @@ def check_file(path, room, public, root, errors):
                 errors.append(f"{path.relative_to(root)}:{number}: the library must not use {match.group(0).strip()}")
 
 
+def check_torch_file(path, root, errors):
+    """torch/ stands on the public headers: it includes those, torch's, C++'s and its own, and nothing of src/."""
+    for number, quoted, target in includes(path):
+        where = f"{path.relative_to(root)}:{number}"
+        if quoted and target.startswith("tessera/"):
+            room_of_include(target, errors, where)
+        elif quoted and not (path.parent / target).is_file():
+            errors.append(f'{where}: "{target}" is neither a public header nor one of torch/')
+        elif not quoted and "/" in target and target.split("/")[0] not in TORCH_FOLDERS:
+            errors.append(f"{where}: <{target}> is of no library that torch/ knows")
+    for number, line in enumerate(strip_comments_and_strings(path.read_text()).splitlines(), 1):
+        match = FORBIDDEN_WORDS.search(line)
+        if match:
+            errors.append(f"{path.relative_to(root)}:{number}: the library must not use {match.group(0).strip()}")
+
+
 def check_tree(root):
     errors = []
     for path in sorted((root / "include/tessera").rglob("*")):
@@ -111,6 +129,9 @@ def check_tree(root):
             errors.append(f"{path.relative_to(root)}: src/{room} is no room of tests/layers_test.py")
             continue
         check_file(path, room, False, root, errors)
+    for path in sorted((root / "torch").rglob("*")):
+        if path.suffix in (".h", ".cc"):
+            check_torch_file(path, root, errors)
     return errors
 
 
@@ -127,6 +148,12 @@ def self_test(scratch):
         "src/cpu/d.cc": ('int f() { return getenv ("A") != 0; }', "must not use"),
         "src/core/e.cc": ('// getenv(, abort(\nauto x = "abort()"; void f() { snprintf(0, 0, ""); }', None),
         "src/gpu/f.cc": ("", "no room"),
+        "src/io/g.cc": ("#include <ATen/ATen.h>", "no library that the core knows"),
+        "include/tessera/block_pattern.h": ("#include <c10/util/Exception.h>", "no library that the core knows"),
+        "torch/h.cc": ('#include <ATen/ATen.h>\n#include <vector>\n#include "i.h"\n#include "tessera/dtype.h"', None),
+        "torch/i.h": ('#include "cpu/attention.h"', "neither a public header"),
+        "torch/j.cc": ("#include <fmt/format.h>", "no library that torch/ knows"),
+        "torch/k.cc": ("void f() { std::cout << 1; }", "must not use"),
     }
     for name, (text, _) in cases.items():
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,263 @@
+#include "functional.h"
+
+#include <torch/autograd.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+#include <torch/nn/functional/dropout.h>
+#include <torch/nn/functional/linear.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+
+namespace tessera::nn::functional {
+
+namespace {
+
+using ops::MaybeTensor;
+using ops::OptionArguments;
+using ops::PatternTensors;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Operators by their schemas in ops.cc. SymInt where those say so.
+#define PATTERN_TYPES \
+  const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, c10::SymIntArrayRef
+#define OPTION_TYPES                                                                                               \
+  std::optional<double>, bool, std::optional<int64_t>, std::optional<int64_t>, std::optional<c10::SymInt>,         \
+      c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,   \
+      const MaybeTensor&, double, const MaybeTensor&
+using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                   PATTERN_TYPES, OPTION_TYPES);
+using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const MaybeTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+    const at::Tensor&, std::array<bool, 6>, PATTERN_TYPES, OPTION_TYPES);
+using Weights = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, PATTERN_TYPES, OPTION_TYPES);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Calls op with `lead`, then pattern and options in the order of the schemas.
+template <class Op, class... Lead>
+auto call(const Op& op, const PatternTensors& p, const OptionArguments& o, const Lead&... lead) {
+  std::optional<c10::SymInt> q_offset;
+  if (o.q_offset) q_offset = c10::SymInt(*o.q_offset);
+  return op.call(lead..., p.indptr, p.indices, p.bitmap_index, p.bitmaps, c10::fromIntArrayRefSlow(p.shape), o.scale,
+                 o.causal, o.window_left, o.window_right, q_offset, c10::SymInt(o.k_offset), o.key_lengths,
+                 o.align_to_key_lengths, o.softcap, o.alibi_slopes, o.block_bias, o.attn_bias, o.sinks, o.dropout_p,
+                 o.rng);
+}
+
+MaybeTensor maybe(const at::Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
+
+// What backward needs beside the differentiable tensors.
+struct Saved : torch::CustomClassHolder {
+  PatternTensors pattern;
+  OptionArguments options;  // without block_bias, attn_bias and sinks: those are saved as variables
+};
+
+struct Attention : torch::autograd::Function<Attention> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const MaybeTensor& block_bias, const MaybeTensor& attn_bias, const MaybeTensor& sinks,
+                               const PatternTensors& pattern, const OptionArguments& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = find_op<Forward>("tessera::forward");
+    auto [out, lse] = call(op, pattern, options, q, k, v);
+    auto saved = c10::make_intrusive<Saved>();
+    saved->pattern = pattern;
+    saved->options = options;
+    saved->options.block_bias = saved->options.attn_bias = saved->options.sinks = std::nullopt;
+    ctx->saved_data["saved"] = c10::IValue::make_capsule(std::move(saved));
+    ctx->save_for_backward({q, k, v, out, lse, block_bias.value_or(at::Tensor()), attn_bias.value_or(at::Tensor()),
+                            sinks.value_or(at::Tensor())});
+    ctx->set_materialize_grads(false);
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list kept = ctx->get_saved_variables();
+    const auto saved = c10::static_intrusive_pointer_cast<Saved>(ctx->saved_data["saved"].toCapsule());
+    variable_list results(8);
+    if (!grads[0].defined() && !grads[1].defined()) return results;
+    const at::Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(kept[3]);
+    std::array<bool, 6> wanted{};
+    constexpr int kInputs[] = {0, 1, 2, 5, 6, 7};  // where they were saved
+    for (int i = 0, edge = 0; i < 6; ++i) {  // what was not given has no edge
+      if (kept[kInputs[i]].defined()) wanted[i] = ctx->needs_input_grad(edge++);
+    }
+    OptionArguments options = saved->options;
+    options.block_bias = maybe(kept[5]);
+    options.attn_bias = maybe(kept[6]);
+    options.sinks = maybe(kept[7]);
+    static const auto op = find_op<Backward>("tessera::backward");
+    const auto compute = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return call(op, saved->pattern, options, dout, maybe(grads[1]), kept[0], kept[1], kept[2], kept[3], kept[4],
+                  wanted);
+    };
+    auto [dq, dk, dv, dblock, dattn, dsinks] = compute();
+    const at::Tensor gradients[] = {dq, dk, dv, dblock, dattn, dsinks};
+    // With create_graph the gradients would look like constants: whoever differentiates them must hear of it.
+    c10::intrusive_ptr<torch::autograd::Node> refusal;
+    if (at::GradMode::is_enabled()) {
+      refusal = c10::make_intrusive<torch::autograd::Error>("block_sparse_attention has no second derivative",
+                                                         torch::autograd::collect_next_edges(kept, dout));
+    }
+    for (int i = 0; i < 6; ++i) {
+      if (!wanted[i]) continue;
+      results[i] = gradients[i];
+      if (refusal) torch::autograd::set_history(results[i], refusal);
+    }
+    return results;
+  }
+};
+
+void check_no_gradient(const char* name, const MaybeTensor& t) {
+  TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && t.has_value() && t->requires_grad()), name,
+                    ": requires a gradient; allowed: without, it has none");
+}
+
+// A mask as torch's modules take it, as what is added to the scores.
+at::Tensor additive(const char* name, const at::Tensor& mask, at::ScalarType dtype) {
+  if (mask.scalar_type() == at::kBool) {
+    return at::zeros(mask.sizes(), mask.options().dtype(dtype))
+        .masked_fill_(mask, -std::numeric_limits<double>::infinity());
+  }
+  TORCH_CHECK_VALUE(mask.is_floating_point(), name, ": ", mask.scalar_type(), "; allowed: bool or floating");
+  return mask.to(dtype);
+}
+
+// Padding [N, S] and mask [L, S] or [N H, L, S], joined: [N or 1, H or 1, L or 1, S], or undefined.
+at::Tensor bias_of(const MultiheadArguments& a, int64_t batch, int64_t rows, int64_t keys, at::ScalarType dtype) {
+  at::Tensor bias;
+  if (a.attn_mask.defined()) {
+    const at::Tensor mask = additive("attn_mask", a.attn_mask, dtype);
+    const at::IntArrayRef sizes = mask.sizes();
+    TORCH_CHECK_VALUE(sizes == at::IntArrayRef({rows, keys}) || sizes == at::IntArrayRef({batch * a.num_heads, rows, keys}),
+                      "attn_mask: ", sizes, "; allowed: [", rows, ", ", keys, "] or [", batch * a.num_heads, ", ", rows,
+                      ", ", keys, "]");
+    bias = mask.dim() == 2 ? mask.view({1, 1, rows, keys}) : mask.reshape({batch, a.num_heads, rows, keys});
+  }
+  if (a.key_padding_mask.defined()) {
+    const at::Tensor mask = additive("key_padding_mask", a.key_padding_mask, dtype);
+    TORCH_CHECK_VALUE(mask.sizes() == at::IntArrayRef({batch, keys}), "key_padding_mask: ", mask.sizes(),
+                      "; allowed: [", batch, ", ", keys, "]");
+    const at::Tensor padding = mask.view({batch, 1, 1, keys});
+    bias = bias.defined() ? bias + padding : padding;
+  }
+  return bias;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> project_in(const at::Tensor& query, const at::Tensor& key,
+                                                          const at::Tensor& value, const MultiheadArguments& a) {
+  namespace F = torch::nn::functional;
+  at::Tensor wq = a.q_proj_weight, wk = a.k_proj_weight, wv = a.v_proj_weight, bq, bk, bv;
+  if (a.in_proj_weight.defined()) {
+    if (query.is_same(key) && key.is_same(value)) {  // self-attention: one product
+      const auto parts = F::linear(query, a.in_proj_weight, a.in_proj_bias).chunk(3, -1);
+      return {parts[0], parts[1], parts[2]};
+    }
+    const auto parts = a.in_proj_weight.chunk(3, 0);
+    wq = parts[0], wk = parts[1], wv = parts[2];
+  }
+  if (a.in_proj_bias.defined()) {
+    const auto parts = a.in_proj_bias.chunk(3, 0);
+    bq = parts[0], bk = parts[1], bv = parts[2];
+  }
+  return {F::linear(query, wq, bq), F::linear(key, wk, bk), F::linear(value, wv, bv)};
+}
+
+}  // namespace
+
+PatternTensors pattern_tensors(const BlockPattern& pattern) {
+  auto [indptr, indices, bitmap_index, bitmaps, shape] = ops::tensors_of(pattern);
+  PatternTensors tensors{indptr, indices, {}, {}, std::move(shape)};
+  if (bitmaps.size(0) > 0) {
+    tensors.bitmap_index = bitmap_index;
+    tensors.bitmaps = bitmaps;
+  }
+  return tensors;
+}
+
+std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
+                                                          const at::Tensor& v, const PatternTensors& pattern,
+                                                          const OptionArguments& options) {
+  check_no_gradient("key_lengths", options.key_lengths);
+  check_no_gradient("alibi_slopes", options.alibi_slopes);
+  OptionArguments o = options;
+  if (o.dropout_p > 0 && !o.rng.has_value()) o.rng = at::empty({2}, at::kLong).random_();
+  for (MaybeTensor* t : {&o.block_bias, &o.attn_bias, &o.sinks}) {
+    if (t->has_value() && !(*t)->defined()) t->reset();
+  }
+  const variable_list results = Attention::apply(q, k, v, o.block_bias, o.attn_bias, o.sinks, pattern, o);
+  return {results[0], results[1]};
+}
+
+at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const PatternTensors& pattern,
+                             const OptionArguments& options) {
+  const at::NoGradGuard no_grad;
+  OptionArguments o = options;
+  o.dropout_p = 0;
+  static const auto op = find_op<Weights>("tessera::weights");
+  const at::Tensor query = q.detach(), key = k.detach();
+  auto [indices, values] = call(op, pattern, o, query, key);
+  const int64_t block_q = values.size(1), block_k = values.size(2);
+  const int64_t batch = q.size(0), heads = q.size(2), seqlen_q = q.size(1), seqlen_k = k.size(1);
+  const int64_t rows = (seqlen_q + block_q - 1) / block_q, cols = (seqlen_k + block_k - 1) / block_k;
+  at::Tensor dense = at::zeros({batch, heads, rows, block_q, cols, block_k}, values.options());
+  const auto at_column = [&](int64_t i) { return std::optional<at::Tensor>(indices.select(1, i)); };
+  dense.permute({0, 1, 2, 4, 3, 5}).index_put_({at_column(0), at_column(1), at_column(2), at_column(3)}, values);
+  return dense.view({batch, heads, rows * block_q, cols * block_k}).slice(2, 0, seqlen_q).slice(3, 0, seqlen_k);
+}
+
+std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
+                                                        const at::Tensor& value, const PatternTensors& pattern,
+                                                        const MultiheadArguments& a) {
+  const int64_t heads = a.num_heads;
+  auto [q, k, v] = project_in(query, key, value, a);
+  const auto split = [&](const at::Tensor& t) {  // [S, N, E] -> [N, S, H, D], a view
+    return t.unflatten(-1, {heads, t.size(-1) / heads}).transpose(0, 1);
+  };
+  q = split(q), k = split(k), v = split(v);
+  const int64_t batch = q.size(0), rows = q.size(1), keys = k.size(1);
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
+  const at::ScalarType exact = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+
+  OptionArguments options;
+  options.causal = a.causal;
+  options.attn_bias = maybe(bias_of(a, batch, rows, keys, exact));
+  options.dropout_p = a.dropout_p;
+  // A key of zeros has score 0 and adds nothing but to the denominator: a sink.
+  if (a.add_zero_attn) options.sinks = at::zeros({heads}, q.options().dtype(at::kFloat));
+  auto [out, lse] = block_sparse_attention(q, k, v, pattern, options);  // [N, L, H, D], [N, H, L]
+
+  at::Tensor added;  // [N, H, L]: weight of the key that is bias_k
+  if (a.bias_k.defined()) {
+    // One more key, which the pattern does not know: joined to the rest by its own score.
+    const at::Tensor bias_k = a.bias_k.view({heads, -1}), bias_v = a.bias_v.view({heads, -1});
+    const at::Tensor score = (q * bias_k).sum(-1, false, exact).transpose(1, 2) * scale;  // [N, H, L]
+    // Where a row sees no other key, lse is -inf, or 0 where there is a sink (which counts where a key is seen).
+    if (a.add_zero_attn) lse = at::where(lse == -std::numeric_limits<double>::infinity(), at::zeros_like(lse), lse);
+    added = at::sigmoid(score - lse);
+    const at::Tensor weight = added.transpose(1, 2).unsqueeze(-1).to(out.scalar_type());  // [N, L, H, 1]
+    out = out * (1 - weight) + at::dropout(weight, a.dropout_p, a.dropout_p > 0) * bias_v;
+  }
+  const at::Tensor joined = out.transpose(0, 1).flatten(2);  // [L, N, E]
+  const at::Tensor output = torch::nn::functional::linear(joined, a.out_proj_weight, a.out_proj_bias);
+  if (!a.need_weights) return {output, at::Tensor()};
+
+  const at::NoGradGuard no_grad;
+  at::Tensor weights = attention_weights(q, k, pattern, options);
+  if (added.defined()) {
+    weights = weights * (1 - added).unsqueeze(-1);
+    weights = at::cat({weights, added.unsqueeze(-1)}, -1);
+  }
+  if (a.add_zero_attn) weights = at::cat({weights, 1 - weights.sum(-1, true)}, -1);
+  weights = weights.to(q.scalar_type());
+  return {output, a.average_attn_weights ? weights.mean(1) : weights};
+}
+
+}  // namespace tessera::nn::functional

@@ -1,0 +1,59 @@
+// Block-sparse attention for C++ on libtorch, with gradients: what the modules of modules.h compute.
+//
+//   auto pattern = tessera::nn::functional::pattern_tensors(tessera::make_pattern({...}));
+//   auto [out, lse] = tessera::nn::functional::block_sparse_attention(q, k, v, pattern, {.causal = true});
+//
+// These call the operators (torch.ops.tessera), and gradients come from a torch::autograd::Function of their own: they
+// work with and without Python in the process. Errors of the caller are c10::ValueError with the core's words.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "convert.h"
+
+namespace tessera::nn::functional {
+
+// A pattern as the tensors in which it goes to the operators. Make it once, use it in many calls.
+ops::PatternTensors pattern_tensors(const BlockPattern& pattern);
+
+// q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] with any strides whose last is 1 (a [B, H, S, D] tensor is
+// given as its .transpose(1, 2)) -> out [B, Sq, H, Dv] in the dtype of q, lse [B, H, Sq] fp32 (fp64 for fp64).
+// Differentiable: q, k, v, options.block_bias, options.attn_bias, options.sinks, through out and lse. ValueError where
+// another tensor of the options requires a gradient. dropout_p > 0 without rng draws seed and offset from torch's
+// default generator: torch::manual_seed decides.
+std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
+                                                          const at::Tensor& v, const ops::PatternTensors& pattern,
+                                                          const ops::OptionArguments& options = {});
+
+// Normalised weights, before dropout and without gradient, spread out to [B, H, Sq, Sk]: for looking at short
+// sequences. The operator tessera::weights gives the kept blocks only.
+at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const ops::PatternTensors& pattern,
+                             const ops::OptionArguments& options = {});
+
+// What multi-head attention knows beside its input. Weights as torch::nn::MultiheadAttention names them; absent ones
+// are undefined.
+struct MultiheadArguments {
+  int64_t num_heads = 1;
+  at::Tensor in_proj_weight;                                // [3 E, E], or
+  at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;   // [E, E], [E, kdim], [E, vdim]
+  at::Tensor in_proj_bias;                                  // [3 E]
+  at::Tensor bias_k, bias_v;                                // [1, 1, E]: one more key that all rows see
+  bool add_zero_attn = false;                               // and one of zeros
+  at::Tensor out_proj_weight, out_proj_bias;                // [E, E], [E]
+  double dropout_p = 0;                                     // applied as it stands: 0 outside training
+  at::Tensor key_padding_mask;  // [N, S]; bool: true is hidden; floating: added to the scores
+  at::Tensor attn_mask;         // [L, S] or [N * num_heads, L, S]; bool: true is hidden; floating: added
+  bool causal = false;
+  bool need_weights = false;
+  bool average_attn_weights = true;
+};
+
+// query [L, N, E], key [S, N, kdim], value [S, N, vdim], pattern of (L, S) -> output [L, N, E] and, if wanted, weights
+// [N, L, S + extra keys] (or [N, num_heads, L, ...] when not averaged), before dropout and without gradient.
+std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
+                                                        const at::Tensor& value, const ops::PatternTensors& pattern,
+                                                        const MultiheadArguments& arguments);
+
+}  // namespace tessera::nn::functional

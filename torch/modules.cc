@@ -1,0 +1,122 @@
+#include "modules.h"
+
+#include <torch/nn/init.h>
+
+#include <ostream>
+#include <string>
+#include <utility>
+
+namespace tessera::nn {
+
+PatternSource::PatternSource(const PatternSpec& spec) : spec_(spec), last_(std::make_shared<Last>()) {}
+
+ops::PatternTensors PatternSource::get(int64_t seqlen_q, int64_t seqlen_k) const {
+  const std::lock_guard lock(last_->mutex);
+  if (last_->seqlen_q != seqlen_q || last_->seqlen_k != seqlen_k) {
+    PatternSpec spec = spec_;
+    spec.seqlen_q = seqlen_q;
+    spec.seqlen_k = seqlen_k;
+    last_->tensors = ops::translate_errors([&] { return functional::pattern_tensors(make_pattern(spec)); });
+    last_->seqlen_q = seqlen_q;
+    last_->seqlen_k = seqlen_k;
+  }
+  return last_->tensors;
+}
+
+namespace {
+
+void check_rank(const char* name, const at::Tensor& t, int64_t rank, const char* dims) {
+  TORCH_CHECK_VALUE(t.dim() == rank, name, ": ", t.dim(), " dimensions; allowed: ", dims);
+}
+
+bool is_causal(const PatternSpec& spec) { return spec.causal || spec.kind == PatternKind::causal; }
+
+}  // namespace
+
+BlockSparseAttentionImpl::BlockSparseAttentionImpl(BlockSparseAttentionOptions options_)
+    : options(std::move(options_)), pattern_(options.pattern) {}
+
+void BlockSparseAttentionImpl::pretty_print(std::ostream& stream) const {
+  stream << "tessera::nn::BlockSparseAttention(pattern=" << name_of(options.pattern.kind)
+         << ", block=" << options.pattern.block_q << "x" << options.pattern.block_k
+         << ", causal=" << std::boolalpha << is_causal(options.pattern) << ")";
+}
+
+at::Tensor BlockSparseAttentionImpl::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                             const at::Tensor& key_lengths) {
+  check_rank("q", q, 4, "[B, Sq, H, D]");
+  check_rank("k", k, 4, "[B, Sk, Hkv, D]");
+  ops::OptionArguments o;
+  o.scale = options.scale;
+  o.causal = is_causal(options.pattern);
+  o.window_left = options.window_left;
+  o.window_right = options.window_right;
+  o.softcap = options.softcap;
+  o.dropout_p = is_training() ? options.dropout : 0;
+  if (key_lengths.defined()) o.key_lengths = key_lengths;
+  return std::get<0>(functional::block_sparse_attention(q, k, v, pattern_.get(q.size(1), k.size(1)), o));
+}
+
+MultiheadAttentionImpl::MultiheadAttentionImpl(const torch::nn::MultiheadAttentionOptions& options_,
+                                               const PatternSpec& pattern)
+    : options(options_), pattern_(pattern) {
+  MultiheadAttentionImpl::reset();
+}
+
+void MultiheadAttentionImpl::reset() {
+  const int64_t dim = options.embed_dim(), heads = options.num_heads();
+  TORCH_CHECK_VALUE(heads > 0 && dim > 0 && dim % heads == 0, "embed_dim: ", dim, " for ", heads,
+                    " heads; allowed: positive, a multiple of num_heads");
+  const bool one_weight = options.kdim() == dim && options.vdim() == dim;
+  const auto parameter = [&](const char* name, bool present, at::IntArrayRef sizes) {
+    return present ? register_parameter(name, torch::empty(sizes)) : register_parameter(name, {}, false);
+  };
+  in_proj_weight = parameter("in_proj_weight", one_weight, {3 * dim, dim});
+  q_proj_weight = parameter("q_proj_weight", !one_weight, {dim, dim});
+  k_proj_weight = parameter("k_proj_weight", !one_weight, {dim, options.kdim()});
+  v_proj_weight = parameter("v_proj_weight", !one_weight, {dim, options.vdim()});
+  in_proj_bias = parameter("in_proj_bias", options.bias(), {3 * dim});
+  out_proj = register_module("out_proj", torch::nn::Linear(torch::nn::LinearOptions(dim, dim).bias(options.bias())));
+  bias_k = parameter("bias_k", options.add_bias_kv(), {1, 1, dim});
+  bias_v = parameter("bias_v", options.add_bias_kv(), {1, 1, dim});
+  for (at::Tensor* weight : {&in_proj_weight, &q_proj_weight, &k_proj_weight, &v_proj_weight}) {
+    if (weight->defined()) torch::nn::init::xavier_uniform_(*weight);
+  }
+  for (at::Tensor* bias : {&in_proj_bias, &out_proj->bias}) {
+    if (bias->defined()) torch::nn::init::constant_(*bias, 0);
+  }
+  for (at::Tensor* extra : {&bias_k, &bias_v}) {
+    if (extra->defined()) torch::nn::init::xavier_normal_(*extra);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(const at::Tensor& query, const at::Tensor& key,
+                                                                   const at::Tensor& value,
+                                                                   const at::Tensor& key_padding_mask,
+                                                                   bool need_weights, const at::Tensor& attn_mask,
+                                                                   bool average_attn_weights) {
+  check_rank("query", query, 3, "[L, N, embed_dim]");
+  check_rank("key", key, 3, "[S, N, kdim]");
+  check_rank("value", value, 3, "[S, N, vdim]");
+  functional::MultiheadArguments a;
+  a.num_heads = options.num_heads();
+  a.in_proj_weight = in_proj_weight;
+  a.q_proj_weight = q_proj_weight;
+  a.k_proj_weight = k_proj_weight;
+  a.v_proj_weight = v_proj_weight;
+  a.in_proj_bias = in_proj_bias;
+  a.bias_k = bias_k;
+  a.bias_v = bias_v;
+  a.add_zero_attn = options.add_zero_attn();
+  a.out_proj_weight = out_proj->weight;
+  a.out_proj_bias = out_proj->bias;
+  a.dropout_p = is_training() ? options.dropout() : 0;
+  a.key_padding_mask = key_padding_mask;
+  a.attn_mask = attn_mask;
+  a.causal = is_causal(pattern_.spec());
+  a.need_weights = need_weights;
+  a.average_attn_weights = average_attn_weights;
+  return functional::multi_head_attention(query, key, value, pattern_.get(query.size(0), key.size(0)), a);
+}
+
+}  // namespace tessera::nn
