@@ -24,6 +24,8 @@ _LAZY: dict[str, str] = {
         (
             "BlockSparseRingDilatedAttention",
             "BlockSparseRingDilatedAttentionV2",
+            "BlockSparseRingMultiheadDilatedAttention",
+            "BlockSparseRingMultiheadDilatedAttentionV2",
             "PatternConfig",
             "PatternOptimizer",
             "PatternQualityAnalyzer",
@@ -31,7 +33,9 @@ _LAZY: dict[str, str] = {
             "SparsePatternConfig",
             "SparsePatternGenerator",
             "create_block_sparse_attention",
+            "create_block_sparse_multihead_attention",
             "create_dilated_attention",
+            "create_multihead_block_sparse",
             "estimate_memory_savings",
             "get_block_sparse_preset",
             "pattern_statistics",

@@ -158,3 +158,7 @@ class PatternGenerator:
             key, lambda: config.pattern(seq_len, seq_len_k, causal=causal, heads=num_heads))
 
     create_pattern = generate_pattern
+
+    def __call__(self, seqlen_q: int, seqlen_k: int) -> BlockPattern:
+        """generate_pattern for one head, as a module's ``pattern=`` argument."""
+        return self.generate_pattern(seqlen_q, 1, seqlen_k)

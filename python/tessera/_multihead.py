@@ -207,14 +207,20 @@ def dense_weights(
 def _block_weights(q: Tensor, k: Tensor, pattern: BlockPattern, share: Tensor | None, **options: Any) -> dict[str, Any]:
     """Block form of the weights; share ``[N, H, L]``: the part of the softmax that these keys hold, None: all."""
     w = attention_weights(q, k, pattern, **options)
-    values = w.block_values
-    if share is not None:
-        batch, head, row = w.block_indices[:, 0], w.block_indices[:, 1], w.block_indices[:, 2]
-        rows = F.pad(share, (0, pattern.rows * pattern.block_q - share.shape[-1])).unflatten(-1, (-1, pattern.block_q))
-        values = values * rows[batch, head, row].unsqueeze(-1)
     return {
-        "block_indices": w.block_indices, "block_values": values, "block_size": w.block_size, "shape": w.shape,
+        "block_indices": w.block_indices, "block_values": _scale_rows(w.block_indices, w.block_values, share),
+        "block_size": w.block_size, "shape": w.shape,
     }  # fmt: skip
+
+
+def _scale_rows(indices: Tensor, values: Tensor, share: Tensor | None) -> Tensor:
+    """Values of blocks ``[n, block_q, block_k]``, each row times its share ``[N, H, L]``."""
+    if share is None:
+        return values
+    block_q = values.shape[1]
+    rows = F.pad(share, (0, -share.shape[-1] % block_q)).unflatten(-1, (-1, block_q))
+    batch, head, row = indices[:, 0], indices[:, 1], indices[:, 2]
+    return values * rows[batch, head, row].unsqueeze(-1)
 
 
 def multi_head_attention_forward(
@@ -240,6 +246,8 @@ def multi_head_attention_forward(
     need_weights: bool | str = False,
     average_attn_weights: bool = True,
     batch_first: bool = False,
+    attend: Callable[..., tuple[Tensor, Tensor, dict[str, Any] | None]] | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | dict[str, Any] | None]:
     """:class:`tessera.MultiheadAttention` as a function of its parameters; batched input only.
 
@@ -248,6 +256,9 @@ def multi_head_attention_forward(
         in_proj_weight: ``[3 E, E]``, or None and three ``separate_proj_weights``; in_proj_bias: ``[3 E]`` or None.
         pattern: as :func:`pattern_source` returns it; over query and key, without bias_k, bias_v and the zero key, which
             every row sees.
+        attend: in place of a pattern: (q, k, v, causal, return_weights, dropout_p, attn_bias=, key_lengths=) -> (out, lse,
+            weights in block form or None); need_weights is then False or "blocks".
+        norm: applied to the joined heads ``[..., E]``, before the output projection.
         key_lengths: int64 ``[N]``, in place of a key_padding_mask.
 
     Others as the module. Returns (output, weights).
@@ -291,14 +302,21 @@ def multi_head_attention_forward(
         key_lengths, padding = _padding(key_padding_mask, q.dtype)
         if padding is not None:
             bias = padding if bias is None else bias + padding
-    blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
-
     options: dict[str, Any] = {"causal": causal, "attn_bias": bias, "key_lengths": key_lengths}
     extra = _extra_keys(k, v, bias_k, bias_v, add_zero_attn)
-    if extra is None and not need_weights:
+    if attend is not None:
+        # A mask that is known to be causal must not change which pattern is made.
+        known = causal or (is_causal and seqlen_q == seqlen_k)
+        out, part_lse, found = attend(
+            q, k, v, known, bool(need_weights), dropout_p, attn_bias=bias, key_lengths=key_lengths
+        )
+        lse = part_lse
+    elif extra is None and not need_weights:
+        blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
         out = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, **options)
         lse = part_lse = None
     else:
+        blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
         out, part_lse = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, return_lse=True, **options)
         lse = part_lse
     if extra is not None:
@@ -309,11 +327,16 @@ def multi_head_attention_forward(
 
     if not batch_first:
         out = out.transpose(0, 1)
-    out = F.linear(out.reshape(*out.shape[:2], -1), out_proj_weight, out_proj_bias)
+    out = out.reshape(*out.shape[:2], -1)
+    if norm is not None:
+        out = norm(out)
+    out = F.linear(out, out_proj_weight, out_proj_bias)
     if not need_weights:
         return out, None
     if need_weights == "blocks":
         share = None if extra is None else (part_lse - lse).exp().nan_to_num(0.0)
+        if attend is not None:
+            return out, {**found, "block_values": _scale_rows(found["block_indices"], found["block_values"], share)}
         return out, _block_weights(q, k, blocks, share, **options)
     keep = None if pattern is None else blocks.to_token_mask()
     scale = 1 / math.sqrt(q.shape[-1])

@@ -16,6 +16,7 @@ from . import _dilated, analysis, functional
 from ._pattern import BlockPattern
 from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
 from .config import PatternConfig, SparsePatternConfig, check_density, reject
+from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
 
 __all__ = [
@@ -25,11 +26,15 @@ __all__ = [
     "pattern_statistics",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingDilatedAttentionV2",
+    "BlockSparseRingMultiheadDilatedAttention",
+    "BlockSparseRingMultiheadDilatedAttentionV2",
     "PatternConfig",
     "SparsePatternConfig",
     "SparsePatternGenerator",
     "create_block_sparse_attention",
+    "create_block_sparse_multihead_attention",
     "create_dilated_attention",
+    "create_multihead_block_sparse",
     "estimate_memory_savings",
     "get_block_sparse_preset",
 ]
@@ -126,28 +131,28 @@ class _Configured(nn.Module):
         if self._is_segmented(seqlen_q, seqlen_k):
             return _dilated.density(seqlen_q, num_heads, self.segment_lengths, self.dilation_rates,  # type: ignore[arg-type]
                                     causal, self._inner(causal))
-        pattern = self.pattern_generator.generate_pattern(seqlen_q, num_heads, seqlen_k, causal)
+        pattern = self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k)
+        if pattern is None:  # made apart: asking changes no cache
+            pattern = self.sparse_config.pattern(seqlen_q, seqlen_k, causal=causal, heads=num_heads)
         return pattern.statistics(causal=causal).density
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, return_weights: bool = False,
-               dropout_p: float = 0.0, **options: Any) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """q [B, Sq, H, D], k, v [B, Sk, Hkv, D] -> [B, Sq, H, Dv], and the weights in block form if asked. Monitored."""
-        heads, seqlen_q, seqlen_k = q.shape[2], q.shape[1], k.shape[1]
-        self._last = heads, seqlen_q, seqlen_k, causal
-        found: dict[str, Any] = {}
+               dropout_p: float = 0.0, **options: Any) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
+        """q [B, Sq, H, D], k, v [B, Sk, Hkv, D] -> out [B, Sq, H, Dv], lse [B, H, Sq], and the weights in block form if
+        asked. Monitored."""
+        self._last = q.shape[2], q.shape[1], k.shape[1], causal
+        lse: list[Tensor] = []
 
         def call() -> Tensor:
-            out, lse = self._compute(q, k, v, causal, dropout_p, options)
-            found["lse"] = lse
+            out, found = self._compute(q, k, v, causal, dropout_p, options)
+            lse.append(found)
             return out
 
         if self.performance_monitor.enabled and not torch.compiler.is_compiling():
             out = self.performance_monitor.run(call, q, k, v, lambda: self._facts(q, k, v, causal, options))
         else:
             out = call()
-        if not return_weights:
-            return out
-        return out, self._weights(q, k, found["lse"], causal, options)
+        return out, lse[0], self._weights(q, k, lse[0], causal, options) if return_weights else None
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float,
                  options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -287,12 +292,80 @@ class BlockSparseRingDilatedAttention(_Configured):
         return_attention_weights: also the weights of the kept blocks (no gradient): a dict of block_indices int64 [n, 4]
         (batch, head, block row, block column), block_values [n, block_q, block_k], block_size and shape (B, H, Sq, Sk).
         Rows of all blocks of a head sum to 1. options: scale, key_lengths, attn_bias, ... of the functions beneath."""
-        return self.attend(query, key, value, is_causal, return_attention_weights,
-                           self.dropout if self.training else 0.0, **options)
+        out, _, weights = self.attend(query, key, value, is_causal, return_attention_weights,
+                                      self.dropout if self.training else 0.0, **options)
+        return (out, weights) if return_attention_weights else out
 
 
 class BlockSparseRingDilatedAttentionV2(BlockSparseRingDilatedAttention):
     """The same under its later name."""
+
+
+class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
+    """nn.MultiheadAttention over a pattern: its arguments, parameters and state_dict, with the guides' defaults.
+
+    Differs from tessera.MultiheadAttention: batch_first is True; ``attention(x)`` is self-attention; weights are returned
+    only if asked for, and then in block form, one head at a time.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch.
+        use_layer_norm: normalises the joined heads before the output projection (as LongNet does); has parameters.
+        Others as BlockSparseRingDilatedAttention.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
+                 add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None,
+                 batch_first: bool = True, device: Any = None, dtype: torch.dtype | None = None, *,
+                 segment_lengths: Sequence[int] | None = None, dilation_rates: Sequence[int] | None = None,
+                 sparse_config: Any = None, sparsity_ratio: float | None = None, use_layer_norm: bool = False,
+                 ring_size: int = 1, use_adaptive_sparsity: bool = False, enable_memory_pool: bool = False,
+                 **fields: Any) -> None:
+        MultiheadAttention.__init__(self, embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+                                    batch_first, device, dtype)
+        self._configure(segment_lengths, dilation_rates, sparse_config, ring_size, use_adaptive_sparsity,
+                        enable_memory_pool, {"sparsity_ratio": sparsity_ratio, **fields})
+        self.pattern = self.pattern_generator
+        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype) if use_layer_norm else None
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, **arguments: Any) -> BlockSparseRingMultiheadDilatedAttention:
+        """A module that shares the parameters of ``module``; arguments: segment_lengths, sparse_config, sparsity_ratio, ...
+        of the constructor."""
+        if not isinstance(module, nn.MultiheadAttention):
+            reject("module", type(module).__name__, "torch.nn.MultiheadAttention", TypeError)
+        new = cls(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
+                  module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim, module.batch_first,
+                  device="meta", **arguments)
+        for name, parameter in module._parameters.items():
+            new._parameters[name] = parameter
+        new.out_proj = module.out_proj
+        return new.train(module.training)
+
+    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,  # type: ignore[override]
+                key_padding_mask: Tensor | None = None, need_weights: bool | str = False, attn_mask: Tensor | None = None,
+                average_attn_weights: bool = True, is_causal: bool = False,
+                return_attention_weights: bool = False) -> Any:
+        """query [B, L, E], key [B, S, kdim] (default: query), value [B, S, vdim] (default: key); without batch_first B is
+        second. Masks as nn.MultiheadAttention. Returns (output, weights): weights is None, or with need_weights or
+        return_attention_weights the dict of BlockSparseRingDilatedAttention (of every head: nothing is averaged)."""
+        key = query if key is None else key
+        value = key if value is None else value
+        asked = "blocks" if need_weights or return_attention_weights else False
+        return super().forward(query, key, value, key_padding_mask, asked, attn_mask, average_attn_weights, is_causal)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        return super()._attend(query, key, value, attend=self.attend, norm=self.norm, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}, {super().extra_repr()}"
+
+
+class BlockSparseRingMultiheadDilatedAttentionV2(BlockSparseRingMultiheadDilatedAttention):
+    """The same; without weights it returns the output alone."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        out, weights = super().forward(*arguments, **named)
+        return out if weights is None else (out, weights)
 
 
 # ---- Factories -----------------------------------------------------------------------------------------------------
@@ -318,6 +391,15 @@ def create_block_sparse_attention(variant: str = "auto", **arguments: Any) -> nn
     if variant == "multihead":
         return BlockSparseRingMultiheadDilatedAttention(**arguments)
     reject("variant", variant, "auto, base, multihead")
+
+
+def create_multihead_block_sparse(embed_dim: int, num_heads: int,
+                                  **arguments: Any) -> BlockSparseRingMultiheadDilatedAttention:
+    """BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments)."""
+    return BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments)
+
+
+create_block_sparse_multihead_attention = create_multihead_block_sparse
 
 
 def get_block_sparse_preset(preset: str, **arguments: Any) -> nn.Module:

@@ -8,7 +8,12 @@ import pytest
 import tessera
 import torch
 from tessera import _dilated
-from tessera.compat import BlockSparseRingDilatedAttention, SparsePatternConfig, SparsePatternGenerator
+from tessera.compat import (
+    BlockSparseRingDilatedAttention,
+    BlockSparseRingMultiheadDilatedAttention,
+    SparsePatternConfig,
+    SparsePatternGenerator,
+)
 
 
 def qkv(batch, seqlen, heads, dim, kv_heads=None):
@@ -224,6 +229,87 @@ def test_dropout_is_for_training_only():
     assert torch.equal(attention(q, k, v), first) and not torch.equal(attention(q, k, v), first)
     attention.eval()
     assert torch.equal(attention(q, k, v), attention(q, k, v))
+
+
+MULTIHEAD = {"embed_dim": 32, "num_heads": 4, "sparsity_ratio": 0.5, "block_size": 16}
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}, {"kdim": 24, "vdim": 40}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_multihead_equals_torch_under_the_corresponding_mask(options, masked):
+    ours = BlockSparseRingMultiheadDilatedAttention(**MULTIHEAD, **options)
+    torchs = torch.nn.MultiheadAttention(32, 4, batch_first=True, **options)
+    torchs.load_state_dict(ours.state_dict())
+    query, key = torch.randn(2, 100, 32), torch.randn(2, 130, options.get("kdim", 32))
+    value = torch.randn(2, 130, options.get("vdim", 32))
+    kept = ours.pattern_generator.create_pattern(100, 4, 130).to_token_mask()[0, 0]
+    masks = {}
+    if masked:
+        masks["key_padding_mask"] = torch.arange(130) >= torch.tensor([[130], [90]])
+        kept = kept & (torch.rand(100, 130) < 0.9)
+        masks["attn_mask"] = ~kept
+    expected, dense = torchs(
+        query, key, value, **{**masks, "attn_mask": ~kept}, need_weights=True, average_attn_weights=False
+    )
+    out, weights = ours(query, key, value, need_weights=True, **masks)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for (b, h, i, j), block in zip(weights["block_indices"].tolist(), weights["block_values"], strict=True):
+        part = dense[b, h, i * 16 : i * 16 + 16, j * 16 : min(j * 16 + 16, 130)]
+        torch.testing.assert_close(block[: part.shape[0], : part.shape[1]], part, atol=1e-6, rtol=1e-4)
+
+
+def test_multihead_attends_to_itself_and_agrees_whether_weights_are_asked_for():
+    attention = BlockSparseRingMultiheadDilatedAttention(**MULTIHEAD)
+    x = torch.randn(2, 100, 32)
+    out, none = attention(x)
+    assert none is None and torch.equal(out, attention(x, x, x)[0])
+    torch.testing.assert_close(attention(x, return_attention_weights=True)[0], out)
+    causal = torch.ones(100, 100, dtype=torch.bool).triu(1)
+    calls = [
+        attention(x, is_causal=True)[0],
+        attention(x, attn_mask=causal, is_causal=True)[0],
+        attention(x, attn_mask=causal, is_causal=True, need_weights=True)[0],
+    ]
+    for other in calls[1:]:
+        torch.testing.assert_close(other, calls[0], atol=1e-5, rtol=1e-5)
+    assert attention(x[0])[0].shape == (100, 32)
+    second = BlockSparseRingMultiheadDilatedAttention(**MULTIHEAD, batch_first=False)
+    second.load_state_dict(attention.state_dict())
+    torch.testing.assert_close(second(x.transpose(0, 1))[0].transpose(0, 1), out)
+
+
+@pytest.mark.parametrize("segments", [{}, {"segment_lengths": [64, 128], "dilation_rates": [1, 2]}])
+def test_multihead_in_an_encoder_layer_is_sparse_in_every_mode(segments):
+    attention = BlockSparseRingMultiheadDilatedAttention(**MULTIHEAD, **segments)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    dense = layer.self_attn
+    layer.self_attn = attention.from_torch(dense, sparsity_ratio=0.5, block_size=16, **segments)
+    x = torch.randn(1, 200, 32)
+    trained = layer(x)
+    layer.eval()
+    torch.testing.assert_close(layer(x), trained, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), trained, atol=1e-5, rtol=1e-5)
+    layer.self_attn = dense.eval()
+    assert not torch.allclose(layer(x), trained, atol=1e-3)
+
+
+def test_multihead_with_segments_and_norm():
+    attention = BlockSparseRingMultiheadDilatedAttention(
+        **MULTIHEAD, segment_lengths=[64], dilation_rates=[1], use_layer_norm=True
+    )
+    x = torch.randn(1, 128, 32, requires_grad=True)
+    out, weights = attention(x, need_weights=True)
+    assert weights["block_values"].shape[1:] == (16, 16) and weights["shape"] == (1, 4, 128, 128)
+    changed = x.detach().clone()
+    changed[:, 64:] += 1
+    assert torch.equal(attention(changed)[0][:, :64], out[:, :64])  # the other segment
+    out.sum().backward()
+    assert attention.norm.weight.grad.abs().sum() > 0
+    copy.deepcopy(attention)(x)
+    pickle.loads(pickle.dumps(attention))(x)
+    attention.to(torch.float64)
+    assert attention(x.double())[0].dtype == torch.float64
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------
