@@ -14,11 +14,6 @@ std::string text_of(const at::Tensor& t) {
   return text + "] on " + t.device().str();
 }
 
-void check_cpu(const char* name, const at::Tensor& t) {
-  if (!t.device().is_cpu()) fail(name, "a tensor on " + t.device().str(), "a tensor on cpu");
-  if (t.layout() != at::kStrided) fail(name, "a sparse tensor", "a strided tensor");
-}
-
 DType dtype_of(const char* name, const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::f32;
@@ -32,7 +27,7 @@ DType dtype_of(const char* name, const at::Tensor& t) {
 
 // 1-D integers, contiguous, of the given type.
 at::Tensor integers(const char* name, const at::Tensor& t, at::ScalarType wanted) {
-  check_cpu(name, t);
+  check_device(name, t);
   if (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong) fail(name, text_of(t), "int32 or int64");
   return t.to(wanted).contiguous();
 }
@@ -45,9 +40,14 @@ std::vector<T> vector_of(const at::Tensor& t) {
 
 }  // namespace
 
+void check_device(const char* name, const at::Tensor& t) {
+  if (!t.device().is_cpu()) fail(name, "a tensor on " + t.device().str(), "a tensor on cpu");
+  if (t.layout() != at::kStrided) fail(name, "a sparse tensor", "a strided tensor");
+}
+
 TensorView view_of(const char* name, const at::Tensor& t) {
   if (!t.defined()) return {};
-  check_cpu(name, t);
+  check_device(name, t);
   if (t.dim() < 1 || t.dim() > TensorView::kMaxRank) {
     fail(name, std::to_string(t.dim()) + " dimensions", "1 to " + std::to_string(TensorView::kMaxRank));
   }

@@ -24,6 +24,9 @@ auto translate_errors(F f) -> decltype(f()) {
   }
 }
 
+// Error unless t is a strided tensor on the CPU.
+void check_device(const char* name, const at::Tensor& t);
+
 // Error for devices and dtypes that the core does not know. A missing or undefined tensor becomes an undefined view.
 TensorView view_of(const char* name, const at::Tensor& t);
 TensorView view_of(const char* name, const MaybeTensor& t);

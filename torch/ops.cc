@@ -343,6 +343,17 @@ int64_t dilated_pairs_op(const at::Tensor& q, DILATION_PARAMETERS, OPTION_PARAME
   });
 }
 
+// What other devices and sparse tensors come to.
+void unsupported(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  translate_errors([&] {
+    const auto args = torch::jit::last(*stack, op.schema().arguments().size());
+    for (size_t i = 0; i < args.size(); ++i) {
+      if (args[i].isTensor()) check_device(op.schema().arguments()[i].name().c_str(), args[i].toTensor());
+    }
+    fail("tensors", "a device or a layout without a kernel", "strided tensors on cpu");
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tessera, m) {
@@ -379,6 +390,13 @@ TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("varlen_backward", varlen_backward_op);
   m.impl("dilated_forward", dilated_forward_op);
   m.impl("dilated_backward", dilated_backward_op);
+}
+
+TORCH_LIBRARY_IMPL(tessera, CompositeExplicitAutograd, m) {
+  for (const char* name : {"forward", "backward", "decode", "weights", "merge", "varlen_forward", "varlen_backward",
+                           "dilated_forward", "dilated_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
+  }
 }
 
 }  // namespace tessera::ops

@@ -62,6 +62,12 @@ def _check_rank(name: str, t: Tensor, rank: int) -> None:
         raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: {rank}")
 
 
+def _check_device(q: Tensor, **others: Tensor) -> None:
+    for name, t in others.items():
+        if t.device != q.device:
+            raise ValueError(f"{name}: got a tensor on {t.device}; allowed: a tensor on {q.device}, as q")
+
+
 def _like(t: Tensor) -> Tensor:
     return _empty_as(t, tuple(t.shape), t.dtype)
 
@@ -70,14 +76,14 @@ def _like(t: Tensor) -> Tensor:
 @register_fake("tessera::decode")
 @register_fake("tessera::dilated_forward")
 def _forward_fake(q, k, v, *args, **kwargs):
-    _check_rank("q", q, 4), _check_rank("v", v, 4)
+    _check_rank("q", q, 4), _check_rank("v", v, 4), _check_device(q, k=k, v=v)
     b, s, h, _ = q.shape
     return _empty_as(q, (b, s, h, v.shape[3]), q.dtype), q.new_empty((b, h, s), dtype=_lse_type(q))
 
 
 @register_fake("tessera::varlen_forward")
 def _varlen_forward_fake(q, k, v, *args, **kwargs):
-    _check_rank("q", q, 3), _check_rank("v", v, 3)
+    _check_rank("q", q, 3), _check_rank("v", v, 3), _check_device(q, k=k, v=v)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_type(q))
 
 

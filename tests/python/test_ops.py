@@ -1,0 +1,249 @@
+"""torch.ops.tessera: opcheck of each operator (schema, fake tensors, autograd registration, AOT dispatch), and gradcheck of
+each gradient in fp64, where the core runs its plain reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+import tessera
+from tessera import BlockPattern, patterns
+
+ops = torch.ops.tessera
+S, BLOCK = 40, 16
+
+
+def qkv(dtype=torch.float32, heads=2, kv_heads=1, seqlen_q=S, seqlen_k=S, dim=8, grad=True, batch=1, layout="bshd"):
+    def make(s, h):
+        t = torch.randn(batch, s, h, dim, dtype=dtype)
+        if layout == "bhsd":
+            t = t.transpose(1, 2).contiguous().transpose(1, 2)
+        return t.requires_grad_(grad)
+
+    return make(seqlen_q, heads), make(seqlen_k, kv_heads), make(seqlen_k, kv_heads)
+
+
+PATTERN = patterns.random(S, block=BLOCK, density=0.6)
+PARTIAL = BlockPattern.from_token_mask(torch.rand(S, S, generator=torch.Generator().manual_seed(1)) < 0.5, block=BLOCK)
+
+
+def options(**given):
+    """Options by position, as in the schemas."""
+    names = [a.name for a in ops.forward.default._schema.arguments][8:]
+    defaults = [a.default_value for a in ops.forward.default._schema.arguments][8:]
+    assert set(given) <= set(names)
+    return [given.get(n, d) for n, d in zip(names, defaults)]
+
+
+FORWARD_CASES = {
+    "plain": (PATTERN, {}),
+    "bitmaps": (PARTIAL, {"causal": True}),
+    "window": (PATTERN, {"window_left": 9, "window_right": 3, "q_offset": 2, "k_offset": 1, "scale": 0.3}),
+    "lengths": (PATTERN, {"key_lengths": torch.tensor([25]), "softcap": 5.0, "alibi_slopes": torch.rand(2)}),
+    "biases": (
+        PATTERN,
+        {
+            "block_bias": torch.randn(1, 2, PATTERN.num_blocks, requires_grad=True),
+            "attn_bias": torch.randn(1, 1, S, S, requires_grad=True),
+            "sinks": torch.randn(2, requires_grad=True),
+        },
+    ),
+    "dropout": (PATTERN, {"dropout_p": 0.3, "rng": torch.tensor([3, 4])}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"), [("plain", "bhsd"), *((case, "bshd") for case in FORWARD_CASES)]
+)
+def test_opcheck_forward(case, layout):
+    pattern, given = FORWARD_CASES[case]
+    opcheck(ops.forward.default, (*qkv(layout=layout), *pattern.op_args, *options(**given)))
+
+
+@pytest.mark.parametrize("wanted", [[True] * 6, [True, False, True, False, False, True]])
+def test_opcheck_backward(wanted):
+    q, k, v = qkv(grad=False, layout="bhsd")
+    given = {name: t.detach() for name, t in FORWARD_CASES["biases"][1].items()}
+    args = (*PATTERN.op_args, *options(**given))
+    out, lse = ops.forward.default(q, k, v, *args)
+    opcheck(
+        ops.backward.default, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, wanted, *args)
+    )
+
+
+def test_opcheck_decode_weights_merge():
+    q, k, v = qkv(grad=False, seqlen_q=3)
+    p = patterns.dense(3, S, block=BLOCK)
+    opcheck(ops.decode.default, (q, k, v, *p.op_args, None, *options(causal=True)))
+    pages = torch.randn(5, BLOCK, 1, 8)
+    opcheck(ops.decode.default, (q, pages, pages, *p.op_args, torch.tensor([[4, 0, 2]], dtype=torch.int32)))
+    opcheck(ops.weights.default, (*qkv(grad=False)[:2], *PATTERN.op_args, *options(causal=True)))
+    a, b = ([torch.randn(1, S, 2, 8, requires_grad=True), torch.randn(1, 2, S, requires_grad=True)] for _ in range(2))
+    opcheck(ops.merge.default, (*a, *b))
+
+
+def varlen_case(dtype=torch.float32):
+    q, k, v = (torch.randn(50, h, 8, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
+    cu = torch.tensor([0, 20, 20, 50], dtype=torch.int32)
+    listed = [patterns.dense(20, block=BLOCK), patterns.dense(0, block=BLOCK), patterns.random(30, block=BLOCK, density=0.5)]
+    return q, k, v, cu, listed
+
+
+def test_opcheck_varlen():
+    q, k, v, cu, listed = varlen_case()
+    rest = (cu, cu, [p.indptr for p in listed], [p.indices for p in listed], [n for p in listed for n in p.op_args[4]])
+    sinks = torch.randn(2, requires_grad=True)
+    tail = (None, True, None, None, 0.0, None, sinks, 0.0, None)
+    opcheck(ops.varlen_forward.default, (q, k, v, *rest, *tail))
+    out, lse = (t.detach() for t in ops.varlen_forward.default(q, k, v, *rest, *tail))
+    tail = (*tail[:6], sinks.detach(), *tail[7:])
+    opcheck(
+        ops.varlen_backward.default,
+        (torch.randn_like(out), None, q.detach(), k.detach(), v.detach(), out, lse, *rest, *tail),
+    )
+
+
+def test_opcheck_dilated():
+    q, k, v = qkv(layout="bhsd")
+    dilation = ([16, 32], [1, 2], None, None, 16, None, [], None, None, 0)
+    opcheck(ops.dilated_forward.default, (q, k, v, *dilation, *options(causal=True)))
+    q, k, v = (t.detach() for t in (q, k, v))
+    out, lse = ops.dilated_forward.default(q, k, v, *dilation, *options(causal=True))
+    opcheck(ops.dilated_backward.default, (out, None, q, k, v, out, lse, *dilation, *options(causal=True)))
+
+
+GRADIENT_CASES = {
+    "plain": {},
+    "causal": {"causal": True, "scale": 0.7},
+    "window": {"window": (7, 5), "q_offset": 3, "k_offset": 1},
+    "lengths": {"key_lengths": torch.tensor([23])},
+    "softcap": {"softcap": 1.5, "alibi_slopes": torch.tensor([0.1, 0.2])},
+    "dropout": {"dropout_p": 0.4},
+}
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, PARTIAL], ids=["full", "bitmaps"])
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_gradients_of_q_k_v_through_out_and_lse(case, pattern):
+    def f(q, k, v):
+        torch.manual_seed(5)  # the same dropout in each evaluation
+        out, lse = tessera.block_sparse_attention(q, k, v, pattern, return_lse=True, **GRADIENT_CASES[case])
+        return out, lse.masked_fill(lse == -torch.inf, 0)  # rows that see no key: inf - inf is no difference
+
+    assert gradcheck(f, qkv(torch.float64), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, S, S), (1, 1, 1, S), (1, 2, S, 1), (1, 1, 1, 1)])
+def test_gradient_of_attn_bias(shape):
+    bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv(torch.float64)
+    assert gradcheck(
+        lambda q, bias: tessera.block_sparse_attention(q, k, v, PATTERN, attn_bias=bias, return_lse=True),
+        (q, bias),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["block_bias", "sinks"])
+def test_gradients_of_fp32_numbers(name):
+    # These are fp32 whatever q is. A directional difference with a step that fp32 resolves: error O(step^2) + 2^-24 / step.
+    q, k, v = qkv(torch.float64)
+    t = torch.randn((1, 2, PATTERN.num_blocks) if name == "block_bias" else (2,), requires_grad=True)
+    weight, weight_lse = torch.randn(1, S, 2, 8, dtype=torch.float64), torch.randn(1, 2, S, dtype=torch.float64)
+
+    def f(t):
+        out, lse = tessera.block_sparse_attention(q, k, v, PATTERN, return_lse=True, **{name: t})
+        return (out * weight).sum() + (lse * weight_lse).sum()
+
+    (gradient,) = torch.autograd.grad(f(t), t)
+    direction, step = torch.randn_like(t), 2.0**-8
+    with torch.no_grad():
+        up, down = t + step * direction, t - step * direction
+        difference = f(up) - f(down)
+        expected = ((up - down).double() * gradient.double()).sum()
+    assert difference.item() == pytest.approx(expected.item(), rel=2e-3, abs=1e-5)
+
+
+def test_gradients_dilated_varlen_merge():
+    q, k, v = qkv(torch.float64)
+
+    def dilated(q, k, v):
+        return tessera.dilated_attention(
+            q, k, v, segment_lengths=[16, 32], dilation_rates=[1, 2], causal=True, return_lse=True
+        )
+
+    assert gradcheck(dilated, (q, k, v), fast_mode=True)
+
+    def merged(q, k, v):
+        a = tessera.block_sparse_attention(q, k[:, :16], v[:, :16], patterns.dense(S, 16, block=16), return_lse=True)
+        b = tessera.block_sparse_attention(q, k[:, 16:], v[:, 16:], patterns.dense(S, 24, block=16), return_lse=True)
+        return tessera.merge(*a, *b)
+
+    assert gradcheck(merged, (q, k, v), fast_mode=True)
+    whole = tessera.block_sparse_attention(q, k, v, patterns.dense(S, block=16), return_lse=True)
+    for a, b in zip(merged(q, k, v), whole):
+        torch.testing.assert_close(a, b)
+
+    q, k, v, cu, listed = varlen_case(torch.float64)
+    assert gradcheck(
+        lambda q, k, v: tessera.varlen_attention(q, k, v, cu, cu, listed, causal=True, return_lse=True),
+        (q, k, v),
+        fast_mode=True,
+    )
+
+
+def test_merge_of_nothing():
+    out, lse = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 4)
+    none = torch.full_like(lse, -torch.inf, requires_grad=True)
+    hidden = torch.full_like(out, torch.nan, requires_grad=True)
+    out.requires_grad_(), lse.requires_grad_()
+    merged, merged_lse = tessera.merge(out, lse, hidden, none)
+    torch.testing.assert_close(merged, out)
+    (merged.sum() + merged_lse.sum()).backward()
+    torch.testing.assert_close(out.grad, torch.ones_like(out))
+    torch.testing.assert_close(lse.grad, torch.ones_like(lse))
+    assert not hidden.grad.any() and not none.grad.any()
+    zero, minus = tessera.merge(hidden.detach(), none.detach(), hidden.detach(), none.detach())
+    assert not zero.any() and (minus == -torch.inf).all()
+
+
+def test_only_wanted_gradients():
+    q, k, v = qkv()
+    k.requires_grad_(False)
+    out = tessera.block_sparse_attention(q, k, v, PATTERN)
+    dq, dv = torch.autograd.grad(out.sum(), (q, v))
+    q2, k2, v2 = (t.detach().clone().requires_grad_() for t in (q, k, v))
+    reference = torch.autograd.grad(tessera.block_sparse_attention(q2, k2, v2, PATTERN).sum(), (q2, v2))
+    assert torch.equal(dq, reference[0]) and torch.equal(dv, reference[1])
+    with pytest.raises(RuntimeError, match="not have been used|does not require grad"):
+        torch.autograd.grad(tessera.block_sparse_attention(q, k, v, PATTERN).sum(), k)
+
+
+def test_no_second_derivative_and_no_derivative_of_weights():
+    q, k, v = qkv()
+    out = tessera.block_sparse_attention(q, k, v, PATTERN).square().sum()
+    (dq,) = torch.autograd.grad(out, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="backward: got a second derivative"):
+        dq.sum().backward()
+    with pytest.raises(RuntimeError, match="weights: got a backward pass"):
+        tessera.attention_weights(q, k, PATTERN).block_values.sum().backward()
+    with pytest.raises(RuntimeError, match="decode: got a backward pass"):
+        tessera.decode(q, k, v, PATTERN).sum().backward()
+    with pytest.raises(ValueError, match="q: got a tangent"):
+        torch.func.jvp(lambda q: tessera.block_sparse_attention(q, k, v, PATTERN), (q,), (q,))
+
+
+def test_freed_graph_and_changed_inputs_are_noticed():
+    q, k, v = qkv()
+    out = tessera.block_sparse_attention(q, k, v, PATTERN).sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
+    q2 = q.detach().clone().requires_grad_()
+    x = q2 * 1
+    out = tessera.block_sparse_attention(x, k, v, PATTERN).sum()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        out.backward()
