@@ -1,0 +1,417 @@
+"""Hugging Face transformers (5.0 and later), in two lines::
+
+    tessera.integrations.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="tessera")
+
+or, for a model that exists already, ``model.set_attn_implementation("tessera")``. With a dense pattern (the default) a
+model computes what it computes with "sdpa". With a sparse one (``register(pattern="dilated_sparse", density=0.1)``)
+every full-attention layer attends over the kept blocks only; layers with a sliding window of their own keep that
+window.
+
+A pattern belongs to positions of the sequence: a token sees the same blocks in prefill, in chunks of it and in
+decoding. Padding on the left counts as positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from .. import patterns
+from .._pattern import BlockPattern, check_int
+from ..functional import block_sparse_attention
+
+Window = tuple[int | None, int | None]  # tokens that a query sees before and after it; None: no limit
+
+
+def register(
+    name: str = "tessera",
+    pattern: str | Any | Callable[[int, bool], BlockPattern] = "dense",
+    *,
+    density: float | None = None,
+    block: int = 128,
+    dense_layers: Collection[int] = (),
+    **options: Any,
+) -> None:
+    """Makes ``attn_implementation=name`` mean Tessera, in all models; attention and its masks. May be called again,
+    also with other names for other patterns.
+
+    Args:
+        pattern: the name of a pattern of :mod:`tessera.patterns`; a ``PatternConfig``; or a function
+            ``(seqlen, causal) -> BlockPattern`` of ``(seqlen, seqlen)``, called once a forward pass. While a cache
+            grows, causal lengths are rounded up to whole blocks.
+        density, block, options: of the named pattern.
+        dense_layers: ``layer_idx`` of layers that stay dense.
+
+    Raises:
+        ImportError: transformers is missing or older than 5. ValueError, TypeError: the pattern cannot be made.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    choice = _Choice(pattern, density, block, dense_layers, options)
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
+        return _attend(choice, module, query, key, value, mask, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, make_mask)
+
+
+class _Choice:
+    """Which pattern a registered name stands for."""
+
+    def __init__(self, pattern: Any, density: float | None, block: int, dense_layers: Collection[int], options: dict):
+        self.dense_layers = frozenset(check_int("dense_layers", i, 0) for i in dense_layers)
+        self.block: Any = block
+        self.make: Callable[[int, bool], BlockPattern] | None = None
+        if hasattr(pattern, "spec"):  # PatternConfig
+            if density is not None or options:
+                raise TypeError("density: got it beside a PatternConfig; allowed: inside the config")
+            pattern, self.block, options = pattern.spec()
+        elif density is not None:
+            options = {"density": density, **options}
+        if callable(pattern):
+            if options:
+                raise TypeError(f"{next(iter(options))}: got it beside a function; allowed: with the name of a pattern")
+            self.make = pattern
+        elif not isinstance(pattern, str):
+            raise TypeError(
+                f"pattern: got {type(pattern).__name__}; allowed: the name of a pattern, a PatternConfig, or a "
+                "function (seqlen, causal) -> BlockPattern"
+            )
+        elif pattern not in ("dense", "causal") or options:
+            if pattern == "causal":
+                raise TypeError(f"{next(iter(options))}: got an option that the pattern causal does not take")
+            name: str = pattern
+            self.make = lambda seqlen, causal: patterns.cache.get(
+                name, seqlen, seqlen, block=self.block, causal=causal, **options
+            )
+            self.make(256, True)  # wrong options are told now
+        else:
+            patterns.dense(256, block=self.block)
+
+    def sparse(self, module: nn.Module) -> bool:
+        if self.make is None:
+            return False
+        if not self.dense_layers:
+            return True
+        index = getattr(module, "layer_idx", None)
+        if index is None:
+            raise ValueError(f"dense_layers: got {type(module).__name__}, which has no layer_idx; allowed: ()")
+        return index not in self.dense_layers
+
+
+class AttentionPlan(BlockMask):
+    """What the mask of a forward pass says, in place of a mask of ``q_length x kv_length``. One object serves all
+    layers, and keeps what it made for them.
+
+    It is a ``BlockMask`` in name only: transformers hands objects of that type through untouched.
+    """
+
+    def __init__(self, batch_size: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int) -> None:
+        self.batch_size, self.q_length = batch_size, q_length
+        self.kv_length = kv_length  # keys that the cache hands over, of which those past the queries are cut off
+        self.q_offset, self.kv_offset = q_offset, kv_offset  # positions of the first query and key
+        self.causal = True
+        self.opaque = False  # a mask that says causality itself; `causal` is then False
+        self.window: Window = (None, None)
+        self.local = False  # a layer that sees a window or chunk only
+        self.pairs: BlockPattern | None = None  # masks that are neither causal nor a window, as bitmaps
+        self.key_lengths: Tensor | None = None
+        self.key_bias: Tensor | None = None  # fp32 [B, 1, 1, kv_length]: 0, or -inf for padding
+        self._made: dict[Any, BlockPattern] = {}
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.batch_size, 1, self.q_length, self.kv_length)
+
+    def __repr__(self) -> str:
+        return f"AttentionPlan({self.shape}, causal={self.causal}, window={self.window}, q_offset={self.q_offset})"
+
+    __str__ = __repr__
+
+    def to(self, device: Any) -> AttentionPlan:
+        return self
+
+    def contiguous(self) -> AttentionPlan:
+        """What generate() asks masks of compilable caches for."""
+        return self
+
+    def set_padding(self, kept: Tensor | None) -> None:
+        """kept: bool ``[B, kv_length]``, or None."""
+        if kept is None or bool(kept[:, : self.keys].all()):
+            return
+        lengths = kept.sum(-1)
+        if bool((kept == (torch.arange(kept.shape[1], device=kept.device) < lengths[:, None])).all()):
+            self.key_lengths = lengths.clamp(max=self.keys)
+        else:
+            bias = torch.zeros(kept.shape, dtype=torch.float32, device=kept.device).masked_fill_(~kept, float("-inf"))
+            self.key_bias = bias[:, None, None, :]
+
+    @property
+    def keys(self) -> int:
+        """Keys that take part: with causality those up to the last query."""
+        last = self.q_offset + self.q_length - self.kv_offset
+        return max(0, min(self.kv_length, last)) if self.causal else self.kv_length
+
+    def pattern(self, choice: _Choice, module: nn.Module) -> tuple[BlockPattern, int]:
+        """The pattern of a layer, and how many rows of padding it wants before the queries."""
+        sparse = choice.sparse(module) and not self.local
+        causal = self.causal or self.opaque and bool(getattr(module, "is_causal", False))
+        key = (choice, sparse, causal)
+        if key not in self._made:
+            self._made[key] = self._sparse(choice, causal) if sparse else self._dense(choice)
+        made = self._made[key]
+        return made, made.seqlen_q - self.q_length
+
+    def _dense(self, choice: _Choice) -> BlockPattern:
+        if self.pairs is not None:
+            return self.pairs
+        aligned = self.causal and self.q_offset - self.kv_offset == self.keys - self.q_length
+        return patterns.cache.get("dense", self.q_length, self.keys, block=choice.block, causal=aligned)
+
+    def _sparse(self, choice: _Choice, causal: bool) -> BlockPattern:
+        assert choice.make is not None
+        start, end = self.q_offset, self.keys
+        if self.kv_offset or start + self.q_length != end:
+            raise ValueError(
+                f"pattern: got queries {start}..{start + self.q_length} on keys {self.kv_offset}.."
+                f"{self.kv_offset + end}; allowed with a sparse pattern: queries that are the last of the keys"
+            )
+        if start == 0:
+            made = self._check(choice.make(end, causal), end)
+            return made if self.pairs is None else made & _reblocked(self.pairs, made)
+        # Rows of the pattern over all positions; the last one may not be full yet.
+        block_q, block_k = choice.block if isinstance(choice.block, (tuple, list)) else (choice.block, choice.block)
+        if self.pairs is not None:
+            raise ValueError("mask: got neither causal nor a window, with a cache; allowed: a dense pattern")
+        rounded = -(-end // block_q) * block_q
+        whole = self._check(choice.make(rounded, causal), rounded)
+        block_q, block_k = whole.block
+        first = start // block_q
+        part = whole[first : -(-end // block_q), : -(-end // block_k)]
+        before = start - first * block_q
+        bitmaps = part.bitmaps
+        if part.rows == 1 and before:  # queries inside one row need no padding before them
+            bitmaps = None if bitmaps is None else bitmaps.roll(-before, 1)
+            before = 0
+        return BlockPattern(
+            part.indptr, part.indices, seqlen_q=before + self.q_length, seqlen_k=end, block=part.block,
+            heads=part.heads, batches=part.batches, bitmap_index=part.bitmap_index, bitmaps=bitmaps,
+        )  # fmt: skip
+
+    @staticmethod
+    def _check(made: Any, seqlen: int) -> BlockPattern:
+        if not isinstance(made, BlockPattern):
+            raise TypeError(f"pattern: got {type(made).__name__} from the function; allowed: tessera.BlockPattern")
+        if made.shape != (seqlen, seqlen):
+            raise ValueError(f"pattern: got lengths {made.shape} from the function; allowed: {(seqlen, seqlen)}")
+        return made
+
+
+def _reblocked(pairs: BlockPattern, like: BlockPattern) -> BlockPattern:
+    if pairs.block != like.block:
+        raise ValueError(f"block: got a pattern of blocks {like.block}; allowed for this mask: {pairs.block}")
+    return pairs
+
+
+# Masks that are no formula are asked for in blocks of this size; as big as the default of patterns.
+_MASK_BLOCK = 128
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> AttentionPlan:
+    """What transformers calls to make a mask (``AttentionMaskInterface``). Causal and window masks become numbers,
+    padding key lengths or a bias of one row; any other mask_function is asked row of blocks by row of blocks, and kept
+    as bitmaps of partial blocks. Nothing of q_length x kv_length is made."""
+    from transformers import masking_utils
+
+    mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    plan = AttentionPlan(batch_size, q_length, kv_length, int(q_offset), int(kv_offset))
+    plan.local = local_size is not None
+    known = _read(mask_function)
+    if known is not None:
+        plan.causal, plan.window = known
+    else:
+        plan.causal, plan.opaque = False, True
+        plan.pairs = _ask(plan, mask_function, use_vmap, device)
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    plan.set_padding(None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool())
+    return plan
+
+
+def _read(mask_function: Callable) -> tuple[bool, Window] | None:
+    """(causal, window) of the masks that transformers makes for ordinary and sliding layers; None for any other."""
+    from transformers import masking_utils as m
+
+    if mask_function is m.causal_mask_function:
+        return True, (None, None)
+    if mask_function is m.bidirectional_mask_function:
+        return False, (None, None)
+    if not _made_by(mask_function, m.and_masks):
+        return None
+    parts = _captured(mask_function, "mask_functions")
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    if parts[1] is m.causal_mask_function and _made_by(parts[0], m.sliding_window_overlay):
+        return True, (_captured(parts[0], "sliding_window") - 1, None)
+    if parts[1] is m.bidirectional_mask_function and _made_by(parts[0], m.sliding_window_bidirectional_overlay):
+        width = _captured(parts[0], "sliding_window")
+        return False, (width, width)
+    return None
+
+
+def _made_by(function: Any, maker: Callable) -> bool:
+    """Whether a closure is the one that ``maker`` returns."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code in maker.__code__.co_consts
+
+
+def _captured(function: Any, name: str) -> Any:
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))[name]
+
+
+def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: Any) -> BlockPattern:
+    from transformers.masking_utils import sdpa_mask
+
+    size = _MASK_BLOCK
+    rows, cols = -(-plan.q_length // size), -(-plan.kv_length // size)
+    parts = []
+    for row in range(rows):
+        count = min(size, plan.q_length - row * size)
+        pairs = sdpa_mask(
+            plan.batch_size, count, plan.kv_length, plan.q_offset + row * size, plan.kv_offset, mask_function,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
+        )  # fmt: skip
+        parts.append(BlockPattern.from_token_mask(pairs.expand(plan.batch_size, -1, -1, -1), block=size))
+    # Rows lie one below the other: the entries of each batch, row after row.
+    indptr = torch.zeros(plan.batch_size, rows, dtype=torch.int64)
+    indices, index, bitmaps, below = [], [], [], 0
+    for row, p in enumerate(parts):
+        indptr[:, row] = p.indptr.diff()
+    for b in range(plan.batch_size):
+        for p in parts:
+            indices.append(p.indices[p.indptr[b] : p.indptr[b + 1]])
+    for p in parts:
+        bitmaps.append(torch.zeros(0, size, size // 64, dtype=torch.int64) if p.bitmaps is None else p.bitmaps)
+    starts = torch.tensor([0, *(t.shape[0] for t in bitmaps)]).cumsum(0)
+    for b in range(plan.batch_size):
+        for row, p in enumerate(parts):
+            mine = slice(int(p.indptr[b]), int(p.indptr[b + 1]))
+            full = torch.full((mine.stop - mine.start,), -1)
+            own = full if p.bitmap_index is None else p.bitmap_index[mine].long()
+            index.append(torch.where(own >= 0, own + starts[row], own))
+    none = torch.zeros(0, dtype=torch.int64)
+    return BlockPattern(
+        torch.cat([torch.zeros(1, dtype=torch.int64), indptr.flatten().cumsum(0)]),
+        torch.cat(indices).int() if indices else none.int(),
+        seqlen_q=plan.q_length,
+        seqlen_k=plan.kv_length,
+        block=size,
+        batches=plan.batch_size,
+        bitmap_index=torch.cat(index).int() if index else none.int(),
+        bitmaps=torch.cat(bitmaps) if bitmaps else torch.zeros(0, size, size // 64, dtype=torch.int64),
+    )
+
+
+def _attend(
+    choice: _Choice,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionPlan | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What a model calls (``AttentionInterface``). query ``[B, H, Sq, D]``, key, value ``[B, Hkv, Sk, D]``; returns
+    ``[B, Sq, H, Dv]``."""
+    if kwargs.get("output_attentions"):
+        raise ValueError('output_attentions: got True; allowed: False (weights need attn_implementation="eager")')
+    for name in ("cache", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: got {type(kwargs[name]).__name__}; allowed: None with this attention")
+    plan, bias = _plan_of(mask, module, query, key, is_causal, sliding_window)
+    if position_bias is not None:
+        if position_bias.shape[-1] > plan.keys:
+            position_bias = position_bias[..., : plan.keys]
+        bias = position_bias if bias is None else bias + position_bias
+    pattern, before = plan.pattern(choice, module)
+    if plan.keys != key.shape[2]:
+        key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
+    if before:
+        query = F.pad(query, (0, 0, before, 0))
+        if bias is not None and bias.shape[2] > 1:
+            bias = F.pad(bias, (0, 0, before, 0))
+    out = block_sparse_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        pattern,
+        causal=plan.causal,
+        scale=scaling,
+        attn_bias=bias,
+        key_lengths=plan.key_lengths,
+        window=None if plan.window == (None, None) else plan.window,
+        dropout_p=dropout,
+        softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
+        q_offset=plan.q_offset - plan.kv_offset - before,
+    )
+    assert isinstance(out, Tensor)
+    return (out[:, before:] if before else out), None
+
+
+def _plan_of(
+    mask: Any, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, sliding_window: int | None
+) -> tuple[AttentionPlan, Tensor | None]:
+    """The plan of a call and its additive bias, also where a model or caller brings a mask of its own, or none."""
+    if isinstance(mask, AttentionPlan):
+        if mask.q_length != query.shape[2] or mask.kv_length != key.shape[2]:
+            raise ValueError(
+                f"attention_mask: got one of {mask.q_length} x {mask.kv_length}; allowed: {query.shape[2]} x "
+                f"{key.shape[2]}, queries x keys"
+            )
+        bias = mask.key_bias
+        return mask, None if bias is None else bias[..., : mask.keys]
+    plan = AttentionPlan(query.shape[0], query.shape[2], key.shape[2], key.shape[2] - query.shape[2], 0)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None:
+        plan.causal = bool(causal)
+        plan.local = sliding_window is not None
+        if plan.causal and sliding_window is not None:
+            plan.window = (sliding_window - 1, None)
+        if not plan.causal:
+            plan.q_offset = 0
+        return plan, None
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        what = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: got {what}; allowed: [B, H, Sq, Sk], or what transformers made for tessera")
+    # A mask of the caller's says everything, causality included.
+    plan.causal, plan.opaque = False, True
+    mask = mask[..., : key.shape[2]]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return plan, mask
