@@ -104,8 +104,8 @@ def weights(q: Tensor, k: Tensor, lse: Tensor, segment_lengths: Sequence[int], d
     """Normalised weights of the joined softmax in blocks of the whole sequence.
 
     q [B, S, H, D], k [B, S, Hkv, D], lse [B, H, S] of the joined softmax. Returns block_indices int64 [n, 4] (batch,
-    head, row, column), sorted, and values fp32 [n, block_size, block_size]: a key that several (w, r) admit has the sum.
-    Only blocks that hold an admitted pair are there; a rate of r spreads a block over up to r x r of them.
+    head, row, column), sorted, and values fp32 [n, block_size, block_size]: a key that several (w, r) admit has the
+    sum. Only blocks that hold an admitted pair are there; a rate of r spreads a block over up to r x r of them.
     """
     batch, seqlen, heads, _ = q.shape
     blocks = -(-seqlen // block_size)
@@ -176,8 +176,8 @@ def admitted_keys(row: int, head: int, seqlen: int, segment_lengths: Sequence[in
 def sampled_quality(q: Tensor, k: Tensor, v: Tensor, out: Tensor, segment_lengths: Sequence[int],
                     dilation_rates: Sequence[int], causal: bool, scale: float | None, inner: Inner | None,
                     rows: int) -> tuple[float, float]:
-    """(share of the true attention mass that lies on admitted keys: mean over sampled rows; |out - dense| / |dense| over
-    them). One row at random in each of ``rows`` equal parts of the sequence; one row of scores at a time is held."""
+    """(share of the true attention mass that lies on admitted keys: mean over sampled rows; |out - dense| / |dense|
+    over them). One row at random in each of ``rows`` equal parts of the sequence; one row of scores is held."""
     batch, seqlen, heads, dim = q.shape
     rows = min(rows, seqlen)
     generator = torch.Generator().manual_seed(0)

@@ -90,7 +90,8 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
             reject("pattern_cache key", key, "a sequence length, or (seqlen_q, seqlen_k)", TypeError)
         pattern = as_pattern(pattern, self._generator.config.block_size, *lengths)  # type: ignore[misc]
         if (pattern.seqlen_q, pattern.seqlen_k) != lengths:
-            reject("pattern_cache", f"a pattern of {pattern.seqlen_q} x {pattern.seqlen_k} tokens", f"{lengths} as its key")
+            got = f"a pattern of {pattern.seqlen_q} x {pattern.seqlen_k} tokens"
+            reject("pattern_cache", got, f"{lengths}, its key")
         with self._lock:
             self._own[lengths] = pattern  # type: ignore[index]
 

@@ -1,4 +1,4 @@
-"""The names of the guides (docs/guide-names.md), the only place for them: thin faces of patterns, functions and modules.
+"""The names of the guides (docs/guide-names.md), the only place for them: thin faces of patterns, functions, modules.
 
 What the guides promise and their system did not do is done here, or refused with an error: one softmax over all kept
 keys, ``sparsity_ratio`` as the KEPT share, segments that count, weights in block form, figures that are measured.
@@ -47,6 +47,14 @@ def _check_absent(ring_size: int, use_adaptive_sparsity: bool) -> None:
         reject("use_adaptive_sparsity", use_adaptive_sparsity, "False (learned patterns come with a later version)")
 
 
+def _lengths(name: str, values: Sequence[int] | None) -> tuple[int, ...]:
+    if values is None:
+        return ()
+    if not values or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values):
+        reject(name, values, "one or more ints >= 1")
+    return tuple(values)
+
+
 # Options of a call that are part of the true attention which patterns are judged against.
 _TRUTH = {"scale", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks", "q_offset", "k_offset"}
 
@@ -78,59 +86,62 @@ def block_form(weights: Sequence[Any]) -> dict[str, Any]:
 class _Configured(nn.Module):
     """What the guides' modules share: a configuration, a pattern generator, a monitor, and the reports on them."""
 
-    sparse_config: PatternConfig
     pattern_generator: SparsePatternGenerator
     performance_monitor: PerformanceMonitor
-    segment_lengths: tuple[int, ...] | None
-    dilation_rates: tuple[int, ...] | None
+    segment_lengths: tuple[int, ...]  # empty: no segments
+    dilation_rates: tuple[int, ...]
 
-    def _configure(self, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None, sparse_config: Any,
-                   ring_size: int, use_adaptive_sparsity: bool, enable_memory_pool: bool, fields: dict[str, Any]) -> None:
+    def _configure(self, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None,
+                   sparse_config: Any, ring_size: int, use_adaptive_sparsity: bool, enable_memory_pool: bool,
+                   fields: dict[str, Any]) -> None:
         _check_absent(ring_size, use_adaptive_sparsity)
         if (segment_lengths is None) != (dilation_rates is None):
             reject("segment_lengths, dilation_rates", (segment_lengths, dilation_rates), "both or neither")
-        self.segment_lengths = None if segment_lengths is None else tuple(segment_lengths)
-        self.dilation_rates = None if dilation_rates is None else tuple(dilation_rates)  # type: ignore[arg-type]
-        for name, values in (("segment_lengths", self.segment_lengths), ("dilation_rates", self.dilation_rates)):
-            if values is not None and (not values or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values)):
-                reject(name, values, "one or more ints >= 1")
-        if self.segment_lengths is not None and len(self.segment_lengths) != len(self.dilation_rates):  # type: ignore[arg-type]
-            reject("dilation_rates", self.dilation_rates, f"one for each of the {len(self.segment_lengths)} segment_lengths")
+        widths, rates = _lengths("segment_lengths", segment_lengths), _lengths("dilation_rates", dilation_rates)
+        if len(widths) != len(rates):
+            reject("dilation_rates", rates, f"one for each of the {len(widths)} segment_lengths")
+        self.segment_lengths, self.dilation_rates = widths, rates
         self.ring_size = ring_size
         # Scratch is per thread and kept by the core: there is nothing for a pool to hold.
         self.enable_memory_pool = bool(enable_memory_pool)
         self.pattern_generator = SparsePatternGenerator(sparse_config, **fields)
-        if self.segment_lengths is not None and isinstance(self.sparse_config.block_size, tuple):
-            reject("block_size", self.sparse_config.block_size, "one int where there are segment_lengths")
+        if self.segment_lengths:
+            self._square_block()
         self.performance_monitor = PerformanceMonitor()
         self._last: tuple[int, int, int, bool] | None = None  # heads, seqlen_q, seqlen_k, causal of the last call
 
     @property
-    def sparse_config(self) -> PatternConfig:  # type: ignore[no-redef]
+    def sparse_config(self) -> PatternConfig:
         """The configuration in force. Assigning to its fields counts from the next call on."""
         return self.pattern_generator.config
 
     def set_sparsity_ratio(self, sparsity_ratio: float) -> float:
-        """Keeps this share of the block pairs from the next call on, held to the bounds min_sparsity and max_sparsity of
-        the configuration; an explicit window or stride no longer decides. The configuration is replaced by a changed
+        """Keeps this share of the block pairs from the next call on, held to the configuration's min_sparsity and
+        max_sparsity; an explicit window or stride no longer decides. The configuration is replaced by a changed
         copy (other modules may share it). Returns the share in force. ValueError outside (0, 1]."""
         ratio = self.sparse_config.bounded(check_density(sparsity_ratio, "sparsity_ratio"))
         self.pattern_generator.config = self.sparse_config.with_density(ratio)
         return ratio
 
+    def _square_block(self) -> int:
+        block = self.sparse_config.block_size
+        if isinstance(block, tuple):
+            reject("block_size", block, "one int where there are segment_lengths")
+        return block
+
     def _inner(self, causal: bool) -> _dilated.Inner:
         return lambda n: self.pattern_generator.config.pattern(n, n, causal=causal)
 
     def _is_segmented(self, seqlen_q: int, seqlen_k: int) -> bool:
-        return self.segment_lengths is not None and self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k) is None
+        return bool(self.segment_lengths) and self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k) is None
 
     def density(self, seqlen_q: int, seqlen_k: int | None = None, num_heads: int = 1, causal: bool = False) -> float:
         """Kept share as achieved at these lengths: of the admissible block pairs, or with segments of the admissible
         token pairs."""
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
         if self._is_segmented(seqlen_q, seqlen_k):
-            return _dilated.density(seqlen_q, num_heads, self.segment_lengths, self.dilation_rates,  # type: ignore[arg-type]
-                                    causal, self._inner(causal))
+            return _dilated.density(seqlen_q, num_heads, self.segment_lengths, self.dilation_rates, causal,
+                                    self._inner(causal))
         pattern = self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k)
         if pattern is None:  # made apart: asking changes no cache
             pattern = self.sparse_config.pattern(seqlen_q, seqlen_k, causal=causal, heads=num_heads)
@@ -157,10 +168,10 @@ class _Configured(nn.Module):
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float,
                  options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         if self._is_segmented(q.shape[1], k.shape[1]):
-            kind, block, inner = self.sparse_config.spec()
+            kind, _, inner = self.sparse_config.spec()
             return functional.dilated_attention(  # type: ignore[return-value]
                 q, k, v, segment_lengths=self.segment_lengths, dilation_rates=self.dilation_rates, causal=causal,
-                pattern=kind, block=block, dropout_p=dropout_p, return_lse=True,
+                pattern=kind, block=self._square_block(), dropout_p=dropout_p, return_lse=True,
                 **{_INNER.get(name, name): value for name, value in inner.items()}, **options)
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
         return functional.block_sparse_attention(  # type: ignore[return-value]
@@ -174,9 +185,10 @@ class _Configured(nn.Module):
         refused = sorted(name for name, value in options.items() if name != "scale" and value is not None)
         if refused:
             reject("return_attention_weights", f"True with {', '.join(refused)}", "scale and causality beside segments")
-        block = self.sparse_config.block_size
-        indices, values = _dilated.weights(q.detach(), k.detach(), lse.detach(), self.segment_lengths, self.dilation_rates,
-                                           causal, options.get("scale"), block, self._inner(causal))
+        block = self._square_block()
+        indices, values = _dilated.weights(q.detach(), k.detach(), lse.detach(), self.segment_lengths,
+                                           self.dilation_rates, causal, options.get("scale"), block,
+                                           self._inner(causal))
         return block_form((indices, values, (block, block), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])))
 
     def _facts(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: dict[str, Any]) -> CallFacts:
@@ -186,8 +198,9 @@ class _Configured(nn.Module):
             plain = all(value is None for name, value in options.items() if name != "scale")
 
             def judge(out: Tensor) -> tuple[float, float]:
-                return _dilated.sampled_quality(q.detach(), k.detach(), v.detach(), out, self.segment_lengths,
-                                                self.dilation_rates, causal, options.get("scale"), self._inner(causal), rows)
+                return _dilated.sampled_quality(
+                    q.detach(), k.detach(), v.detach(), out, self.segment_lengths, self.dilation_rates, causal,
+                    options.get("scale"), self._inner(causal), rows)
 
             return CallFacts(self.density(q.shape[1], k.shape[1], q.shape[2], causal), causal, judge if plain else None)
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
@@ -200,8 +213,8 @@ class _Configured(nn.Module):
         return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern if judged else None)
 
     def get_performance_stats(self) -> dict[str, float]:
-        """What performance_monitor measured (PerformanceMonitor.stats). Asking turns it on: before that, and until the
-        next call, measured figures are NaN; density, sparsity and theoretical speedup are then those of the last call."""
+        """What performance_monitor measured (PerformanceMonitor.stats). Asking turns it on: until the next call
+        measured figures are NaN, and density, sparsity and theoretical speedup those of the last call."""
         monitor = self.performance_monitor
         stats = monitor.stats()
         monitor.enable()
@@ -243,8 +256,8 @@ class _Configured(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"sparse_config={self.sparse_config}"]
-        if self.segment_lengths is not None:
-            parts.append(f"segment_lengths={list(self.segment_lengths)}, dilation_rates={list(self.dilation_rates or ())}")
+        if self.segment_lengths:
+            parts.append(f"segment_lengths={list(self.segment_lengths)}, dilation_rates={list(self.dilation_rates)}")
         return ", ".join(parts)
 
 
@@ -267,8 +280,7 @@ class BlockSparseRingDilatedAttention(_Configured):
         segment_lengths, dilation_rates: (w, r) pairs: segments of w tokens, of which every r-th attends; the pattern is
             made inside each dilated segment. Neither: one pattern over the whole sequence.
         sparse_config: a SparsePatternConfig, a dict of its fields, or the name of a pattern.
-        sparsity_ratio, and other fields of the config (pattern_type, block_size, density, ...): override it. sparsity_ratio
-            is the KEPT share.
+        sparsity_ratio (the KEPT share), and other fields of the config (pattern_type, block_size, ...): override it.
         dropout: probability with which a weight is dropped in training.
         ring_size: 1. use_adaptive_sparsity: False. Later versions take others.
         enable_memory_pool: taken, without effect: there is nothing to pool, as no buffer grows with the sequence.
@@ -289,12 +301,13 @@ class BlockSparseRingDilatedAttention(_Configured):
                 return_attention_weights: bool = False, **options: Any) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """query [B, Sq, H, D], key, value [B, Sk, Hkv, D] -> [B, Sq, H, D].
 
-        return_attention_weights: also the weights of the kept blocks (no gradient): a dict of block_indices int64 [n, 4]
-        (batch, head, block row, block column), block_values [n, block_q, block_k], block_size and shape (B, H, Sq, Sk).
-        Rows of all blocks of a head sum to 1. options: scale, key_lengths, attn_bias, ... of the functions beneath."""
+        return_attention_weights: also the weights of the kept blocks, without gradient: a dict of block_indices int64
+        [n, 4] (batch, head, block row, block column), block_values [n, block_q, block_k], block_size and shape
+        (B, H, Sq, Sk). Rows of all blocks of a head sum to 1. options: scale, key_lengths, attn_bias, ... of the
+        functions beneath."""
         out, _, weights = self.attend(query, key, value, is_causal, return_attention_weights,
                                       self.dropout if self.training else 0.0, **options)
-        return (out, weights) if return_attention_weights else out
+        return out if weights is None else (out, weights)
 
 
 class BlockSparseRingDilatedAttentionV2(BlockSparseRingDilatedAttention):
@@ -304,18 +317,19 @@ class BlockSparseRingDilatedAttentionV2(BlockSparseRingDilatedAttention):
 class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
     """nn.MultiheadAttention over a pattern: its arguments, parameters and state_dict, with the guides' defaults.
 
-    Differs from tessera.MultiheadAttention: batch_first is True; ``attention(x)`` is self-attention; weights are returned
-    only if asked for, and then in block form, one head at a time.
+    Differs from tessera.MultiheadAttention: batch_first is True; ``attention(x)`` is self-attention; weights are
+    returned only if asked for, and then in block form, of every head.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch.
+        embed_dim .. dtype: as torch.
         use_layer_norm: normalises the joined heads before the output projection (as LongNet does); has parameters.
         Others as BlockSparseRingDilatedAttention.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
-                 add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None,
-                 batch_first: bool = True, device: Any = None, dtype: torch.dtype | None = None, *,
+                 add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None,
+                 vdim: int | None = None, batch_first: bool = True, device: Any = None,
+                 dtype: torch.dtype | None = None, *,
                  segment_lengths: Sequence[int] | None = None, dilation_rates: Sequence[int] | None = None,
                  sparse_config: Any = None, sparsity_ratio: float | None = None, use_layer_norm: bool = False,
                  ring_size: int = 1, use_adaptive_sparsity: bool = False, enable_memory_pool: bool = False,
@@ -329,8 +343,8 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **arguments: Any) -> BlockSparseRingMultiheadDilatedAttention:
-        """A module that shares the parameters of ``module``; arguments: segment_lengths, sparse_config, sparsity_ratio, ...
-        of the constructor."""
+        """A module that shares the parameters of ``module``. arguments: segment_lengths, sparse_config, sparsity_ratio
+        and others of the constructor."""
         if not isinstance(module, nn.MultiheadAttention):
             reject("module", type(module).__name__, "torch.nn.MultiheadAttention", TypeError)
         new = cls(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
@@ -342,11 +356,11 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
         return new.train(module.training)
 
     def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,  # type: ignore[override]
-                key_padding_mask: Tensor | None = None, need_weights: bool | str = False, attn_mask: Tensor | None = None,
-                average_attn_weights: bool = True, is_causal: bool = False,
+                key_padding_mask: Tensor | None = None, need_weights: bool | str = False,
+                attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
                 return_attention_weights: bool = False) -> Any:
-        """query [B, L, E], key [B, S, kdim] (default: query), value [B, S, vdim] (default: key); without batch_first B is
-        second. Masks as nn.MultiheadAttention. Returns (output, weights): weights is None, or with need_weights or
+        """query [B, L, E], key [B, S, kdim] (default: query), value [B, S, vdim] (default: key); without batch_first B
+        is second. Masks as nn.MultiheadAttention. Returns (output, weights): weights is None, or with need_weights or
         return_attention_weights the dict of BlockSparseRingDilatedAttention (of every head: nothing is averaged)."""
         key = query if key is None else key
         value = key if value is None else value
@@ -382,8 +396,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def create_block_sparse_attention(variant: str = "auto", **arguments: Any) -> nn.Module:
-    """variant base: BlockSparseRingDilatedAttention; multihead: BlockSparseRingMultiheadDilatedAttention; auto: multihead
-    where embed_dim is given, else base. arguments: those of the class."""
+    """variant "base": BlockSparseRingDilatedAttention; "multihead": BlockSparseRingMultiheadDilatedAttention; "auto":
+    multihead where embed_dim is given, else base. arguments: those of the class."""
     if variant == "auto":
         variant = "multihead" if "embed_dim" in arguments else "base"
     if variant == "base":
@@ -462,8 +476,9 @@ class PatternQualityAnalyzer:
     def analyze_pattern_quality(self, sparse_pattern: Any, reference_attention: Tensor | None = None, *,
                                 query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None,
                                 block_size: int = 128, causal: bool = False) -> PatternMetrics:
-        """sparse_pattern: a BlockPattern, or a bool tensor of blocks. reference_attention: dense weights [B, H, Sq, Sk] or [H, Sq, Sk] that the caller holds already; or query, key,
-        value [B, S, H, D], for which nothing of size Sq x Sk is made."""
+        """sparse_pattern: a BlockPattern, or a bool tensor of blocks. reference_attention: dense weights [B, H, Sq, Sk]
+        or [H, Sq, Sk] that the caller holds already; or query, key, value [B, S, H, D], for which nothing of size
+        Sq x Sk is made."""
         if (reference_attention is None) == (query is None or key is None):
             reject("reference_attention", None if reference_attention is None else "both", "weights, or query and key")
         if reference_attention is None:
@@ -482,7 +497,8 @@ class PatternQualityAnalyzer:
             zero_k = torch.zeros(batch, seqlen_k, heads, 1)
             found = _quality(zero_q, zero_k, None, pattern, attn_bias=weights.float().log(), causal=causal)
             error = self._error_of_weights(weights, pattern, causal)
-        return PatternMetrics(found.coverage, found.locality, found.efficiency, error, found.density, found.oracle_coverage)
+        return PatternMetrics(found.coverage, found.locality, found.efficiency, error, found.density,
+                              found.oracle_coverage)
 
     @staticmethod
     def _error_of_weights(weights: Tensor, pattern: BlockPattern, causal: bool) -> float:
@@ -496,7 +512,8 @@ class PatternQualityAnalyzer:
                 for i in range(rows):
                     true = weights[b, h, i * pattern.block_q : (i + 1) * pattern.block_q].double()
                     keep = torch.zeros(seqlen_k, dtype=torch.bool)
-                    for j in pattern.indices[int(pattern.indptr[line + i]) : int(pattern.indptr[line + i + 1])].tolist():
+                    begin, end = pattern.indptr[line + i : line + i + 2].tolist()
+                    for j in pattern.indices[begin:end].tolist():
                         keep[j * pattern.block_k : (j + 1) * pattern.block_k] = True
                     sparse = true * keep
                     sparse = sparse / sparse.sum(-1, keepdim=True).clamp(min=1e-300)
@@ -512,7 +529,8 @@ class PatternOptimizer:
         self.target_coverage = target_coverage
         self.block_size = block_size
 
-    def optimize(self, query: Tensor, key: Tensor, causal: bool = False) -> tuple[PatternConfig, analysis.OptimizeResult]:
+    def optimize(self, query: Tensor, key: Tensor,
+                 causal: bool = False) -> tuple[PatternConfig, analysis.OptimizeResult]:
         """query, key [B, S, H, D] -> the configuration of the cheapest kind that reaches target_coverage (if none does,
         of the one with most), and all that was found."""
         mass = analysis.attention_mass(query, key, block=self.block_size, causal=causal)

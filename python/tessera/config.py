@@ -272,7 +272,9 @@ class PatternConfig:
         taken = _OPTIONS[self.pattern_type]
         return self.pattern_type, self.block_size, {n: values[n] for n in taken if values[n] is not None}
 
-    def pattern(self, seqlen_q: int, seqlen_k: int | None = None, *, causal: bool = False, heads: int = 1) -> BlockPattern:
+    def pattern(
+        self, seqlen_q: int, seqlen_k: int | None = None, *, causal: bool = False, heads: int = 1
+    ) -> BlockPattern:
         """The pattern for these lengths. ``heads``: of the attention; only kinds whose heads differ make that many."""
         from . import patterns
 

@@ -1,8 +1,9 @@
 """PerformanceMonitor: what a module's forward calls cost and keep, measured.
 
 Every call is timed. Every ``sample_every``-th one is also compared with dense attention: its speed with
-``scaled_dot_product_attention`` on a strip of query rows, its quality with the true attention of sampled query rows, and
-the resident memory it takes is watched. Nothing is derived from the density but ``theoretical_speedup``, which says so.
+``scaled_dot_product_attention`` on a strip of query rows, its quality with the true attention of sampled query rows,
+and the resident memory it takes is watched. Nothing is derived from the density but ``theoretical_speedup``, which says
+so.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SHORT = 0.05
 class CallFacts:
     """What a module knows about one call.
 
-    density: kept share of the admissible pairs, as achieved. causal: the call's mask. quality: () -> (coverage, relative
-    output error), measured against the true attention on sampled rows; called on sampled calls only, with the output.
+    density: kept share of the admissible pairs, as achieved. causal: the call's mask. quality: output -> (coverage,
+    relative output error), measured against the true attention on sampled rows; called on sampled calls only.
     """
 
     density: float
@@ -68,6 +69,7 @@ class PerformanceMonitor:
     def __init__(self, sample_every: int = 100, sample_rows: int = 32) -> None:
         self.enabled = False
         self._lock = threading.Lock()
+        self.sample_every = self.sample_rows = 0
         self._configure(sample_every, sample_rows)
         self.reset()
 
@@ -96,7 +98,9 @@ class PerformanceMonitor:
             self._time, self._density, self._speedup = _Mean(), _Mean(), _Mean()
             self._memory, self._quality, self._error = _Mean(), _Mean(), _Mean()
 
-    def run(self, call: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, facts: Callable[[], CallFacts]) -> Tensor:
+    def run(
+        self, call: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, facts: Callable[[], CallFacts]
+    ) -> Tensor:
         """Makes the call and measures it. q, k, v: [B, S, H, D], what the attention itself sees. Returns call()'s
         result. A call that raises is not counted."""
         with self._lock:
@@ -138,8 +142,8 @@ class PerformanceMonitor:
 
         forwards; avg/min/max_forward_time_ms; density and avg_sparsity (means over calls, as achieved);
         theoretical_speedup (1 / density); and over the sampled_forwards: avg_speedup (time of dense attention over this
-        one's), avg_memory_mb (growth of resident memory during a call, the output included), quality_score (share of the
-        true attention mass that was kept) and output_error (|sparse - dense| / |dense| on the judged rows).
+        one's), avg_memory_mb (growth of resident memory during a call, the output included), quality_score (share of
+        the true attention mass that was kept) and output_error (|sparse - dense| / |dense| on the judged rows).
         """
         with self._lock:
             timed = self._time.count > 0
@@ -180,7 +184,7 @@ def dense_seconds(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
     scale = 1.0
     if not whole:
         rows = min(seqlen_q, max(DENSE_MIN_ROWS, DENSE_PAIRS // (heads * seqlen_k)))
-        first, keys, pairs = 0, seqlen_k, batch * seqlen_q * seqlen_k
+        first, keys, pairs = 0, seqlen_k, float(batch * seqlen_q * seqlen_k)
         if causal:
             # Rows in the middle see an average number of keys.
             first = (seqlen_q - rows) // 2

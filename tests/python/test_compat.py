@@ -149,6 +149,7 @@ def test_store_serves_threads():
         ({"ring_size": 2}, "ring_size"),
         ({"use_adaptive_sparsity": True}, "use_adaptive_sparsity"),
         ({"segment_lengths": [512]}, "segment_lengths, dilation_rates"),
+        ({"dilation_rates": [1]}, "segment_lengths, dilation_rates"),
         ({"segment_lengths": [512], "dilation_rates": [1, 2]}, "dilation_rates"),
         ({"segment_lengths": [], "dilation_rates": []}, "segment_lengths"),
         ({"segment_lengths": [512], "dilation_rates": [0]}, "dilation_rates"),
@@ -164,7 +165,7 @@ def test_module_refuses(arguments, name):
 
 def test_set_sparsity_ratio_is_honoured_over_a_window_and_leaves_the_shared_config_alone():
     config = SparsePatternConfig("local_window", local_window_size=256, block_size=64)
-    one, other = BlockSparseRingDilatedAttention(sparse_config=config), BlockSparseRingDilatedAttention(sparse_config=config)
+    one, other = (BlockSparseRingDilatedAttention(sparse_config=config) for _ in range(2))
     assert one.set_sparsity_ratio(0.5) == 0.5
     assert one.density(4096) == pytest.approx(0.5, abs=0.01)
     assert other.sparse_config is config and config.local_window_size == 256
@@ -376,3 +377,12 @@ def test_statistics_and_pictures_of_bool_tensors():
     stats = pattern_statistics(mask, block_size=16)
     assert stats["density"] == stats["avg_row_density"] == 0.25 and stats["diagonal_density"] == 1.0
     assert PatternVisualizer().visualize_pattern(mask, block_size=16).split() == ["#...", ".#..", "..#.", "...#"]
+
+
+def test_every_name_is_in_the_package_and_in_the_table():
+    from pathlib import Path
+
+    table = (Path(__file__).parents[2] / "docs" / "guide-names.md").read_text()
+    for name in tessera.compat.__all__:
+        assert getattr(tessera, name) is getattr(tessera.compat, name)
+        assert name in table or name.endswith("V2"), name

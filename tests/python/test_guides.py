@@ -584,7 +584,7 @@ def test_one_softmax_over_all_blocks_of_a_row():
 def test_usage_examples(monkeypatch):
     from tessera import BlockSparseRingDilatedAttention, SparsePatternConfig, create_dilated_attention
 
-    # "sparsity_ratio=0.99  # 99% sparse": here it is the KEPT share, as in the other guides, and a warning says so once.
+    # "sparsity_ratio=0.99  # 99% sparse": here it is the KEPT share, as in the other guides; a warning says so once.
     monkeypatch.setattr(config_module, "_warned_above_half", False)
     lengths = {"segment_lengths": [32768, 65536, 131072], "dilation_rates": [1, 2, 4]}
     with pytest.warns(UserWarning, match="KEPT share.*sparsity=0.99, or density=0.01"):
