@@ -1,10 +1,7 @@
 #include "functional.h"
 
-#include <torch/autograd.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/library.h>
-#include <torch/nn/functional/dropout.h>
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/nn/functional/linear.h>
 
 #include <cmath>
@@ -18,8 +15,6 @@ namespace {
 using ops::MaybeTensor;
 using ops::OptionArguments;
 using ops::PatternTensors;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // Operators by their schemas in ops.cc. SymInt where those say so.
 #define PATTERN_TYPES \
@@ -30,9 +25,6 @@ using torch::autograd::variable_list;
       const MaybeTensor&, double, const MaybeTensor&
 using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                    PATTERN_TYPES, OPTION_TYPES);
-using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-    const at::Tensor&, const MaybeTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const at::Tensor&, std::array<bool, 6>, PATTERN_TYPES, OPTION_TYPES);
 using Weights = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, PATTERN_TYPES, OPTION_TYPES);
 
 template <class Signature>
@@ -52,73 +44,6 @@ auto call(const Op& op, const PatternTensors& p, const OptionArguments& o, const
 }
 
 MaybeTensor maybe(const at::Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
-
-// What backward needs beside the differentiable tensors.
-struct Saved : torch::CustomClassHolder {
-  PatternTensors pattern;
-  OptionArguments options;  // without block_bias, attn_bias and sinks: those are saved as variables
-};
-
-struct Attention : torch::autograd::Function<Attention> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                               const MaybeTensor& block_bias, const MaybeTensor& attn_bias, const MaybeTensor& sinks,
-                               const PatternTensors& pattern, const OptionArguments& options) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = find_op<Forward>("tessera::forward");
-    auto [out, lse] = call(op, pattern, options, q, k, v);
-    auto saved = c10::make_intrusive<Saved>();
-    saved->pattern = pattern;
-    saved->options = options;
-    saved->options.block_bias = saved->options.attn_bias = saved->options.sinks = std::nullopt;
-    ctx->saved_data["saved"] = c10::IValue::make_capsule(std::move(saved));
-    ctx->save_for_backward({q, k, v, out, lse, block_bias.value_or(at::Tensor()), attn_bias.value_or(at::Tensor()),
-                            sinks.value_or(at::Tensor())});
-    ctx->set_materialize_grads(false);
-    return {out, lse};
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const variable_list kept = ctx->get_saved_variables();
-    const auto saved = c10::static_intrusive_pointer_cast<Saved>(ctx->saved_data["saved"].toCapsule());
-    variable_list results(8);
-    if (!grads[0].defined() && !grads[1].defined()) return results;
-    const at::Tensor dout = grads[0].defined() ? grads[0] : at::zeros_like(kept[3]);
-    std::array<bool, 6> wanted{};
-    constexpr int kInputs[] = {0, 1, 2, 5, 6, 7};  // where they were saved
-    for (int i = 0, edge = 0; i < 6; ++i) {  // what was not given has no edge
-      if (kept[kInputs[i]].defined()) wanted[i] = ctx->needs_input_grad(edge++);
-    }
-    OptionArguments options = saved->options;
-    options.block_bias = maybe(kept[5]);
-    options.attn_bias = maybe(kept[6]);
-    options.sinks = maybe(kept[7]);
-    static const auto op = find_op<Backward>("tessera::backward");
-    const auto compute = [&] {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      return call(op, saved->pattern, options, dout, maybe(grads[1]), kept[0], kept[1], kept[2], kept[3], kept[4],
-                  wanted);
-    };
-    auto [dq, dk, dv, dblock, dattn, dsinks] = compute();
-    const at::Tensor gradients[] = {dq, dk, dv, dblock, dattn, dsinks};
-    // With create_graph the gradients would look like constants: whoever differentiates them must hear of it.
-    c10::intrusive_ptr<torch::autograd::Node> refusal;
-    if (at::GradMode::is_enabled()) {
-      refusal = c10::make_intrusive<torch::autograd::Error>("block_sparse_attention has no second derivative",
-                                                         torch::autograd::collect_next_edges(kept, dout));
-    }
-    for (int i = 0; i < 6; ++i) {
-      if (!wanted[i]) continue;
-      results[i] = gradients[i];
-      if (refusal) torch::autograd::set_history(results[i], refusal);
-    }
-    return results;
-  }
-};
-
-void check_no_gradient(const char* name, const MaybeTensor& t) {
-  TORCH_CHECK_VALUE(!(at::GradMode::is_enabled() && t.has_value() && t->requires_grad()), name,
-                    ": requires a gradient; allowed: without, it has none");
-}
 
 // A mask as torch's modules take it, as what is added to the scores.
 at::Tensor additive(const char* name, const at::Tensor& mask, at::ScalarType dtype) {
@@ -185,15 +110,10 @@ PatternTensors pattern_tensors(const BlockPattern& pattern) {
 std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
                                                           const at::Tensor& v, const PatternTensors& pattern,
                                                           const OptionArguments& options) {
-  check_no_gradient("key_lengths", options.key_lengths);
-  check_no_gradient("alibi_slopes", options.alibi_slopes);
   OptionArguments o = options;
   if (o.dropout_p > 0 && !o.rng.has_value()) o.rng = at::empty({2}, at::kLong).random_();
-  for (MaybeTensor* t : {&o.block_bias, &o.attn_bias, &o.sinks}) {
-    if (t->has_value() && !(*t)->defined()) t->reset();
-  }
-  const variable_list results = Attention::apply(q, k, v, o.block_bias, o.attn_bias, o.sinks, pattern, o);
-  return {results[0], results[1]};
+  static const auto op = find_op<Forward>("tessera::forward");
+  return call(op, pattern, o, q, k, v);
 }
 
 at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const PatternTensors& pattern,

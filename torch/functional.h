@@ -3,8 +3,8 @@
 //   auto pattern = tessera::nn::functional::pattern_tensors(tessera::make_pattern({...}));
 //   auto [out, lse] = tessera::nn::functional::block_sparse_attention(q, k, v, pattern, {.causal = true});
 //
-// These call the operators (torch.ops.tessera), and gradients come from a torch::autograd::Function of their own: they
-// work with and without Python in the process. Errors of the caller are c10::ValueError with the core's words.
+// These call the operators (torch.ops.tessera), whose gradients are theirs (autograd.cc). Errors of the caller are
+// c10::ValueError with the core's words.
 #pragma once
 
 #include <ATen/core/Tensor.h>
