@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ class ArgumentError(ValueError, AssertionError, RuntimeError):
 
 
 def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | None:
-    """A ``pattern=`` argument as what :func:`pattern_for` takes: names and dicts become configs. TypeError for others."""
+    """A ``pattern=`` argument as :func:`pattern_for` takes it: names and dicts become configs. TypeError for others."""
     if pattern is None or isinstance(pattern, (BlockPattern, PatternConfig)):
         return pattern
     if isinstance(pattern, (str, Mapping)):
@@ -35,8 +35,8 @@ def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPat
     if callable(pattern):
         return pattern
     raise TypeError(
-        f"pattern: got {type(pattern).__name__}; allowed: None (dense), a BlockPattern, a callable (seqlen_q, seqlen_k) -> "
-        "BlockPattern, a PatternConfig, a dict of its fields, or the name of a pattern"
+        f"pattern: got {type(pattern).__name__}; allowed: None (dense), a BlockPattern, a callable "
+        "(seqlen_q, seqlen_k) -> BlockPattern, a PatternConfig, a dict of its fields, or the name of a pattern"
     )
 
 
@@ -55,23 +55,53 @@ def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
     return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1))
 
 
+@torch.library.custom_op("tessera::named_pattern", mutates_args=())
+def _named_tensors(
+    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, causal: bool, heads: int,
+    density: float | None = None, window: int | None = None, global_tokens: int | None = None,
+    dilation_rates: Sequence[int] | None = None, stride: int | None = None, seed: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """indptr and indices of a named pattern, as an operator that a graph calls when it runs."""
+    pattern = patterns.cache.get(
+        kind, seqlen_q, seqlen_k, block=(block_q, block_k), causal=causal, heads=heads, density=density, window=window,
+        global_tokens=global_tokens, dilation_rates=dilation_rates, stride=stride, seed=seed,
+    )  # fmt: skip
+    assert pattern.bitmaps is None and pattern.heads == heads, "named patterns have no bitmaps"
+    return pattern.indptr.clone(), pattern.indices.clone()
+
+
+@_named_tensors.register_fake
+def _(kind, seqlen_q, seqlen_k, block_q, block_k, causal, heads, *options, **named):
+    blocks = torch.library.get_ctx().new_dynamic_size()
+    rows = -(-seqlen_q // block_q)
+    return torch.empty(rows * heads + 1, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
+
+
+def _named(kind: str, seqlen_q: int, seqlen_k: int, block: Any, options: dict[str, Any]) -> BlockPattern:
+    """The pattern of that name from the process's cache."""
+    if not torch.compiler.is_compiling():
+        return patterns.cache.get(kind, seqlen_q, seqlen_k, block=block, **options)
+    block_q, block_k = block if isinstance(block, tuple) else (block, block)
+    indptr, indices = _named_tensors(kind, seqlen_q, seqlen_k, block_q, block_k, **options)
+    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, options["heads"], 1))
+
+
 def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
     """The pattern of these lengths; named ones come from the process's cache."""
     if source is None:
         return dense_pattern(seqlen_q, seqlen_k)
     if isinstance(source, PatternConfig):
         kind, block, options = source.spec()
-        return patterns.cache.get(
-            kind, seqlen_q, seqlen_k, block=block, causal=causal or kind == "causal",
-            heads=heads if source.heads_differ else 1, **options,
-        )  # fmt: skip
+        options["causal"] = causal or kind == "causal"
+        options["heads"] = heads if source.heads_differ else 1
+        return _named(kind, seqlen_q, seqlen_k, block, options)
     pattern = source if isinstance(source, BlockPattern) else source(seqlen_q, seqlen_k)
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern: got {type(pattern).__name__} from the callable; allowed: tessera.BlockPattern")
     if (pattern.seqlen_q, pattern.seqlen_k) != (seqlen_q, seqlen_k):
         raise ArgumentError(
-            f"pattern: got one of {pattern.seqlen_q} x {pattern.seqlen_k} tokens; allowed: {seqlen_q} x {seqlen_k}, the "
-            "lengths of query and key"
+            f"pattern: got one of {pattern.seqlen_q} x {pattern.seqlen_k} tokens; allowed: {seqlen_q} x {seqlen_k}, "
+            "the lengths of query and key"
         )
     return pattern
 
@@ -99,7 +129,7 @@ def check_shapes(
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, _NEG_INF)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, _NEG_INF)
 
 
 def _may_look(mask: Tensor) -> bool:
@@ -114,7 +144,7 @@ def _may_look(mask: Tensor) -> bool:
 
 
 def _padding(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """(key lengths ``[N]``, bias ``[N, 1, 1, S]``) of a key padding mask ``[N, S]``. Padding at the end needs no bias."""
+    """Key lengths ``[N]`` and bias ``[N, 1, 1, S]`` of a key padding mask ``[N, S]``; padding at the end: no bias."""
     seqlen_k = mask.shape[1]
     if seqlen_k == 0:
         return None, None
@@ -174,8 +204,9 @@ def dense_weights(
     q: Tensor, k: Tensor, lse: Tensor, *, scale: float, keep: Tensor | None, bias: Tensor | None,
     key_lengths: Tensor | None, causal: bool, average: bool,
 ) -> Tensor:  # fmt: skip
-    """Weights before dropout, ``[N, L, S]`` averaged over heads or ``[N, H, L, S]``, with gradients: exp(score - lse), one
-    head at a time. q ``[N, L, H, D]``, k ``[N, S, H, D]``, lse ``[N, H, L]``; keep: bool ``[1 or N, 1 or H, L, S]``."""
+    """Weights before dropout, ``[N, L, S]`` averaged over heads or ``[N, H, L, S]``, with gradients: exp(score - lse),
+    one head at a time. q ``[N, L, H, D]``, k ``[N, S, H, D]``, lse ``[N, H, L]``, keep bool ``[1 or N, 1 or H, L, S]``.
+    """
     seqlen_q, heads, seqlen_k = q.shape[1], q.shape[2], k.shape[1]
     if causal:
         tril = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).tril(seqlen_k - seqlen_q)
@@ -204,7 +235,9 @@ def dense_weights(
     return (total / heads).to(q.dtype)
 
 
-def _block_weights(q: Tensor, k: Tensor, pattern: BlockPattern, share: Tensor | None, **options: Any) -> dict[str, Any]:
+def _block_weights(
+    q: Tensor, k: Tensor, pattern: BlockPattern, share: Tensor | None, **options: Any
+) -> dict[str, Any]:
     """Block form of the weights; share ``[N, H, L]``: the part of the softmax that these keys hold, None: all."""
     w = attention_weights(q, k, pattern, **options)
     return {
@@ -254,10 +287,10 @@ def multi_head_attention_forward(
     Args:
         query: ``[L, N, E]``, or ``[N, L, E]`` if batch_first; key, value: ``[S, N, kdim]``, ``[S, N, vdim]`` likewise.
         in_proj_weight: ``[3 E, E]``, or None and three ``separate_proj_weights``; in_proj_bias: ``[3 E]`` or None.
-        pattern: as :func:`pattern_source` returns it; over query and key, without bias_k, bias_v and the zero key, which
-            every row sees.
-        attend: in place of a pattern: (q, k, v, causal, return_weights, dropout_p, attn_bias=, key_lengths=) -> (out, lse,
-            weights in block form or None); need_weights is then False or "blocks".
+        pattern: as :func:`pattern_source` returns it; over query and key, without bias_k, bias_v and the zero key,
+            which every row sees.
+        attend: in place of a pattern: (q, k, v, causal, return_weights, dropout_p, attn_bias=, key_lengths=) -> (out,
+            lse, weights in block form or None); need_weights is then False or "blocks".
         norm: applied to the joined heads ``[..., E]``, before the output projection.
         key_lengths: int64 ``[N]``, in place of a key_padding_mask.
 
@@ -265,8 +298,8 @@ def multi_head_attention_forward(
     """
     if query.shape[-1] != out_proj_weight.shape[1]:
         raise ArgumentError(
-            f"query: got {query.shape[-1]} features; was expecting embedding dimension of {out_proj_weight.shape[1]}, but "
-            f"got {query.shape[-1]}"
+            f"query: got {query.shape[-1]} features; was expecting embedding dimension of {out_proj_weight.shape[1]}, "
+            f"but got {query.shape[-1]}"
         )
     if key.shape[:2] != value.shape[:2] or (in_proj_weight is not None and key.shape != value.shape):
         raise ArgumentError(
@@ -327,7 +360,7 @@ def multi_head_attention_forward(
 
     if not batch_first:
         out = out.transpose(0, 1)
-    out = out.reshape(*out.shape[:2], -1)
+    out = out.flatten(2)
     if norm is not None:
         out = norm(out)
     out = F.linear(out, out_proj_weight, out_proj_bias)
@@ -356,7 +389,7 @@ def multi_head_attention_forward(
 def _extra_keys(
     k: Tensor, v: Tensor, bias_k: Tensor | None, bias_v: Tensor | None, add_zero_attn: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Keys and values ``[N, 1 or 2, H, D]`` that every row sees beside the sequence's: bias_k, bias_v and the zero one."""
+    """Keys and values ``[N, 1 or 2, H, D]`` that every row sees beside the sequence's: bias_k, bias_v, zeros."""
     if bias_k is None and not add_zero_attn:
         return None
     batch, heads, dim = k.shape[0], k.shape[2], k.shape[3]

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._multihead import ArgumentError, PatternSource, check_shapes, multi_head_attention_forward, pattern_for, pattern_source
+from ._multihead import (
+    ArgumentError,
+    PatternSource,
+    check_shapes,
+    multi_head_attention_forward,
+    pattern_for,
+    pattern_source,
+)
 from .functional import attention_weights, block_sparse_attention
 
 __all__ = ["BlockSparseAttention", "MultiheadAttention"]
@@ -18,7 +25,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     initialisation from the same seed) and results, each row's softmax being over the keys that pattern and masks admit.
 
     Args:
-        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as torch.
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
+            torch.
         pattern: None (dense); a :class:`~tessera.BlockPattern` (fixed lengths; heads 1 or num_heads); a callable
             ``(seqlen_q, seqlen_k) -> BlockPattern``, asked at every call; a :class:`~tessera.PatternConfig`, a dict of
             its fields, or the name of a pattern (made for the lengths that come, and cached).
@@ -28,16 +36,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     - A row that sees no key gives 0 before the output projection, and weights 0; torch gives NaN.
     - ``is_causal=True`` without ``attn_mask`` is causal attention (aligned bottom right); torch refuses it. Named
       patterns then keep their density among the pairs that causality admits.
-    - ``need_weights=True`` (the default) makes dense weights ``[N, L, S]``, with gradients, before dropout (torch: after
-      it). ``need_weights="blocks"`` returns the kept blocks only: a dict with ``block_indices`` (int64 ``[blocks, 4]``:
-      batch, head, block row, block column), ``block_values`` (fp32 ``[blocks, block_q, block_k]``), ``block_size`` and
-      ``shape``; no gradients. Pass ``need_weights=False`` for long sequences.
+    - ``need_weights=True`` (the default) makes dense weights ``[N, L, S]``, with gradients, before dropout (torch:
+      after it). ``need_weights="blocks"`` returns the kept blocks only: a dict with ``block_indices`` (int64 ``[blocks,
+      4]``: batch, head, block row, block column), ``block_values`` (fp32 ``[blocks, block_q, block_k]``),
+      ``block_size`` and ``shape``; no gradients. Pass ``need_weights=False`` for long sequences.
     - Nested tensors of ``torch.jagged`` layout work wherever others do (``batch_first``, no masks); strided ones too
       with a pattern, and as torch takes them without.
-    - No detour in eval mode: with a pattern, ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder``, which read the
-      projection weights to compute dense attention by themselves, are told not to (``_qkv_same_embed_dim`` is False,
-      ``merge_masks`` refuses). With ``pattern=None`` dense is what is asked for, so torch's inference operator is taken
-      where torch would, for dense weights and strided nested tensors; ``pattern="dense"`` never takes it.
+    - No detour in eval mode: with a pattern, ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder``, which read
+      the projection weights to compute dense attention by themselves, are told not to (``_qkv_same_embed_dim`` is
+      False, ``merge_masks`` refuses). With ``pattern=None`` dense is what is asked for, so torch's inference
+      operator is taken where torch would, for dense weights and strided nested tensors; ``pattern="dense"`` never takes it.
 
     Raises:
         ValueError (also an AssertionError and a RuntimeError, as torch raises): shapes, mask dtypes, a pattern of other
@@ -86,7 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def pattern(self) -> Any:
-        """None, a BlockPattern, a callable or a PatternConfig. May be assigned; takes all that the constructor takes."""
+        """None, a BlockPattern, a callable or a PatternConfig. May be assigned, to all that the constructor takes."""
         return self._pattern
 
     @pattern.setter
@@ -101,8 +109,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As torch, for dense attention. RuntimeError with a pattern: who merges masks is about to go around it."""
         if self._pattern is not None:
             raise RuntimeError(
-                "merge_masks: got a call on attention with a pattern; allowed: calls of the module (this one comes from "
-                "code that computes dense attention from the module's weights)"
+                "merge_masks: got a call on attention with a pattern; allowed: calls of the module (this one comes "
+                "from code that computes dense attention from the module's weights)"
             )
         return super().merge_masks(attn_mask, key_padding_mask, query)
 
@@ -117,8 +125,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Attention of query ``[L, N, E]`` over key ``[S, N, kdim]`` and value ``[S, N, vdim]`` (``batch_first``: N first;
-        unbatched: without N).
+        """Attention of query ``[L, N, E]`` over key ``[S, N, kdim]`` and value ``[S, N, vdim]`` (``batch_first``: N
+        first; unbatched: without N).
 
         Args:
             key_padding_mask: ``[N, S]`` (``[S]``), bool (True: not a key) or floating (added to the scores). Padding at
@@ -223,7 +231,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         padded_k = padded_q if key is query else torch.nested.to_padded_tensor(key, 0.0)
         padded_v = padded_k if value is key else torch.nested.to_padded_tensor(value, 0.0)
         if is_causal and lengths_q != lengths_k:
-            raise ArgumentError("is_causal: got nested tensors of different lengths; allowed: query and key of the same")
+            raise ArgumentError("is_causal: got nested tensors of different lengths; allowed: query and key alike")
         out, weights = self._attend(
             padded_q, padded_k, padded_v, key_lengths=torch.tensor(lengths_k, dtype=torch.int64),
             need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal,

@@ -1,5 +1,5 @@
-"""MultiheadAttention: torch's module over a pattern. Every comparison is with torch.nn.MultiheadAttention under the mask
-that the pattern means, in fp64 unless the test is about other dtypes."""
+"""MultiheadAttention: torch's module over a pattern. Every comparison is with torch.nn.MultiheadAttention under the
+mask that the pattern means, in fp64 unless the test is about other dtypes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ def test_masks(kind, shape, padding, need_weights):
     theirs_kwargs = {**kwargs, "attn_mask": both}
     if kpm is not None and kpm.dtype != both.dtype:
         theirs_kwargs["key_padding_mask"] = kpm_float
-        theirs_kwargs["attn_mask"] = torch.zeros(both.shape, **DOUBLE).masked_fill(both, float("-inf")) if kind == "bool" else both
+        if kind == "bool":
+            theirs_kwargs["attn_mask"] = torch.zeros(both.shape, **DOUBLE).masked_fill(both, float("-inf"))
     same(ours, theirs, x, x, {**kwargs, "attn_mask": ours_mask}, theirs_kwargs, need_weights)
 
 
@@ -209,7 +210,8 @@ def test_sources_of_patterns():
     expected.load_state_dict(a.state_dict())
     torch.testing.assert_close(a(*x)[0], expected(*x)[0])
     assert seen == [(L, L)]
-    named = MultiheadAttention(E, H, pattern={"pattern_type": "local_window", "local_window_size": 20, "block_size": 32}, **DOUBLE)
+    config = {"pattern_type": "local_window", "local_window_size": 20, "block_size": 32}
+    named = MultiheadAttention(E, H, pattern=config, **DOUBLE)
     named.load_state_dict(a.state_dict())
     expected.pattern = tessera.patterns.local_window(L, window=20, block=32)
     torch.testing.assert_close(named(*x)[0], expected(*x)[0])
@@ -389,8 +391,8 @@ def test_autocast():
 
 
 def test_dropout_in_training_only():
-    ours, _ = pair(sparse(), dropout=0.5)
-    x = draw()
+    ours = MultiheadAttention(E, H, pattern=sparse(), dropout=0.5)
+    x = [t.detach().float() for t in draw()]
     still = ours.eval()(*x, need_weights=False)[0]
     torch.manual_seed(1)
     a = ours.train()(*x, need_weights=False)[0]
@@ -398,8 +400,41 @@ def test_dropout_in_training_only():
     b = ours(*x, need_weights=False)[0]
     c = ours(*x, need_weights=False)[0]
     assert torch.equal(a, b) and not torch.allclose(a, c) and not torch.allclose(a, still)
-    mean = torch.stack([ours(*x, need_weights=False)[0].detach() for _ in range(200)]).mean(0)
-    assert (mean - still).abs().mean() < 0.2 * (a - still).abs().mean()
+    mean = torch.stack([ours(*x, need_weights=False)[0].detach() for _ in range(60)]).mean(0)
+    assert (mean - still).abs().mean() < 0.3 * (a - still).abs().mean()
+
+
+@pytest.mark.parametrize("pattern", ["dense", "blocks", "dilated_sparse"])
+def test_compiles_whole(pattern):
+    module = MultiheadAttention(E, H, batch_first=True)
+    module.pattern = {"dense": None, "blocks": sparse(90, 90), "dilated_sparse": "dilated_sparse"}[pattern]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=pattern == "dense")
+    for length in [90] if pattern == "blocks" else [90, 40]:
+        x = torch.randn(N, length, E)
+        padding = torch.zeros(N, length, dtype=torch.bool)
+        padding[1, 30:] = padding[0, 3] = True
+        for options in ({}, {"key_padding_mask": padding}):
+            expected = module(x, x, x, need_weights=False, **options)[0]
+            out = compiled(x, x, x, need_weights=False, **options)[0]
+            torch.testing.assert_close(out, expected)
+            a = torch.autograd.grad(out.square().sum(), module.in_proj_weight)[0]
+            b = torch.autograd.grad(expected.square().sum(), module.in_proj_weight)[0]
+            torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
+
+
+def test_vmap():
+    ours = MultiheadAttention(E, H, pattern=sparse())
+    x = torch.randn(3, L, N, E)
+    padding = torch.zeros(3, N, L, dtype=torch.bool)
+    padding[1, 0, 60:] = padding[2, 1, 3] = True
+
+    def one(y, mask):
+        return ours(y, y, y, key_padding_mask=mask, need_weights=False)[0]
+
+    with torch.no_grad():
+        expected = torch.stack([one(y, mask) for y, mask in zip(x, padding)])
+        torch.testing.assert_close(torch.vmap(one)(x, padding), expected)
 
 
 # ---- BlockSparseAttention
