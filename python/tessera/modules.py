@@ -45,7 +45,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     - No detour in eval mode: with a pattern, ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder``, which read
       the projection weights to compute dense attention by themselves, are told not to (``_qkv_same_embed_dim`` is
       False, ``merge_masks`` refuses). With ``pattern=None`` dense is what is asked for, so torch's inference
-      operator is taken where torch would, for dense weights and strided nested tensors; ``pattern="dense"`` never takes it.
+      operator is taken where torch would, for dense weights and strided nested tensors; ``"dense"`` never takes it.
 
     Raises:
         ValueError (also an AssertionError and a RuntimeError, as torch raises): shapes, mask dtypes, a pattern of other
