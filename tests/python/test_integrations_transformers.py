@@ -13,7 +13,8 @@ from tessera.integrations import transformers as integration  # noqa: E402
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
 }  # fmt: skip
 WINDOW = 24
 
@@ -151,8 +152,8 @@ def test_bidirectional_encoder_equals():
 @torch.no_grad()
 def test_encoder_and_decoder_equal():
     config = transformers.BartConfig(
-        vocab_size=97, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128,
+        vocab_size=97, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128,
     )  # fmt: skip
     outs = []
     for implementation in ("tessera", "sdpa"):
