@@ -364,6 +364,11 @@ TEST(Varlen, MistakesAreNamed) {
   EXPECT_EQ(argument([](auto& a) { a.options.block_bias = a.q; }), "block_bias");
   const std::vector<BlockPattern> wrong{dense_pattern(10, 10), dense_pattern(20, 21)};
   EXPECT_EQ(argument([&](auto& a) { a.patterns = wrong; }), "pattern");
+  // Views of one row that claim 2^46 rows: refused by what the patterns say, without memory for so many.
+  const auto endless = [](TensorView& t) { t.sizes[0] = int64_t{1} << 46, t.strides[0] = 0; };
+  EXPECT_EQ(argument([&](auto& a) { endless(a.q), a.out.sizes[0] = a.q.sizes[0], a.out.strides[0] = 0; }), "out");
+  EXPECT_EQ(argument([&](auto& a) { endless(a.k), a.v = a.k; }), "cu_seqlens_k");
+  EXPECT_EQ(argument([&](auto& a) { endless(a.k), a.k.sizes[0] = int64_t{1} << 50, a.v = a.k; }), "k");
 }
 
 }  // namespace

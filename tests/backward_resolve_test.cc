@@ -347,6 +347,12 @@ TEST(ResolveBackwardVarlen, Mistakes) {
   EXPECT_EQ(packed_argument_of([](PackedCall& c) { c.args.options.q_offset = 1; }), "q_offset");
   EXPECT_EQ(packed_argument_of([](PackedCall& c) { c.args.options.attn_bias = c.q.view; }), "attn_bias");
   EXPECT_EQ(packed_argument_of([](PackedCall& c) { c.args.options.block_bias = c.q.view; }), "block_bias");
+  // Views of one row that claim 2^46 rows: refused by what the patterns say, without memory for so many.
+  EXPECT_EQ(packed_argument_of([](PackedCall& c) {
+              c.args.dk = c.args.dv = {};
+              for (TensorView* t : {&c.args.k, &c.args.v}) t->sizes[0] = int64_t{1} << 46, t->strides[0] = 0;
+            }),
+            "cu_seqlens_k");
   PackedCall c;
   c.patterns[1] = dense_pattern(3, 2);
   try {

@@ -162,22 +162,36 @@ void check_overlaps(const BackwardArgs& args, Purpose purpose) {
   }
 }
 
-}  // namespace
-
-BackwardProblem resolve_backward(const BackwardArgs& args, Purpose purpose) {
-  assert(purpose == Purpose::forward || purpose == Purpose::reference);
+// All but what depends on the pattern; `forward` is the forward call resolved.
+BackwardProblem resolve_rest(const BackwardArgs& args, Purpose purpose, const Problem& forward) {
   BackwardProblem p;
+  p.forward = forward;
+  resolve_inputs(args, purpose, p);
+  resolve_gradients(args, purpose, p);
+  resolve_bias_gradients(args, purpose, p);
+  check_overlaps(args, purpose);
+  return p;
+}
+
+ForwardArgs forward_of(const BackwardArgs& args) {  // no outputs: they are inputs here
   ForwardArgs forward;
   forward.q = args.q;
   forward.k = args.k;
   forward.v = args.v;
   forward.pattern = args.pattern;
   forward.options = args.options;
-  p.forward = resolve(forward, Purpose::weights);  // no outputs: they are inputs here
-  resolve_inputs(args, purpose, p);
-  resolve_gradients(args, purpose, p);
-  resolve_bias_gradients(args, purpose, p);
-  check_overlaps(args, purpose);
+  return forward;
+}
+
+}  // namespace
+
+void check_packed(const BackwardArgs& args) {
+  resolve_rest(args, Purpose::forward, resolve_without_pattern(forward_of(args)));
+}
+
+BackwardProblem resolve_backward(const BackwardArgs& args, Purpose purpose) {
+  assert(purpose == Purpose::forward || purpose == Purpose::reference);
+  BackwardProblem p = resolve_rest(args, purpose, resolve(forward_of(args), Purpose::weights));
   p.transposed = args.pattern.transposed();
   return p;
 }

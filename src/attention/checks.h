@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "attention/problem.h"
+#include "tessera/backward.h"
 #include "tessera/tensor_view.h"
 
 namespace tessera {
@@ -41,6 +42,12 @@ inline Strided strided(const TensorView& t) {
   const auto stride = [&](int dim) { return t.sizes[dim] <= 1 ? 0 : t.strides[dim]; };
   return {static_cast<char*>(const_cast<void*>(t.data)), stride(0), stride(1), stride(2)};
 }
+
+// The parts of resolve() and resolve_backward() that look at tensors alone, whatever the pattern: for packed tensors as
+// one sequence of all their rows. No block_bias may be given.
+Problem resolve_without_pattern(const ForwardArgs& args);  // q, k, v and biases
+void check_packed(const ForwardArgs& args);
+void check_packed(const BackwardArgs& args);
 
 // A caller's plain array as a view, for the overlap checks.
 template <class T>

@@ -253,6 +253,20 @@ Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& o, int
   return p;
 }
 
+Problem resolve_without_pattern(const ForwardArgs& args) {
+  Problem p;
+  resolve_tensors(args, p);
+  check_position("q", p.seqlen_q);
+  check_position("k", p.seqlen_k);
+  resolve_biases(args.options, p);
+  return p;
+}
+
+void check_packed(const ForwardArgs& args) {
+  Problem p = resolve_without_pattern(args);
+  resolve_outputs(args, Purpose::forward, p);
+}
+
 Problem resolve(const ForwardArgs& args, Purpose purpose) {
   Problem shape;
   resolve_tensors(args, shape);

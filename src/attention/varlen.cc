@@ -1,12 +1,12 @@
 // Packed sequences as problems, one a sequence.
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <span>
 #include <type_traits>
 #include <vector>
 
 #include "attention/backward_problem.h"
+#include "attention/checks.h"
 #include "attention/problem.h"
 #include "tessera/error.h"
 
@@ -78,7 +78,8 @@ View whole_numbers(const char* name, const View& t, bool optional = true) {
 }
 
 // The fields that calls in both directions have. Tensors as a batch of one sequence, so that the checks of `resolve`
-// see the whole of them at once: sizes, dtypes, strides, and that no sequence's output overlaps another's input.
+// see the whole of them at once: sizes, dtypes, strides, and that no sequence's output overlaps another's input. There
+// is no pattern of that sequence: with strides of 0 it may be longer than any memory.
 template <class Args, class VarlenArgs>
 Args packed(const VarlenArgs& args) {
   const AttentionOptions& o = args.options;
@@ -90,14 +91,6 @@ Args packed(const VarlenArgs& args) {
   all.q = whole("q", args.q);
   all.k = whole("k", args.k);
   all.v = whole("v", args.v);
-  PatternShape shape;
-  shape.seqlen_q = std::max<int64_t>(0, args.q.sizes[0]);
-  shape.seqlen_k = std::max<int64_t>(0, args.k.sizes[0]);
-  if (shape.seqlen_q > (int64_t{1} << 40) || shape.seqlen_k > (int64_t{1} << 40)) {
-    fail("q", fmt::format("{} and {} rows", shape.seqlen_q, shape.seqlen_k), "at most 2^40 packed tokens");
-  }
-  shape.block_q = shape.block_k = 256;
-  all.pattern = BlockPattern::from_csr(shape, std::vector<int64_t>(shape.rows() + 1, 0), {});
   all.options.sinks = o.sinks;
   if (o.alibi_slopes.rank == 1) all.options.alibi_slopes = o.alibi_slopes;
   return all;
@@ -141,7 +134,7 @@ std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args) {
   ForwardArgs one = packed<ForwardArgs>(args);
   one.out = whole("out", args.out);
   one.lse = whole_numbers("lse", args.lse);
-  resolve(one);
+  check_packed(one);
   check_sequences(args.cu_seqlens_q, args.cu_seqlens_k, args.patterns, args.q, args.k, args.options.alibi_slopes);
   std::vector<Problem> problems;
   problems.reserve(args.patterns.size());
@@ -171,7 +164,7 @@ std::vector<BackwardProblem> resolve_backward_varlen(const VarlenBackwardArgs& a
   one.dk = whole("dk", args.dk, true);
   one.dv = whole("dv", args.dv, true);
   one.dsinks = args.dsinks;
-  resolve_backward(one);
+  check_packed(one);
   check_sequences(args.cu_seqlens_q, args.cu_seqlens_k, args.patterns, args.q, args.k, args.options.alibi_slopes);
   std::vector<BackwardProblem> problems;
   problems.reserve(args.patterns.size());
