@@ -513,5 +513,21 @@ TEST(GradientBounds, NoticeSmallMistakes) {
   for (const int g : {3, 4, 5}) EXPECT_GT(dlse[g], 100) << g;
 }
 
+// Where softcap saturates, products of any size err by at most 2 softcap as a score, and bounds stay finite.
+TEST(GradientBounds, AreFiniteWhereSoftcapSaturates) {
+  Training t(kShape, dense_pattern(18, 20));
+  t.options().softcap = 0.5;
+  t.options().scale = 1e15;
+  InlineExecutor executor;
+  std::vector<float> dq(t.dq.view.numel()), dk(t.dk.view.numel()), dv(t.dv.view.numel());
+  reference_backward(t.backward_args(), executor, {.dq = dq.data(), .dk = dk.data(), .dv = dv.data()});
+  for (const std::vector<float>* bounds : {&dq, &dk, &dv}) {
+    for (const float bound : *bounds) {
+      EXPECT_TRUE(std::isfinite(bound)) << bound;
+      EXPECT_GT(bound, 0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tessera

@@ -20,11 +20,13 @@ struct ErrorBound {
   // What a kernel may take for zero: some instructions know no subnormal numbers.
   static constexpr double kTiny = std::numeric_limits<float>::min();
 
-  // Absolute error of a score. `magnitude`: |scale| sum |q_i k_i|; `biases`: sum of |bias|.
+  // Absolute error of a score. `magnitude`: |scale| sum |q_i k_i|; `biases`: sum of |bias|. Whatever the error of the
+  // product, softcap * tanh of it stays within +-softcap.
   static double score_error(const Problem& p, double magnitude, double score, double biases) {
-    const double capped = p.softcap > 0 ? p.softcap : 0;
-    return u * ((static_cast<double>(p.head_dim) + kScoreRoundings) * magnitude + kScoreRoundings * capped +
-                4 * biases + 2 * std::abs(score));
+    const bool capped = p.softcap > 0;
+    double product = u * (static_cast<double>(p.head_dim) + kScoreRoundings) * magnitude;
+    if (capped) product = std::min(2 * p.softcap, product) + u * kScoreRoundings * p.softcap;
+    return product + u * (4 * biases + 2 * std::abs(score));
   }
   // Relative error of exp(score - reference), of an absolute error `error` of the two together.
   static double exp_error(double score, double reference, double error) {
@@ -69,6 +71,8 @@ struct Error {
   }
   friend Error operator+(Error a, const Error& b) { return a += b; }
   Error times(double c) const { return {sum * std::abs(c), square * c * c}; }
+  // Where the error is known to be at most x.
+  Error limited(double x) const { return bound() <= x ? *this : of(x); }
   double bound() const { return std::min(sum, kDeviations * std::sqrt(square)); }
   // Of exp(x) - 1, where this is the error of x.
   Error grown() const {

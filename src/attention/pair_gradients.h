@@ -133,7 +133,9 @@ class PairGradients {
 
     constexpr double kScore = ErrorBound::kScoreRoundings;
     const Error scaled_error = qk.error.times(p_.scale) + Error::roundings(kScore, scaled);
-    Error exponent = scaled_error + Error::roundings(4, scores.bias_magnitude(entry, pair.k)) +
+    // softcap * tanh stays within +-softcap, whatever the error of the product.
+    const Error capped_error = p_.softcap > 0 ? scaled_error.limited(2 * p_.softcap) : scaled_error;
+    Error exponent = capped_error + Error::roundings(4, scores.bias_magnitude(entry, pair.k)) +
                      Error::roundings(2, score) + Error::roundings(2, lse) + Error::roundings(2, score - lse) +
                      Error::roundings(ErrorBound::kExpRoundings, 1);
     if (p_.softcap > 0) exponent += Error::roundings(kScore, p_.softcap);
@@ -149,8 +151,8 @@ class PairGradients {
                         Error::of(ErrorBound::kTiny) + Error::storage(p_.dtype, pair.dscore);
     Error through_error;
     if (p_.softcap > 0) {
-      const Error tanh_error = scaled_error.times(through / p_.softcap) + Error::roundings(kScore, 1);
-      through_error = tanh_error.times(2 * std::abs(tanh) + tanh_error.bound()) + Error::roundings(2, 1);
+      const Error tanh_error = scaled_error.times(through / p_.softcap).limited(2) + Error::roundings(kScore, 1);
+      through_error = tanh_error.times(2 * std::abs(tanh) + tanh_error.bound()).limited(1) + Error::roundings(2, 1);
     }
     pair.ddot_error = (pair.dscore_error.times(through) +
                        through_error.times(std::abs(pair.dscore) + pair.dscore_error.bound()) +

@@ -167,7 +167,7 @@ class Reference {
     const double summation = static_cast<double>(state.keys + p_.pattern.shape.block_k) * ErrorBound::u;
     if (lse_bound_) {
       lse_bound_[(b * p_.heads + h) * p_.seqlen_q + q] = static_cast<float>(
-          empty ? 0 : error + summation + 4 * ErrorBound::u * (1 + std::abs(lse) + std::abs(state.max)));
+          empty ? 0 : std::log1p(error) + summation + 4 * ErrorBound::u * (1 + std::abs(lse) + std::abs(state.max)));
     }
     if (!out_bound_) return;
     float* bound = out_bound_ + ((b * p_.seqlen_q + q) * p_.heads + h) * dv;
@@ -179,7 +179,8 @@ class Reference {
       const double value = std::abs(out_[r * dv + i] / state.sum);
       const double sums = (error_[r * dv + i] + 2 * summation * magnitude_[r * dv + i]) / state.sum;
       const double underflow = p_.dtype == DType::f16 ? 0x1p-24 : std::numeric_limits<float>::min();
-      bound[i] = static_cast<float>(sums + value * (error + epsilon_of(p_.dtype)) + underflow);
+      const double normalised = (1 + error) * (sums + value * error);  // the sum is at least 1 / (1 + error) of its own
+      bound[i] = static_cast<float>(normalised + value * epsilon_of(p_.dtype) + underflow);
     }
   }
 
