@@ -35,7 +35,7 @@ TEST(Check, RandomCasesOnEveryIsa) {
     const auto rows = std::count_if(report.rows.begin(), report.rows.end(), [&](const CheckRow& r) {
       return r.isa == isa && r.cases > 0;
     });
-    EXPECT_EQ(rows, (4 + 3) * 3) << name_of(isa);
+    EXPECT_EQ(rows, (5 + 4) * 3) << name_of(isa);
   }
 }
 
@@ -150,6 +150,138 @@ TEST(Cases, GradientToleranceSeesSmallMistakes) {
   args = test.backward_args();
   args.options.window_left = 127;  // the last row loses one key of 129
   for (const double fraction : worst(args)) EXPECT_GT(fraction, 100);
+}
+
+// Dilated cases: more heads than rates and fewer, segments and rates that do not divide, a clipped segment, grouped
+// heads, and with each seed other options. 90 tokens: some blocks of 16 in a segment.
+check::CaseConfig dilated_config(uint64_t seed) {
+  check::CaseConfig config;
+  config.seed = seed;
+  config.path = CheckPath::dilated;
+  config.batch = 2;
+  config.heads = 4;
+  config.kv_heads = seed % 3 ? 2 : 1;
+  config.seqlen_q = config.seqlen_k = 90;
+  config.head_dim = 12;
+  config.head_dim_v = 20;
+  config.segment_lengths = {33, 200};
+  config.dilation_rates = {seed % 2 ? 1 : 2, 5};
+  config.block_q = 16;
+  config.block_k = 32;
+  config.density = 0.8;
+  config.source = seed % 4 == 0 ? check::PatternSource::named : check::PatternSource::random_bitmaps;
+  config.kind = PatternKind::random;
+  config.pattern_per_head = seed % 2;
+  config.causal = seed % 2;
+  config.dlse = seed % 3;
+  return config;
+}
+
+// Rounded to fp64 the plain chain, which takes a dilated case apart by the definition, is the reference, which has the
+// library's plan of it: a mistake in either shows. Values must be those of one softmax over all (w, r).
+TEST(Cases, PlainDilatedIsTheReferenceInFp64) {
+  InlineExecutor executor;
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    check::CaseConfig config = dilated_config(seed);
+    config.dtype = config.gradient_dtype = DType::f64;
+    if (seed % 4 == 1) config.window_left = 21;
+    if (seed % 4 == 2) config.window_left = config.window_right = 9;
+    config.key_lengths = seed % 5 == 1;
+    config.softcap = seed % 3 ? 0 : 3;
+    config.alibi = seed % 2;
+    config.alibi_per_batch = seed % 4 == 1;
+    config.attn_bias = config.bias_minus_infinity = seed % 3 == 1;
+    config.dropout = seed % 3 == 2 ? 0.3 : 0;
+    const check::Case test(config);
+    const std::vector<check::Truth> forward = check::truths_of(test, executor);
+    ASSERT_EQ(forward.size(), 1u);
+    std::vector<double> out(forward[0].out.size());
+    check::plain_dilated(test, out.data());
+    for (size_t i = 0; i < out.size(); ++i) {
+      ASSERT_NEAR(out[i], forward[0].out[i], 1e-12 * (1 + std::abs(out[i]))) << "out " << i << " " << describe(config);
+    }
+    const check::GradientTruth truth(test, executor);
+    std::array<std::vector<double>, 3> plain;
+    for (int g = 0; g < 3; ++g) plain[g].resize(truth.values[g].value.size());
+    check::plain_dilated_gradients(test, {plain[0].data(), plain[1].data(), plain[2].data()});
+    for (int g = 0; g < 3; ++g) {
+      double largest = 0;
+      for (size_t i = 0; i < plain[g].size(); ++i) {
+        const double value = truth.values[g].value[i];
+        largest = std::max(largest, std::abs(value));
+        ASSERT_NEAR(plain[g][i], value, 1e-12 * (1 + std::abs(value)))
+            << check::kGradientNames[g] << " " << i << " " << describe(config);
+        if (!truth.values[g].touched[i / truth.values[g].inner]) {
+          ASSERT_EQ(value, 0) << check::kGradientNames[g] << " " << i << " " << describe(config);
+        }
+      }
+      EXPECT_GT(largest, 0.1) << check::kGradientNames[g] << " " << describe(config);
+    }
+  }
+}
+
+// The bound must be below what one row too many, a wrong rate or scale does. And rows that nothing reads are hostile:
+// of one head, 3 rows of 4.
+TEST(Cases, DilatedToleranceSeesSmallMistakes) {
+  InlineExecutor executor;
+  check::CaseConfig config = dilated_config(1);
+  config.source = check::PatternSource::named;
+  config.kind = PatternKind::dense;
+  config.pattern_per_head = false;
+  config.segment_lengths = {30, 90};
+  config.dilation_rates = {1, 2};
+  config.dq = config.dk = config.dv = true;
+  const check::Case test(config);
+  const check::GradientTruth truth(test, executor);
+  const auto worst = [&](auto change) {  // of out, dq, dk, dv
+    DilatedForwardArgs forward = test.dilated_args();
+    DilatedBackwardArgs args = test.dilated_backward_args();
+    change(forward.dilation, forward.options);
+    change(args.dilation, args.options);
+    args.accumulate = false;
+    const check::Truth expected = check::truths_of(test, executor)[0];
+    std::vector<double> out(expected.out.size()), gradients[3];
+    forward.out = make_view(static_cast<void*>(out.data()), DType::f64, {2, 90, 4, 20});
+    forward.lse = {};
+    reference_dilated_forward(forward, executor);
+    MutableTensorView* views[] = {&args.dq, &args.dk, &args.dv};
+    for (int g = 0; g < 3; ++g) {
+      gradients[g].resize(truth.values[g].value.size());
+      const auto& n = test.gradient(g).view.sizes;
+      *views[g] = make_view(static_cast<void*>(gradients[g].data()), DType::f64, {n[0], n[1], n[2], n[3]});
+    }
+    reference_dilated_backward(args, executor);
+    std::array<double, 4> fraction{};
+    for (size_t i = 0; i < out.size(); ++i) {
+      fraction[0] = std::max(fraction[0], std::abs(out[i] - expected.out[i]) / expected.out_bound[i]);
+    }
+    for (int g = 0; g < 3; ++g) {
+      for (size_t i = 0; i < gradients[g].size(); ++i) {
+        const double error = std::abs(gradients[g][i] - truth.values[g].value[i]);
+        if (error > 0) fraction[g + 1] = std::max(fraction[g + 1], error / truth.values[g].bound[i]);
+      }
+    }
+    return fraction;
+  };
+  const auto all = [&](double least, auto change) {
+    for (const double fraction : worst(change)) EXPECT_GT(fraction, least);
+  };
+  for (const double fraction : worst([](Dilation&, AttentionOptions&) {})) EXPECT_EQ(fraction, 0);
+  all(10, [](Dilation&, AttentionOptions& o) { o.scale = 1.001 / std::sqrt(12.0); });
+  all(10, [](Dilation&, AttentionOptions& o) { o.window_left = 86; });  // rate 2: 88 tokens back, one pair a head
+  const std::vector<int64_t> lengths{29, 90}, rates{1, 3};
+  all(100, [&](Dilation& d, AttentionOptions&) { d.segment_lengths = lengths; });
+  all(100, [&](Dilation& d, AttentionOptions&) { d.dilation_rates = rates; });
+
+  config.heads = config.kv_heads = 1;
+  config.segment_lengths = {90};
+  config.dilation_rates = {4};
+  const check::Case gaps(config);
+  const DilatedForwardArgs& args = gaps.dilated_args();
+  for (int64_t s = 0; s < 90; ++s) {
+    const int64_t at = s * args.q.strides[1];
+    EXPECT_EQ(std::isnan(load_as_double(args.q.data, args.q.dtype, at)), s % 4 != 0) << s;
+  }
 }
 
 // Rounded to fp64 the plain implementation is another one of the reference: both are right, or wrong in the same way.

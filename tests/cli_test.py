@@ -618,6 +618,7 @@ class CliTest(unittest.TestCase):
         self.assertEqual((report["cases"], report["seed"], report["failures"]), (20, 3, []))
         for name in ("fwd", "bwd"):
             self.assertGreater(sum(r["cases"] for r in report["rows"] if r["pass"] == name), 0)
+            self.assertIn("dilated", {r["path"] for r in report["rows"] if r["pass"] == name})
             alone = json.loads(self.ok("check", "--cases", "3", "--pass", name, "--format", "json"))
             self.assertEqual({r["pass"] for r in alone["rows"]}, {name})
         self.assertIn("passed: 20 cases, seed 3", self.ok("check", "--cases", "20", "--seed", "3"))

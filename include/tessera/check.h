@@ -2,12 +2,12 @@
 // tests/check_test.cc run.
 //
 // Tolerance. fp32: a bound on the rounding error of each element of the output or gradient, derived from epsilon and
-// sum lengths. bf16, fp16: FlashAttention's rule: the largest error is at most twice that of a plain implementation that
-// rounds scores, weights and output (backward: also delta, dP and dS) to the same dtype, plus one rounding of the
-// result (backward: and the bound of fp32, as a plain implementation may be exact where weights are 0 or 1). The
-// backward takes out and lse from the forward kernel of the same ISA. Results are also checked for bytes written outside
-// their elements, gradients that no pair takes part in for being exactly 0, and a share of the cases for bit-equality on
-// 1, 2, 3 and 5 threads.
+// sum lengths. bf16, fp16: FlashAttention's rule: the largest error is at most twice that of a plain implementation
+// that rounds scores, weights and output (backward: also delta, dP and dS; dilated: also the partial results, and their
+// weights in the join) to the same dtype, plus one rounding of the result (backward: and the bound of fp32, as a plain
+// implementation may be exact where weights are 0 or 1). The backward takes out and lse from the forward kernel of the
+// same ISA. Results are also checked for bytes written outside their elements, gradients that no pair takes part in for
+// being exactly 0, and a share of the cases for bit-equality on 1, 2, 3 and 5 threads.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,10 @@
 
 namespace tessera {
 
-// How the kernel is reached: a batch with more than 16 queries, at most 16 (decode schedule), packed sequences, or
-// a paged cache.
-enum class CheckPath : uint8_t { panel, decode, varlen, paged };
-std::string_view name_of(CheckPath path);  // "panel", "decode", "varlen", "paged"
+// How the kernel is reached: a batch with more than 16 queries, at most 16 (decode schedule), packed sequences, a paged
+// cache, or dilated attention.
+enum class CheckPath : uint8_t { panel, decode, varlen, paged, dilated };
+std::string_view name_of(CheckPath path);  // "panel", "decode", "varlen", "paged", "dilated"
 
 enum class CheckPass : uint8_t { fwd, bwd };
 std::string_view name_of(CheckPass pass);  // "fwd", "bwd"

@@ -83,6 +83,11 @@ struct DilatedBackwardArgs {
 // 16-bit gradients have an fp32 buffer unless there is but one (w, r), of rate 1.
 BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executor);
 
+// The same gradients in fp64 throughout: `out` and `lse` of args are not used (they are recomputed) and may be
+// undefined; the gradients may be fp64 whatever the inputs are. Bounds as for reference_backward(); those of biases and
+// sinks are not written. Memory: out and the wanted gradients in fp64, a few times.
+void reference_dilated_backward(const DilatedBackwardArgs& args, Executor& executor, const GradientBounds& bounds = {});
+
 // Number of (q, k) pairs over all (w, r), B and H: what "effective" FLOP counts are made of.
 int64_t dilated_pairs(int64_t seqlen, const Dilation& dilation, const AttentionOptions& options, int64_t batch,
                       int64_t heads);

@@ -51,8 +51,9 @@ bool all_evenly_spaced(const BackwardProblem& whole, const Gradients& gradients)
   return all;
 }
 
-// The call as one problem over the sequence.
-BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, const BlockPattern& pattern) {
+}  // namespace
+
+BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, const BlockPattern& pattern, Purpose purpose) {
   BackwardArgs all;
   all.q = args.q;
   all.k = args.k;
@@ -67,36 +68,12 @@ BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, const BlockPatt
   all.dv = args.dv;
   all.accumulate = args.accumulate;
   all.options = args.options;
-  return resolve_backward(all);
+  return resolve_backward(all, purpose);
 }
-
-BackwardProblem problem_of(const DilatedPlan& plan, const DilatedPart& part, const BackwardProblem& whole,
-                           const Gradients& gradients, DType dtype, bool accumulate) {
-  BackwardProblem p = whole;
-  p.forward = plan.problem(part);
-  p.transposed = part.pattern.transposed();
-  p.dout = plan.rows(part, whole.dout, size_of(whole.forward.dtype));
-  if (whole.dlse) {
-    const Strided dlse{const_cast<char*>(whole.dlse), whole.dlse_batch, whole.dlse_seq, whole.dlse_head};
-    const Strided rows = plan.rows(part, dlse, size_of(whole.forward.lse_dtype));
-    p.dlse = rows.data;
-    p.dlse_batch = rows.batch;
-    p.dlse_seq = rows.seq;
-    p.dlse_head = rows.head;
-  }
-  p.gradient_dtype = dtype;
-  p.accumulate = accumulate;
-  p.dq = plan.rows(part, gradients[0].sum, size_of(dtype));
-  p.dk = plan.rows(part, gradients[1].sum, size_of(dtype), true);
-  p.dv = plan.rows(part, gradients[2].sum, size_of(dtype), true);
-  return p;
-}
-
-}  // namespace
 
 BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executor) {
   const BlockPattern pattern = check_dilated(args.q, args.k, args.dilation, args.options);
-  const BackwardProblem whole = resolve_dilated(args, pattern);
+  const BackwardProblem whole = resolve_dilated(args, pattern, Purpose::forward);
   const Problem& f = whole.forward;
   const Dilation& dilation = args.dilation;
 
@@ -137,12 +114,17 @@ BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executo
                  });
   }
   BackwardInfo info;
+  BackwardProblem sums = whole;
+  sums.gradient_dtype = dtype;
+  sums.dq = gradients[0].sum;
+  sums.dk = gradients[1].sum;
+  sums.dv = gradients[2].sum;
   std::vector<BackwardProblem> problems;
   for (size_t i = 0; i < order.size(); ++i) {
-    const bool accumulate = adds || i > 0 || !first_writes;
+    sums.accumulate = adds || i > 0 || !first_writes;
     problems.clear();
     for (auto [part, end] = plan.parts_of(order[i]); part < end; ++part) {
-      problems.push_back(problem_of(plan, plan.parts()[part], whole, gradients, dtype, accumulate));
+      problems.push_back(plan.problem(plan.parts()[part], sums));
     }
     const BackwardInfo one = run_backward(problems, f.dtype, args.isa, executor);
     info.isa = one.isa;

@@ -298,4 +298,23 @@ Problem DilatedPlan::problem(const DilatedPart& part) const {
   return p;
 }
 
+BackwardProblem DilatedPlan::problem(const DilatedPart& part, const BackwardProblem& whole) const {
+  BackwardProblem p = whole;
+  p.forward = problem(part);
+  p.transposed = part.pattern.transposed();
+  p.dout = rows(part, whole.dout, size_of(whole.forward.dtype));
+  if (whole.dlse) {
+    const Strided dlse{const_cast<char*>(whole.dlse), whole.dlse_batch, whole.dlse_seq, whole.dlse_head};
+    const Strided of_part = rows(part, dlse, size_of(whole.forward.lse_dtype));
+    p.dlse = of_part.data;
+    p.dlse_batch = of_part.batch;
+    p.dlse_seq = of_part.seq;
+    p.dlse_head = of_part.head;
+  }
+  p.dq = rows(part, whole.dq, size_of(whole.gradient_dtype));
+  p.dk = rows(part, whole.dk, size_of(whole.gradient_dtype), true);
+  p.dv = rows(part, whole.dv, size_of(whole.gradient_dtype), true);
+  return p;
+}
+
 }  // namespace tessera

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/backward_problem.h"
 #include "attention/problem.h"
 #include "tessera/dilated.h"
 
@@ -56,6 +57,8 @@ class DilatedPlan {
 
   // The part as a problem on the rows of q, k, v, out and lse of `whole`. The plan must outlive it.
   Problem problem(const DilatedPart& part) const;
+  // The same of a backward call: its rows of dout, dlse and the gradients of `whole`, whose other fields are kept.
+  BackwardProblem problem(const DilatedPart& part, const BackwardProblem& whole) const;
 
   // The part's rows of a tensor [B, S, H, ..] or (kv) [B, S, Hkv, ..].
   Strided rows(const DilatedPart& part, const Strided& t, size_t element_size, bool kv = false) const;
@@ -97,6 +100,8 @@ bool evenly_spaced(const Problem& whole);  // q, k, v, out, lse and biases
 
 // The forward call as one problem over the sequence, with that pattern.
 Problem resolve_dilated(const DilatedForwardArgs& args, const BlockPattern& pattern, Purpose purpose);
+
+BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, const BlockPattern& pattern, Purpose purpose);
 
 void set_lse(Problem& p, const Strided& lse, DType dtype);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "attention/pair_gradients.h"
@@ -70,7 +71,9 @@ class Sums {
       const Loss& loss = loss_[row * width_ + i];
       const Error error = loss.error + Error::roundings(kStoreRoundings, value) +
                           Error::summation(static_cast<double>(terms_[row]), value, loss.magnitude, loss.squares);
-      *bound = static_cast<float>(error.bound() + ErrorBound::kTiny);
+      const double most = error.bound() + ErrorBound::kTiny;
+      // 0 x infinity on the way: no bound.
+      *bound = std::isnan(most) ? std::numeric_limits<float>::infinity() : static_cast<float>(most);
     }
     if (to == nullptr) return;
     if (accumulate) value += load_as_double(to, dtype, index);
@@ -391,6 +394,13 @@ void reference_gradients(const BackwardProblem& problem, Executor& executor, con
   RowStatistics rows = row_statistics(problem, forward, executor);
   if (with_bounds) add_row_errors(problem, forward, out_error, lse_error, executor, rows);
   clear_bias_gradients(problem);
+  run_passes(problem, rows, executor, bounds);
+}
+
+void reference_part_gradients(const BackwardProblem& problem, const Problem& given, Executor& executor,
+                              const float* out_error, const float* lse_error, const GradientBounds& bounds) {
+  RowStatistics rows = row_statistics(problem, given, executor);
+  if (lse_error != nullptr) set_row_errors(problem, given, out_error, lse_error, executor, rows);
   run_passes(problem, rows, executor, bounds);
 }
 

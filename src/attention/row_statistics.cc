@@ -153,4 +153,40 @@ void add_row_errors(const BackwardProblem& problem, const Problem& exact, const 
       });
 }
 
+void set_row_errors(const BackwardProblem& g, const Problem& exact, const float* out_bound, const float* lse_bound,
+                    Executor& executor, RowStatistics& rows) {
+  const Problem& p = g.forward;
+  const int64_t dv = p.head_dim_v;
+  rows.with_errors = true;
+  rows.lse_error.resize(rows.lse.size());
+  rows.delta_error.resize(rows.lse.size());
+  parallel_for(
+      executor, p.batch * p.heads, [&] { return std::vector<double>(2 * dv); },
+      [&](std::vector<double>& scratch, int64_t unit) {
+        const int64_t b = unit / p.heads, h = unit % p.heads;
+        double *out = scratch.data(), *dout = out + dv;
+        for (int64_t q = 0; q < p.seqlen_q; ++q) {
+          const int64_t row = unit * p.seqlen_q + q;
+          if (without_keys(rows.lse[row])) continue;
+          load_row(exact.out.at(b, q, h, sizeof(double)), DType::f64, dv, out);
+          load_row(g.dout.at(b, q, h, size_of(p.dtype)), p.dtype, dv, dout);
+          const float* bound = &out_bound[((b * p.seqlen_q + q) * p.heads + h) * dv];
+          double linear = 0, magnitude = 0, squares = 0;
+          for (int64_t i = 0; i < dv; ++i) {
+            const double term = std::abs(dout[i] * out[i]);
+            magnitude += term;
+            squares += term * term;
+            linear += std::abs(dout[i]) * (static_cast<double>(bound[i]) + ErrorBound::kTiny) +
+                      ErrorBound::kTiny * (std::abs(out[i]) + 1);
+          }
+          const double dlse = dlse_of(g, b, h, q);
+          rows.lse_error[row] = Error::of(lse_bound[row]).grown();
+          rows.delta_error[row] =
+              Error::of(linear) +
+              Error::summation(static_cast<double>(dv + 2), rows.delta[row] + dlse, magnitude, squares) +
+              Error::roundings(2, dlse) + Error::roundings(2, rows.delta[row]);
+        }
+      });
+}
+
 }  // namespace tessera

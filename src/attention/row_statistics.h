@@ -15,4 +15,9 @@ RowStatistics row_statistics(const BackwardProblem& problem, const Problem& give
 void add_row_errors(const BackwardProblem& problem, const Problem& exact, const std::vector<float>& out_bound,
                     const std::vector<float>& lse_bound, Executor& executor, RowStatistics& rows);
 
+// The same where nothing is known of out and lse but bounds on their errors: of a softmax over more keys than the
+// problem's.
+void set_row_errors(const BackwardProblem& problem, const Problem& exact, const float* out_bound,
+                    const float* lse_bound, Executor& executor, RowStatistics& rows);
+
 }  // namespace tessera

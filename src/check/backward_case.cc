@@ -57,7 +57,9 @@ void Case::make_backward() {
   }
   for (int i = 0; i < kGradients; ++i) before_[i] = g[i].memory;
 
-  if (varlen) {
+  if (c.path == CheckPath::dilated) {
+    make_dilated_backward();
+  } else if (varlen) {
     VarlenBackwardArgs& a = varlen_backward_;
     a.q = varlen_.q;
     a.k = varlen_.k;
@@ -140,12 +142,16 @@ BackwardInfo Case::run_backward(Isa isa, Executor& executor) {
     varlen_backward_.isa = isa;
     return backward_varlen(varlen_backward_, executor);
   }
+  if (config_.path == CheckPath::dilated) {
+    dilated_backward_.isa = isa;
+    return dilated_backward(dilated_backward_, executor);
+  }
   backward_.isa = isa;
   return backward(backward_, executor);
 }
 
 double Case::before(int g, int64_t offset) const {
-  const bool accumulates = backward_.accumulate && g <= kDv;
+  const bool accumulates = (backward_.accumulate || dilated_backward_.accumulate) && g <= kDv;
   return accumulates ? load_as_double(before_[g].data() + offset, gradients_[g].view.dtype, 0) : 0;
 }
 

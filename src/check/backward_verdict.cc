@@ -150,6 +150,10 @@ class Part {
 // Blocks that a kernel may add one after another to what a gradient held before.
 int64_t blocks_summed(const Case& test, int g) {
   const CaseConfig& c = test.config();
+  if (c.path == CheckPath::dilated) {  // at most that of the smallest blocks without dilation
+    const int64_t blocks = (c.seqlen_q + 15) / 16 * static_cast<int64_t>(c.segment_lengths.size());
+    return g == kDq ? blocks : blocks * (c.heads / c.kv_heads);
+  }
   const PatternShape& s = test.backward_args().pattern.shape();
   return g == kDq ? s.cols() : s.rows() * (c.heads / std::max<int64_t>(1, c.kv_heads));
 }
@@ -172,23 +176,16 @@ GradientTruth::GradientTruth(const Case& test, Executor& executor) {
     if (v.plain) plain_values[g].resize(v.value.size());
     (v.plain ? plain : bounded) = true;
   }
-  for (size_t n = 0; n < test.backward_problems().size(); ++n) {
+  const bool dilated = c.path == CheckPath::dilated;
+  if (dilated) dilated_gradient_truth(test, executor, bounded, plain, *this, plain_values);
+  for (size_t n = 0; !dilated && n < test.backward_problems().size(); ++n) {
     Part part(test, n, *this);
     part.touch();
     if (bounded) part.reference(executor);
     if (plain) part.reference_in_fp32(executor);
     if (plain) part.plain(plain_values);
   }
-  for (int g = 0; g < kGradients; ++g) {
-    Values& v = values[g];
-    for (size_t i = 0; i < plain_values[g].size(); ++i) {
-      const double error = std::abs(plain_values[g][i] - v.value[i]);
-      if (std::isfinite(error)) v.plain_error = std::max(v.plain_error, error);
-    }
-    for (float& bound : v.bound) {
-      if (std::isnan(bound)) bound = std::numeric_limits<float>::infinity();  // 0 x infinity on the way: no bound
-    }
-  }
+  for (int g = 0; g < kGradients; ++g) values[g].plain_error = largest_error(plain_values[g], values[g].value);
 }
 
 Verdict judge_backward(Case& test, const GradientTruth& truth, Isa isa, Executor& executor) {

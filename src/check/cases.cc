@@ -50,26 +50,32 @@ Tensor Case::tensor(DType dtype, std::initializer_list<int64_t> sizes, bool outp
   return t;
 }
 
-BlockPattern Case::pattern(int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t batches) {
-  Random& r = random_;
+// Of no length yet.
+PatternSpec Case::named_pattern(Random& r, int64_t heads) const {
+  const CaseConfig& c = config_;
+  PatternSpec spec;
+  spec.kind = c.kind;
+  spec.block_q = c.block_q;
+  spec.block_k = c.block_k;
+  spec.heads = std::max<int64_t>(1, heads);
+  spec.causal = c.pattern_causal;
+  const auto is = [&](PatternKind kind) { return c.kind == kind; };
+  if (!is(PatternKind::dense) && !is(PatternKind::causal)) spec.density = c.density;
+  if (is(PatternKind::global_local) || is(PatternKind::bigbird)) {
+    spec.global_tokens = 20;
+    spec.window = 50;
+  }
+  if (is(PatternKind::strided)) spec.stride = 3;
+  spec.seed = r.next();
+  return spec;
+}
+
+BlockPattern Case::pattern(Random& r, int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t batches) const {
   const CaseConfig& c = config_;
   if (c.source == PatternSource::named) {
-    PatternSpec spec;
-    spec.kind = c.kind;
+    PatternSpec spec = named_pattern(r, heads);
     spec.seqlen_q = seqlen_q;
     spec.seqlen_k = seqlen_k;
-    spec.block_q = c.block_q;
-    spec.block_k = c.block_k;
-    spec.heads = std::max<int64_t>(1, heads);
-    spec.causal = c.pattern_causal;
-    const auto is = [&](PatternKind kind) { return c.kind == kind; };
-    if (!is(PatternKind::dense) && !is(PatternKind::causal)) spec.density = c.density;
-    if (is(PatternKind::global_local) || is(PatternKind::bigbird)) {
-      spec.global_tokens = 20;
-      spec.window = 50;
-    }
-    if (is(PatternKind::strided)) spec.stride = 3;
-    spec.seed = r.next();
     return make_pattern(spec);
   }
   PatternShape shape{seqlen_q, seqlen_k, c.block_q, c.block_k, std::max<int64_t>(1, heads),
@@ -189,7 +195,7 @@ Case::Case(const CaseConfig& config) : config_(config), random_(config.seed, 1) 
     for (int64_t i = 0; i < c.batch; ++i) {
       cu_seqlens_q_.push_back(cu_seqlens_q_.back() + c.seqlens_q[i]);
       cu_seqlens_k_.push_back(cu_seqlens_k_.back() + c.seqlens_k[i]);
-      patterns_.push_back(pattern(c.seqlens_q[i], c.seqlens_k[i], pattern_heads, 1));
+      patterns_.push_back(pattern(random_, c.seqlens_q[i], c.seqlens_k[i], pattern_heads, 1));
     }
     const int64_t total_q = cu_seqlens_q_.back(), total_k = cu_seqlens_k_.back();
     make_options();
@@ -208,8 +214,10 @@ Case::Case(const CaseConfig& config) : config_(config), random_(config.seed, 1) 
     varlen_.patterns = patterns_;
     varlen_.options = options_;
     problems_ = resolve_varlen(varlen_);
+  } else if (c.path == CheckPath::dilated) {
+    make_dilated();
   } else {
-    patterns_.push_back(pattern(c.seqlen_q, c.seqlen_k, pattern_heads, c.pattern_per_batch ? c.batch : 1));
+    patterns_.push_back(pattern(random_, c.seqlen_q, c.seqlen_k, pattern_heads, c.pattern_per_batch ? c.batch : 1));
     args_.pattern = patterns_[0];
     make_options();
     const int64_t pages = c.batch * patterns_[0].shape().cols() + 2;
@@ -268,7 +276,7 @@ void Case::fill_inputs() {
     int64_t b, s, h, dim;
   };
   std::vector<Row> seen_rows[3];  // of each role
-  for (const Problem& p : problems_) {
+  for (const Problem& p : config_.path == CheckPath::dilated ? segment_problems_ : problems_) {
     const int64_t block_k = p.pattern.shape.block_k;
     std::vector<char> seen(p.batch * p.kv_heads * p.seqlen_k, 0);
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -328,6 +336,10 @@ ForwardInfo Case::run(Isa isa, Executor& executor) {
   if (config_.path == CheckPath::varlen) {
     varlen_.isa = isa;
     return forward_varlen(varlen_, executor);
+  }
+  if (config_.path == CheckPath::dilated) {
+    dilated_.isa = isa;
+    return dilated_forward(dilated_, executor);
   }
   args_.isa = isa;
   return forward(args_, executor);

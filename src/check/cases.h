@@ -3,6 +3,8 @@
 
 #include <array>
 #include <cstddef>
+#include <deque>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "check/random.h"
 #include "check/tensor.h"
 #include "tessera/check.h"
+#include "tessera/dilated.h"
 #include "tessera/patterns.h"
 
 namespace tessera::check {
@@ -32,6 +35,8 @@ struct CaseConfig {
   int64_t batch = 1, heads = 1, kv_heads = 1, seqlen_q = 64, seqlen_k = 64, head_dim = 64, head_dim_v = 64;
   // varlen: lengths of the sequences (batch of them); seqlen_q and seqlen_k are then not used.
   std::vector<int64_t> seqlens_q, seqlens_k;
+  // dilated: the (w, r). The pattern is the one inside dilated segments: a template if named, else made by callback.
+  std::vector<int64_t> segment_lengths, dilation_rates;
 
   PatternSource source = PatternSource::random_csr;
   PatternKind kind = PatternKind::dense;
@@ -74,6 +79,12 @@ std::string describe(const CaseConfig& config);
 enum Gradient { kDq, kDk, kDv, kDBlockBias, kDAttnBias, kDSinks, kGradients };
 constexpr std::array<const char*, kGradients> kGradientNames{"dq", "dk", "dv", "dblock_bias", "dattn_bias", "dsinks"};
 
+// Rows first, first + rate, ... of one dilated segment, for one head of one batch.
+struct Segment {
+  int64_t group, batch, head;  // group: which (w, r)
+  int64_t first, rate;
+};
+
 // A case with its memory. Whatever no query admits is NaN or Inf: rows of K and V, of Q, dout and dlse without keys,
 // biases of masked pairs, unused pages and page numbers, padding.
 class Case {
@@ -83,9 +94,15 @@ class Case {
   Case& operator=(const Case&) = delete;
 
   const CaseConfig& config() const { return config_; }
-  // The call(s) resolved: one, or one a sequence. Valid as long as the case.
+  // The call(s) resolved: one, or one a sequence; of a dilated case only tensors count. Valid as long as the case.
   const std::vector<Problem>& problems() const { return problems_; }
-  const ForwardArgs& args() const { return args_; }  // not for varlen
+  const ForwardArgs& args() const { return args_; }  // not for varlen or dilated
+  const DilatedForwardArgs& dilated_args() const { return dilated_; }
+
+  // A dilated case taken apart by the definition: each segment of each (w, r), batch and head as a problem of its own
+  // on the rows of the call. Independent of how the library plans it.
+  const std::vector<Segment>& segments() const { return segments_; }
+  const std::vector<Problem>& segment_problems() const { return segment_problems_; }
 
   // Refills the outputs with NaN and runs forward() or forward_varlen().
   ForwardInfo run(Isa isa, Executor& executor);
@@ -98,8 +115,9 @@ class Case {
   // and the gradients of options, are refilled with NaN.
   bool has_backward() const { return config_.path != CheckPath::paged; }
   BackwardInfo run_backward(Isa isa, Executor& executor);
-  const std::vector<BackwardProblem>& backward_problems() const { return backward_problems_; }
-  const BackwardArgs& backward_args() const { return backward_; }  // not for varlen
+  const std::vector<BackwardProblem>& backward_problems() const { return backward_problems_; }  // dilated: of segments
+  const BackwardArgs& backward_args() const { return backward_; }  // not for varlen or dilated
+  const DilatedBackwardArgs& dilated_backward_args() const { return dilated_backward_; }
   // Packed sequences have one tensor for all: [1, total, H, D]. Undefined: not wanted.
   const Tensor& gradient(int g) const { return gradients_[g]; }
   // What a gradient held before the call at this byte of its memory; 0 where the call does not accumulate.
@@ -112,11 +130,16 @@ class Case {
 
  private:
   Tensor tensor(DType dtype, std::initializer_list<int64_t> sizes, bool output, bool broadcast_heads);
-  BlockPattern pattern(int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t batches);
+  PatternSpec named_pattern(Random& random, int64_t heads) const;
+  BlockPattern pattern(Random& random, int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t batches) const;
   void make_options();
   void make_page_table();
   void fill_inputs();
+  void make_dilated();
+  void make_segments();
+  const BlockPattern& segment_pattern(int64_t rows);
   void make_backward();
+  void make_dilated_backward();
   void fill_backward();
   void put_row(const Strided& rows, int64_t b, int64_t s, int64_t h, int64_t dim, int64_t position, int64_t length,
                int role);
@@ -132,11 +155,19 @@ class Case {
   VarlenForwardArgs varlen_;
   std::vector<Problem> problems_;
 
+  DilatedForwardArgs dilated_;
+  std::map<int64_t, BlockPattern> segment_patterns_;  // by rows
+  std::vector<Segment> segments_;
+  std::vector<Problem> segment_problems_;
+  std::deque<int64_t> segment_keys_;   // what key_lengths and alibi of segment_problems_ point to
+  std::deque<float> segment_slopes_;
+
   Tensor dout_, dlse_;
   std::array<Tensor, kGradients> gradients_;
   std::array<std::vector<std::byte>, kGradients> before_;  // their memory before the call
   BackwardArgs backward_;
   VarlenBackwardArgs varlen_backward_;
+  DilatedBackwardArgs dilated_backward_;
   std::vector<BackwardProblem> backward_problems_;
 };
 
@@ -144,8 +175,9 @@ class Case {
 bool admits_by_bias(const Problem& p, int64_t b, int64_t h, int64_t q, int64_t k);
 
 // The attention of a plain implementation in the dtype of the inputs: scores, each term of them, weights and output
-// are rounded to it, sums are exact. out: fp64 [B, Sq, H, Dv]. What FlashAttention's tolerance is measured with.
-void plain_attention(const Problem& problem, double* out);
+// are rounded to it, sums are exact. out: fp64 [B, Sq, H, Dv]; lse [B, H, Sq], of the rounded scores, or nullptr. What
+// FlashAttention's tolerance is measured with.
+void plain_attention(const Problem& problem, double* out, double* lse = nullptr);
 
 // Contiguous fp64 gradients of the sizes of the call's; each may be null.
 struct PlainGradients {
@@ -156,5 +188,10 @@ struct PlainGradients {
 // of them, weights, out, delta, dP, dS, dq, dk and dv are rounded to it, sums are exact. Writes dq, dk and dv, adds to
 // the others.
 void plain_gradients(const BackwardProblem& problem, const PlainGradients& to);
+
+// Both for a dilated case, as LongNet's own chain: a plain attention for each segment, weights of the join from their
+// lse, rounded as well, and autograd back through that. out [B, S, H, Dv]; dq, dk and dv are wanted or null.
+void plain_dilated(const Case& test, double* out);
+void plain_dilated_gradients(const Case& test, const PlainGradients& to);
 
 }  // namespace tessera::check

@@ -36,29 +36,30 @@ void choose_pattern(Random& r, CaseConfig& c) {
   c.density = r.pick({0.05, 0.2, 0.5, 0.8, 1.0});
   c.pattern_causal = r.chance(0.4);
   c.pattern_per_head = r.chance(0.3);
-  c.pattern_per_batch = r.chance(0.2) && c.source != PatternSource::named && c.path != CheckPath::varlen;
+  c.pattern_per_batch = r.chance(0.2) && c.source != PatternSource::named && c.path != CheckPath::varlen &&
+                        c.path != CheckPath::dilated;
 }
 
 void choose_options(Random& r, CaseConfig& c) {
-  const bool varlen = c.path == CheckPath::varlen;
+  const bool dilated = c.path == CheckPath::dilated, varlen = c.path == CheckPath::varlen;
   // A third of the cases is plain, a third has one or two options, a third many.
   const double p = r.pick({0.0, 0.08, 0.3});
   if (r.chance(p)) c.scale = r.pick({0.0, -0.3, 0.05, 0.5, 1.0});
   c.causal = c.pattern_causal ? r.chance(0.8) : r.chance(0.3);
   if (r.chance(p)) c.window_left = r.pick<int64_t>({0, 1, 15, 16, 40, 64, 100, 1000000000000});
   if (r.chance(p)) c.window_right = r.pick<int64_t>({0, 1, 15, 16, 40, 64, 100});
-  if (r.chance(p)) c.k_offset = r.pick<int64_t>({-1000, -7, 3, 64, 5000000000});
-  if (!varlen && r.chance(p)) c.q_offset = c.k_offset + r.between(-40, 40 + c.seqlen_k);
+  if (!dilated && r.chance(p)) c.k_offset = r.pick<int64_t>({-1000, -7, 3, 64, 5000000000});
+  if (!varlen && !dilated && r.chance(p)) c.q_offset = c.k_offset + r.between(-40, 40 + c.seqlen_k);
   c.key_lengths = !varlen && r.chance(p);
-  c.align_to_key_lengths = c.key_lengths && r.chance(0.5);
+  c.align_to_key_lengths = c.key_lengths && !dilated && r.chance(0.5);
   if (r.chance(p)) c.softcap = r.pick({0.5, 5.0, 30.0});
   c.alibi = r.chance(p);
   c.alibi_per_batch = r.chance(0.5);
-  c.block_bias = !varlen && r.chance(p);
+  c.block_bias = !varlen && !dilated && r.chance(p);
   c.attn_bias = !varlen && r.chance(p);
   c.attn_bias_dtype = r.pick({DType::f32, DType::f32, c.dtype, DType::f64, DType::bf16, DType::f16});
   c.bias_minus_infinity = r.chance(0.4);
-  c.sinks = r.chance(p);
+  c.sinks = !dilated && r.chance(p);
   if (r.chance(p)) c.dropout = r.pick({0.01, 0.3, 0.5, 0.9});
 }
 
@@ -69,10 +70,29 @@ void choose_backward(Random& r, CaseConfig& c) {
   c.dlse = r.chance(0.4);
   if (r.chance(0.25)) c.dq = r.chance(0.5), c.dk = r.chance(0.5), c.dv = r.chance(0.5);
   c.dblock_bias = r.chance(0.8);
-  c.dattn_bias = r.chance(0.8);
+  c.dattn_bias = c.path != CheckPath::dilated && r.chance(0.8);
   c.dsinks = r.chance(0.8);
   c.dattn_bias_fp32 = r.chance(0.5);
   c.nan_in_dout = c.visible_nan && c.path != CheckPath::paged && r.chance(0.3);
+}
+
+// Segments that do and do not divide the length, or reach beyond it, rates that do and do not divide the segment, up to
+// more than it has tokens and more than there are heads.
+void choose_dilation(Random& r, CaseConfig& c) {
+  c.seqlen_k = c.seqlen_q;
+  const int64_t groups = r.pick<int64_t>({1, 2, 2, 3});
+  for (int64_t g = 0; g < groups; ++g) {
+    c.segment_lengths.push_back(r.chance(0.5) ? r.between(1, c.seqlen_q + 40) : r.pick<int64_t>({16, 32, 64, 128}));
+    c.dilation_rates.push_back(r.chance(0.2) ? r.between(1, 20) : r.pick<int64_t>({1, 1, 2, 2, 3, 4, 5, 8}));
+  }
+}
+
+// The case taken apart by the definition must stay small: longer segments, until they are few.
+void limit_segments(CaseConfig& c) {
+  constexpr int64_t kMostSegments = 150;  // of one (w, r), over heads and batches
+  for (int64_t& w : c.segment_lengths) {
+    while (c.batch * c.heads * ((c.seqlen_q + w - 1) / w) > kMostSegments && w < c.seqlen_q) w *= 2;
+  }
 }
 
 }  // namespace
@@ -82,7 +102,7 @@ CaseConfig random_config(uint64_t seed, int64_t number) {
   CaseConfig c;
   c.seed = r.next();
   c.path = r.pick({CheckPath::panel, CheckPath::panel, CheckPath::panel, CheckPath::decode, CheckPath::decode,
-                   CheckPath::varlen, CheckPath::paged});
+                   CheckPath::varlen, CheckPath::paged, CheckPath::dilated});
   c.dtype = r.pick({DType::f32, DType::f32, DType::bf16, DType::f16});
   c.batch = r.pick<int64_t>({1, 1, 1, 2, 2, 3, 0});
   c.kv_heads = r.pick<int64_t>({1, 1, 2, 3});
@@ -96,6 +116,8 @@ CaseConfig random_config(uint64_t seed, int64_t number) {
     c.seqlen_k = r.chance(0.6) ? r.between(1, 1500) : random_length(r);
   } else if (c.path == CheckPath::panel) {
     c.seqlen_q = c.seqlen_q == 0 || r.chance(0.02) ? c.seqlen_q : std::max<int64_t>(17, c.seqlen_q);
+  } else if (c.path == CheckPath::dilated) {
+    choose_dilation(r, c);
   }
   // Fewer heads and batches, then narrower heads, until the case is cheap.
   const auto products = [&] {
@@ -119,6 +141,7 @@ CaseConfig random_config(uint64_t seed, int64_t number) {
       c.seqlens_q.push_back(decode ? r.between(0, 3) : r.chance(0.6) ? c.seqlens_k.back() : r.between(0, limit));
     }
   }
+  limit_segments(c);
   choose_pattern(r, c);
   choose_options(r, c);
   if (r.chance(0.25)) c.values = r.pick({Values::large, Values::max_last, Values::denormal});
@@ -140,6 +163,10 @@ std::string describe(const CaseConfig& c) {
   }
   text += fmt::format(" H={} Hkv={} D={} Dv={} block={}x{}", c.heads, c.kv_heads, c.head_dim, c.head_dim_v, c.block_q,
                       c.block_k);
+  if (c.path == CheckPath::dilated) {
+    text += fmt::format(" segments=[{}] rates=[{}]", fmt::join(c.segment_lengths, ","),
+                        fmt::join(c.dilation_rates, ","));
+  }
   const char* source = c.source == PatternSource::random_csr ? "csr" : "bitmaps";
   text += fmt::format(" pattern={} density={}", c.source == PatternSource::named ? name_of(c.kind) : source, c.density);
   if (c.pattern_causal) text += " pattern_causal";

@@ -5,7 +5,7 @@
 
 namespace tessera::check {
 
-void plain_attention(const Problem& p, double* out) {
+void plain_attention(const Problem& p, double* out, double* lse) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const auto round = [&](double x) {
     uint64_t bits = 0;
@@ -49,9 +49,12 @@ void plain_attention(const Problem& p, double* out) {
         }
         double* to = out + ((b * p.seqlen_q + q) * p.heads + h) * p.head_dim_v;
         std::fill(to, to + p.head_dim_v, 0.0);
+        double* to_lse = lse ? lse + (b * p.heads + h) * p.seqlen_q + q : nullptr;
+        if (to_lse) *to_lse = -kInfinity;
         if (max == -kInfinity) continue;
         double sum = p.sinks ? std::exp(p.sinks[h * p.sinks_head] - max) : 0;
         for (double& w : weights) sum += w = std::exp(w - max);
+        if (to_lse) *to_lse = max + std::log(sum);
         for (size_t n = 0; n < seen.size(); ++n) {
           double w = weights[n] / sum;
           if (p.dropout.p > 0) {

@@ -56,7 +56,7 @@ class Checker {
       Case test(config);
       std::vector<Truth> truths;
       if (wants(CheckPass::fwd)) {
-        for (const Problem& p : test.problems()) truths.emplace_back(p, executor_);
+        truths = truths_of(test, executor_);
       }
       std::optional<GradientTruth> gradients;
       if (wants(CheckPass::bwd) && test.has_backward()) {
@@ -146,6 +146,7 @@ std::string_view name_of(CheckPath path) {
     case CheckPath::decode: return "decode";
     case CheckPath::varlen: return "varlen";
     case CheckPath::paged: return "paged";
+    case CheckPath::dilated: return "dilated";
   }
   return "?";
 }

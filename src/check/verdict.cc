@@ -29,6 +29,15 @@ void take(Verdict& verdict, double got, double expected, double tolerance, const
 
 }  // namespace
 
+double largest_error(const std::vector<double>& plain, const std::vector<double>& exact) {
+  double largest = 0;
+  for (size_t i = 0; i < plain.size(); ++i) {
+    const double error = std::abs(plain[i] - exact[i]);
+    if (std::isfinite(error)) largest = std::max(largest, error);
+  }
+  return largest;
+}
+
 double error_fraction(double got, double expected, double tolerance) {
   if (!std::isfinite(expected)) {
     // NaN or +inf: which of them is a matter of order. -inf is the lse of a row without keys, and exact.
@@ -62,10 +71,40 @@ Truth::Truth(const Problem& problem, Executor& executor) {
   if (problem.dtype == DType::f32 || out.size() < kFewElements) return;
   std::vector<double> plain(out.size());
   plain_attention(problem, plain.data());
-  for (size_t i = 0; i < out.size(); ++i) {
-    const double error = std::abs(plain[i] - out[i]);
-    if (std::isfinite(error)) plain_error = std::max(plain_error, error);
+  plain_error = largest_error(plain, out);
+}
+
+namespace {
+
+Truth dilated_truth(const Case& test, Executor& executor) {
+  const Problem& p = test.problems()[0];
+  Truth t;
+  t.out.resize(p.batch * p.seqlen_q * p.heads * p.head_dim_v);
+  t.lse.resize(p.batch * p.heads * p.seqlen_q);
+  t.out_bound.resize(t.out.size());
+  t.lse_bound.resize(t.lse.size());
+  if (t.out.empty()) return t;
+  DilatedForwardArgs args = test.dilated_args();
+  args.out = make_view(static_cast<void*>(t.out.data()), DType::f64, {p.batch, p.seqlen_q, p.heads, p.head_dim_v});
+  args.lse = make_view(static_cast<void*>(t.lse.data()), DType::f64, {p.batch, p.heads, p.seqlen_q});
+  reference_dilated_forward(args, executor, t.out_bound.data(), t.lse_bound.data());
+  if (p.dtype == DType::f32 || t.out.size() < kFewElements) return t;
+  std::vector<double> plain(t.out.size());
+  plain_dilated(test, plain.data());
+  t.plain_error = largest_error(plain, t.out);
+  return t;
+}
+
+}  // namespace
+
+std::vector<Truth> truths_of(const Case& test, Executor& executor) {
+  std::vector<Truth> truths;
+  if (test.config().path == CheckPath::dilated) {
+    truths.push_back(dilated_truth(test, executor));
+  } else {
+    for (const Problem& p : test.problems()) truths.emplace_back(p, executor);
   }
+  return truths;
 }
 
 double Truth::out_tolerance(DType dtype, size_t i) const {

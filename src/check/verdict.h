@@ -16,10 +16,14 @@ struct Truth {
   std::vector<float> lse_bound;  // like lse
   double plain_error = 0;        // largest error of the plain implementation in the dtype of the inputs
 
+  Truth() = default;
   Truth(const Problem& problem, Executor& executor);
   // fp32: the derived bound. bf16, fp16: FlashAttention's rule, see tessera/check.h.
   double out_tolerance(DType dtype, size_t i) const;
 };
+
+// Of each problem of the case.
+std::vector<Truth> truths_of(const Case& test, Executor& executor);
 
 // What a case's gradients should be, all packed sequences together, and how far a kernel may be from them.
 struct GradientTruth {
@@ -36,6 +40,11 @@ struct GradientTruth {
   GradientTruth(const Case& test, Executor& executor);
 };
 
+// Those of a dilated case: what is touched, values and bounds of the gradients that the bound alone judges (`bounded`),
+// of those that FlashAttention's rule judges (`plain`), and of the latter also what a plain implementation gives.
+void dilated_gradient_truth(const Case& test, Executor& executor, bool bounded, bool plain, GradientTruth& truth,
+                            std::array<std::vector<double>, kGradients>& plain_values);
+
 struct Verdict {
   double worst = 0;     // largest error as a fraction of its tolerance
   std::string problem;  // the first one; empty: none
@@ -46,6 +55,9 @@ struct Verdict {
 
 // |got - expected| / tolerance; above 1 is wrong. Where the expectation is not finite: 0 or infinity.
 double error_fraction(double got, double expected, double tolerance);
+
+// Over the elements where it is finite.
+double largest_error(const std::vector<double>& plain, const std::vector<double>& exact);
 
 // A maximum over fewer elements is a matter of luck: there FlashAttention's rule could fail a right result (or the
 // plain implementation happen to be exact), and the derived bound holds instead.

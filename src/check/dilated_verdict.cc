@@ -1,0 +1,82 @@
+// What the gradients of a dilated case should be.
+#include "attention/scores.h"
+#include "check/verdict.h"
+
+namespace tessera::check {
+
+namespace {
+
+// Values in fp32, contiguous; those of 16 bits convert exactly.
+TensorView in_fp32(const TensorView& from, std::vector<float>& to) {
+  to.clear();
+  for_each_element(from, [&](int64_t offset) {
+    const char* element = static_cast<const char*>(from.data) + offset;
+    to.push_back(static_cast<float>(load_as_double(element, from.dtype, 0)));
+  });
+  const auto& n = from.sizes;
+  return make_view(static_cast<const void*>(to.data()), DType::f32, {n[0], n[1], n[2], n[3]});
+}
+
+// Of the gradients that the rule `plain` judges.
+void reference(const Case& test, DilatedBackwardArgs args, Executor& executor, bool plain, GradientTruth& truth) {
+  args.accumulate = false;
+  MutableTensorView* views[] = {&args.dq, &args.dk, &args.dv};
+  GradientBounds bounds;
+  float** to[] = {&bounds.dq, &bounds.dk, &bounds.dv};
+  for (const int g : {kDq, kDk, kDv}) {
+    GradientTruth::Values& v = truth.values[g];
+    *views[g] = {};
+    if (v.value.empty() || v.plain != plain) continue;
+    const auto& n = test.gradient(g).view.sizes;
+    *views[g] = make_view(static_cast<void*>(v.value.data()), DType::f64, {n[0], n[1], n[2], n[3]});
+    *to[g] = v.bound.data();
+  }
+  reference_dilated_backward(args, executor, bounds);
+}
+
+// Which rows some pair of weight above 0 takes part in.
+void touch(const Case& test, GradientTruth& truth) {
+  const CaseConfig& c = test.config();
+  for (size_t n = 0; n < test.segments().size(); ++n) {
+    const Segment& s = test.segments()[n];
+    const Problem& p = test.segment_problems()[n];
+    const MaskGeometry mask = p.mask(0);
+    const auto mark = [&](int g, int64_t i, int64_t heads, int64_t head) {
+      std::vector<char>& touched = truth.values[g].touched;
+      if (!touched.empty()) touched[(s.batch * c.seqlen_q + s.first + i * s.rate) * heads + head] = 1;
+    };
+    for (int64_t q = 0; q < p.seqlen_q; ++q) {
+      const int64_t row = p.pattern.row_id(0, 0, q / p.pattern.shape.block_q);
+      for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
+        for_each_admitted_key(p, mask, q, e, [&](int64_t k) {
+          if (!admits_by_bias(p, 0, 0, q, k)) return;
+          mark(kDq, q, c.heads, s.head);
+          mark(kDk, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
+          mark(kDv, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void dilated_gradient_truth(const Case& test, Executor& executor, bool bounded, bool plain, GradientTruth& truth,
+                            std::array<std::vector<double>, kGradients>& plain_values) {
+  touch(test, truth);
+  const DilatedBackwardArgs& args = test.dilated_backward_args();
+  if (bounded) reference(test, args, executor, false, truth);
+  if (!plain) return;
+  // The same call with inputs in fp32: the values are the same, the bounds those of fp32 arithmetic.
+  DilatedBackwardArgs fp32 = args;
+  std::vector<float> q, k, v, dout;
+  fp32.q = in_fp32(args.q, q);
+  fp32.k = in_fp32(args.k, k);
+  fp32.v = in_fp32(args.v, v);
+  fp32.dout = in_fp32(args.dout, dout);
+  reference(test, fp32, executor, true, truth);
+  const auto at = [&](int g) { return plain_values[g].empty() ? nullptr : plain_values[g].data(); };
+  plain_dilated_gradients(test, {at(kDq), at(kDk), at(kDv)});
+}
+
+}  // namespace tessera::check
