@@ -61,6 +61,9 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
         """The pattern that somebody put here for these lengths."""
         return self._own.get((seqlen_q, seqlen_k))
 
+    def has_own(self) -> bool:
+        return bool(self._own)
+
     def made(self, key: Hashable, make: Callable[[], BlockPattern]) -> BlockPattern:
         with self._lock:
             pattern = self._made.get(key)

@@ -167,15 +167,25 @@ class _Configured(nn.Module):
 
     def _compute(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float,
                  options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if self._is_segmented(q.shape[1], k.shape[1]):
-            kind, _, inner = self.sparse_config.spec()
-            return functional.dilated_attention(  # type: ignore[return-value]
-                q, k, v, segment_lengths=self.segment_lengths, dilation_rates=self.dilation_rates, causal=causal,
-                pattern=kind, block=self._square_block(), dropout_p=dropout_p, return_lse=True,
-                **{_INNER.get(name, name): value for name, value in inner.items()}, **options)
-        pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
-        return functional.block_sparse_attention(  # type: ignore[return-value]
-            q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options)
+        widths, rates = self.segment_lengths, self.dilation_rates
+        compiling = torch.compiler.is_compiling()
+        if not self._is_segmented(q.shape[1], k.shape[1]):
+            config = self.sparse_config
+            if not (compiling and q.shape[1] == k.shape[1] and isinstance(config.block_size, int)
+                    and not config.heads_differ and not self.pattern_generator.pattern_cache.has_own()):
+                make = self.pattern_generator.generate_pattern
+                if compiling:  # a pattern depends on values: made outside of the graph
+                    make = torch.compiler.disable(make)
+                pattern = make(q.shape[1], q.shape[2], k.shape[1], causal)
+                return functional.block_sparse_attention(  # type: ignore[return-value]
+                    q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options)
+            # One segment is the whole sequence: the same attention, its pattern made inside the operator.
+            widths, rates = (q.shape[1],), (1,)
+        kind, _, inner = self.sparse_config.spec()
+        return functional.dilated_attention(  # type: ignore[return-value]
+            q, k, v, segment_lengths=widths, dilation_rates=rates, causal=causal, pattern=kind,
+            block=self._square_block(), dropout_p=dropout_p, return_lse=True,
+            **{_INNER.get(name, name): value for name, value in inner.items()}, **options)
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, causal: bool, options: dict[str, Any]) -> dict[str, Any]:
         if not self._is_segmented(q.shape[1], k.shape[1]):

@@ -221,6 +221,27 @@ def test_segments_with_grouped_heads_have_gradients_and_weights():
         attention(q, k, v, return_attention_weights=True, key_lengths=torch.tensor([100, 200]))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fullgraph"),
+    [
+        ({}, True),
+        ({"segment_lengths": [128, 256], "dilation_rates": [1, 2]}, True),
+        ({"pattern_type": "random"}, False),  # heads of their own: the pattern is made between two graphs
+    ],
+)
+def test_modules_compile(arguments, fullgraph):
+    base = BlockSparseRingDilatedAttention(sparsity_ratio=0.25, block_size=32, **arguments)
+    multihead = BlockSparseRingMultiheadDilatedAttention(32, 2, sparsity_ratio=0.25, block_size=32, **arguments)
+    q, k, v = qkv(1, 300, 2, 16)
+    x = torch.randn(1, 300, 32)
+    for module, tensors in ((base, (q, k, v)), (multihead, (x,))):
+        expected = module(*tensors)
+        torch._dynamo.reset()
+        found = torch.compile(module, backend="eager", fullgraph=fullgraph)(*tensors)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
 def test_dropout_is_for_training_only():
     attention = BlockSparseRingDilatedAttention(sparsity_ratio=0.5, block_size=16, dropout=0.5)
     q, k, v = qkv(1, 128, 2, 16)
