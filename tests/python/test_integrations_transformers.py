@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import tessera  # noqa: E402
 from tessera import BlockPattern, patterns  # noqa: E402
 from tessera.integrations import transformers as integration  # noqa: E402
 
@@ -44,6 +45,15 @@ def _config(kind):
 
 
 CAUSAL = ["llama", "qwen2", "mistral", "gemma2", "gpt_oss", "gpt2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small take several times as long on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +111,15 @@ def test_dense_prefill_equals(kind, side):
 @pytest.mark.parametrize("kind", CAUSAL)
 @pytest.mark.parametrize("side", [None, "left"])
 def test_generation_equals(kind, side):
-    # 70 + 12 tokens: beyond the window, so that sliding caches have dropped keys.
-    call = {"attention_mask": _padding(side), "max_new_tokens": 12, "do_sample": False}
+    # 70 + 6 tokens: beyond the window, so that sliding caches have dropped keys.
+    call = {"attention_mask": _padding(side), "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(_model(kind).generate(_ids(), **call), _reference(kind).generate(_ids(), **call))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_generation_with_a_static_cache_equals(kind):
     # Keys past the queries exist in a static cache, and hold anything.
-    call = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    call = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
     assert torch.equal(_model(kind).generate(_ids(), **call), _reference(kind).generate(_ids(), **call))
 
 
@@ -251,6 +261,31 @@ def test_swapping_attention_in_an_existing_model():
     assert (model(_ids()).logits - want).abs().max() > 0.1
     model.set_attn_implementation("sdpa")
     assert torch.equal(model(_ids()).logits, want)
+
+
+def test_cross_attention_takes_no_sparse_pattern():
+    integration.register("tessera-sparse", "dilated_sparse", density=0.3, block=16)
+    config = transformers.BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    model = transformers.BartModel._from_config(config, attn_implementation="tessera-sparse")
+    with pytest.raises(ValueError, match="pattern: got queries 0..40 on keys 0..70"):
+        model(_ids(), decoder_input_ids=_ids(2, 40))
+
+
+@torch.no_grad()
+def test_swapping_multihead_attention():
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train()
+    x = torch.randn(2, 40, 64)
+    want = model(x)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.MultiheadAttention:
+                setattr(module, name, tessera.MultiheadAttention.from_torch(child, pattern=None))
+    assert sum(type(m) is tessera.MultiheadAttention for m in model.modules()) == 2
+    _close(model(x), want)
 
 
 def test_no_mask_of_tokens_is_made():
