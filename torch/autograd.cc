@@ -1,8 +1,8 @@
 // Gradients and autocast of torch.ops.tessera, once for C++ and Python: nodes of the graph that call the backward
 // operators through the dispatcher, so that torch.compile, export and functional transforms see them.
 //
-// Kernels are boxed: the backward operators take what the forward ones took, in the same order, so one kernel serves all
-// (struct Differentiable says where they differ).
+// Kernels are boxed: the backward operators take what the forward ones took, in the same order, so one kernel serves
+// all (struct Differentiable says where they differ).
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -28,7 +28,8 @@ using torch::autograd::set_history;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 
-// A forward operator (q, k, v, rest...) -> (out, lse) and its backward (dout, dlse, q, k, v, out, lse, [wanted], rest...).
+// A forward operator (q, k, v, rest...) -> (out, lse) and its backward (dout, dlse, q, k, v, out, lse, [wanted],
+// rest...).
 struct Differentiable {
   const char* name;
   const char* backward;
@@ -36,8 +37,8 @@ struct Differentiable {
   bool wanted;                         // backward takes bool[arguments]
 };
 
-const Differentiable kForward{"forward", "tessera::backward",
-                              {"q", "k", "v", "block_bias", "attn_bias", "sinks"}, true};
+const Differentiable kForward{
+    "forward", "tessera::backward", {"q", "k", "v", "block_bias", "attn_bias", "sinks"}, true};
 const Differentiable kVarlen{"varlen_forward", "tessera::varlen_backward", {"q", "k", "v", "sinks"}, false};
 const Differentiable kDilated{"dilated_forward", "tessera::dilated_backward", {"q", "k", "v"}, false};
 
@@ -92,9 +93,7 @@ class SavedArguments {
 class AttentionBackward final : public Node {
  public:
   AttentionBackward(const Differentiable& op, at::ArrayRef<c10::IValue> args)
-      : backward_(c10::Dispatcher::singleton().findSchemaOrThrow(op.backward, "")),
-        op_(op),
-        arguments_(args) {}
+      : backward_(c10::Dispatcher::singleton().findSchemaOrThrow(op.backward, "")), op_(op), arguments_(args) {}
 
   std::string name() const override { return std::string("Tessera_") + op_.name + "_backward"; }
 
@@ -187,8 +186,9 @@ void no_gradient_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
     const bool second = name.size() >= 8 && name.compare(name.size() - 8, 8, "backward") == 0;
     const auto node = c10::make_intrusive<torch::autograd::Error>(
         second ? name + ": got a second derivative; allowed: first derivatives"
-               : name + ": got a backward pass; allowed: none, its results have no gradient "
-                        "(block_sparse_attention has)",
+               : name +
+                     ": got a backward pass; allowed: none, its results have no gradient "
+                     "(block_sparse_attention has)",
         collect_next_edges(at::TensorList(inputs)));
     run_below(op, keys, stack);
     for (auto& value : torch::jit::last(*stack, schema.returns().size())) {
@@ -215,8 +215,9 @@ class MergeBackward final : public Node {
       if (!task_should_compute_output(2 * side) && !task_should_compute_output(2 * side + 1)) continue;
       const at::Tensor out_x = saved[2 * side].unpack(), lse_x = saved[2 * side + 1].unpack();
       const at::Tensor absent = lse_x.isinf().logical_and(lse_x.lt(0));
-      const at::Tensor weight = at::where(absent, nothing, (lse_x - at::where(absent, nothing, lse)).exp());  // [B, H, S]
-      const at::Tensor column = weight.transpose(1, 2).unsqueeze(-1);                                        // [B, S, H, 1]
+      const at::Tensor weight =
+          at::where(absent, nothing, (lse_x - at::where(absent, nothing, lse)).exp());  // [B, H, S]
+      const at::Tensor column = weight.transpose(1, 2).unsqueeze(-1);                   // [B, S, H, 1]
       at::Tensor dlse = grads[1].defined() ? grads[1] * weight : at::Tensor();
       if (grads[0].defined()) {
         if (task_should_compute_output(2 * side)) result[2 * side] = (grads[0] * column).to(out.scalar_type());
@@ -265,7 +266,8 @@ void autocast_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* 
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet(c10::DispatchKey::AutocastCPU));
   const size_t first = stack->size() - op.schema().arguments().size();
   for (size_t i = first; i < first + tensors; ++i) {
-    (*stack)[i] = at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), (*stack)[i].toTensor(), at::kCPU);
+    (*stack)[i] =
+        at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), (*stack)[i].toTensor(), at::kCPU);
   }
   op.callBoxed(stack);
 }

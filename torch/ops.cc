@@ -194,7 +194,8 @@ std::vector<BlockPattern> patterns_of(at::TensorList indptrs, at::TensorList ind
   "Tensor? alibi_slopes=None, Tensor? sinks=None, float dropout_p=0., Tensor? rng=None"
 #define VARLEN_OPTION_PARAMETERS                                                                               \
   std::optional<double> scale, bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, \
-      double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks, double dropout_p, const MaybeTensor &rng
+      double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks, double dropout_p,                    \
+      const MaybeTensor &rng
 #define VARLEN_OPTION_VALUE                                                                                          \
   OptionArguments{scale, causal, window_left, window_right, {}, 0, {}, false, softcap, alibi_slopes, {}, {}, sinks, \
                   dropout_p, rng}
@@ -216,7 +217,8 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward_op(const at::Tensor& q, const 
     check_rank("q", q, 3, "[total_q, H, D]");
     check_rank("v", v, 3, "[total_k, Hkv, Dv]");
     const Options options(VARLEN_OPTION_VALUE);
-    const auto offsets_q = offsets_of("cu_seqlens_q", cu_seqlens_q), offsets_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
+    const auto offsets_q = offsets_of("cu_seqlens_q", cu_seqlens_q);
+    const auto offsets_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
     const auto patterns = patterns_of(indptrs, indices, pattern_shapes);
     at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
     at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(lse_type(q)));
@@ -241,7 +243,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_op(
     at::TensorList indptrs, at::TensorList indices, at::IntArrayRef pattern_shapes, VARLEN_OPTION_PARAMETERS) {
   return translate_errors([&] {
     const Options options(VARLEN_OPTION_VALUE);
-    const auto offsets_q = offsets_of("cu_seqlens_q", cu_seqlens_q), offsets_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
+    const auto offsets_q = offsets_of("cu_seqlens_q", cu_seqlens_q);
+    const auto offsets_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
     const auto patterns = patterns_of(indptrs, indices, pattern_shapes);
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(k.sizes(), k.options());
     at::Tensor dv = at::empty(v.sizes(), v.options());

@@ -14,10 +14,11 @@
 #include "tessera/picture.h"
 
 #define PATTERN_RESULT "(Tensor indptr, Tensor indices, Tensor bitmap_index, Tensor bitmaps, int[] pattern_shape)"
-#define PATTERN_LISTS "Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, SymInt[] pattern_shapes"
+#define PATTERN_LISTS \
+  "Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, SymInt[] pattern_shapes"
 // attention_mass' result
 #define MASS "Tensor values, Tensor row_tokens, Tensor first, Tensor last, int[] mass_shape"
-#define MASS_PARAMETERS                                                                                      \
+#define MASS_PARAMETERS                                                                                    \
   const at::Tensor &values, const at::Tensor &row_tokens, const at::Tensor &first, const at::Tensor &last, \
       at::IntArrayRef mass_shape
 #define MASS_VALUE mass_of(values, row_tokens, first, last, mass_shape)
@@ -53,9 +54,10 @@ at::Tensor quality_op(const at::Tensor& q, const at::Tensor& k, const MaybeTenso
     at::Tensor figures = at::empty({static_cast<int64_t>(found.size()), 1 + heads, 10}, at::kDouble);
     double* to = figures.mutable_data_ptr<double>();
     const auto write = [&](const QualityFigures& f) {
-      for (double x : {f.coverage, f.coverage_p5, f.coverage_min, f.density, f.efficiency, f.locality,
-                       f.oracle_coverage, f.oracle_ratio,
-                       f.output_error.value_or(std::numeric_limits<double>::quiet_NaN()), static_cast<double>(f.rows)}) {
+      for (double x :
+           {f.coverage, f.coverage_p5, f.coverage_min, f.density, f.efficiency, f.locality, f.oracle_coverage,
+            f.oracle_ratio, f.output_error.value_or(std::numeric_limits<double>::quiet_NaN()),
+            static_cast<double>(f.rows)}) {
         *to++ = x;
       }
     };
@@ -84,8 +86,8 @@ MassResult attention_mass_op(const at::Tensor& q, const at::Tensor& k, int64_t b
     std::copy(m.row_tokens.begin(), m.row_tokens.end(), row_tokens.mutable_data_ptr<int32_t>());
     std::copy(m.first.begin(), m.first.end(), first.mutable_data_ptr<int32_t>());
     std::copy(m.last.begin(), m.last.end(), last.mutable_data_ptr<int32_t>());
-    return MassResult{values, row_tokens, first, last,
-                      {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
+    return MassResult{
+        values, row_tokens, first, last, {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
   });
 }
 
@@ -151,7 +153,9 @@ std::string list_text(const std::vector<int64_t>& values) {
 // Names and numbers only: nothing that JSON would have to escape.
 std::string spec_text(const PatternSpec& s) {
   std::string text = "{\"name\": \"" + std::string(name_of(s.kind)) + "\"";
-  const auto add = [&](const char* name, const std::string& value) { text += std::string(", \"") + name + "\": " + value; };
+  const auto add = [&](const char* name, const std::string& value) {
+    text += std::string(", \"") + name + "\": " + value;
+  };
   if (s.density) add("density", c10::str(*s.density));
   if (s.window) add("window", std::to_string(*s.window));
   if (!s.dilation_rates.empty()) add("dilation_rates", list_text(s.dilation_rates));
@@ -164,11 +168,11 @@ std::string spec_text(const PatternSpec& s) {
   return text + "}";
 }
 
-// The specs as JSON, best first and then the candidates; [1 + candidates, 3]: coverage, density, reached; oracle density,
-// bound density, patterns evaluated.
+// The specs as JSON, best first and then the candidates; [1 + candidates, 3]: coverage, density, reached; oracle
+// density, bound density, patterns evaluated.
 using OptimizeTensors = std::tuple<std::string, at::Tensor, double, double, int64_t>;
-OptimizeTensors optimize_op(MASS_PARAMETERS, bool mass_causal, double target_coverage, const c10::List<std::string>& kinds,
-                            int64_t pattern_seed) {
+OptimizeTensors optimize_op(MASS_PARAMETERS, bool mass_causal, double target_coverage,
+                            const c10::List<std::string>& kinds, int64_t pattern_seed) {
   return translate_errors([&] {
     OptimizeOptions options;
     options.target_coverage = target_coverage;
@@ -216,8 +220,8 @@ Image image_of(const at::Tensor& t) {
 at::Tensor draw_pattern_op(PATTERN_PARAMETERS, c10::string_view title, int64_t batch, int64_t head, bool causal,
                            int64_t size, bool legend) {
   return translate_errors([&] {
-    return tensor_of(draw_pattern(pattern_of(PATTERN_VALUE),
-                                  {text_of(title), batch, head, causal, narrow(size), legend}));
+    return tensor_of(
+        draw_pattern(pattern_of(PATTERN_VALUE), {text_of(title), batch, head, causal, narrow(size), legend}));
   });
 }
 
@@ -236,8 +240,8 @@ at::Tensor draw_heat_map_op(const at::Tensor& values, c10::string_view title, in
     options.max = max;
     options.log_scale = log_scale;
     options.size = narrow(size);
-    return tensor_of(draw_heat_map({c.const_data_ptr<float>(), static_cast<size_t>(c.numel())}, c.size(0), c.size(1),
-                                   options));
+    return tensor_of(
+        draw_heat_map({c.const_data_ptr<float>(), static_cast<size_t>(c.numel())}, c.size(0), c.size(1), options));
   });
 }
 
@@ -249,14 +253,16 @@ at::Tensor draw_sheet_op(at::TensorList images, int64_t columns, c10::string_vie
   });
 }
 
-at::Tensor draw_lines_op(const c10::List<std::string>& names, at::TensorList x, at::TensorList y, at::IntArrayRef dashed,
-                         c10::string_view title, c10::string_view x_label, c10::string_view y_label, bool log_x,
-                         bool log_y) {
+at::Tensor draw_lines_op(const c10::List<std::string>& names, at::TensorList x, at::TensorList y,
+                         at::IntArrayRef dashed, c10::string_view title, c10::string_view x_label,
+                         c10::string_view y_label, bool log_x, bool log_y) {
   return translate_errors([&] {
-    if (names.size() != x.size() || names.size() != y.size()) fail("names", std::to_string(names.size()), "one a series");
+    if (names.size() != x.size() || names.size() != y.size())
+      fail("names", std::to_string(names.size()), "one a series");
     std::vector<Series> series(x.size());
     for (size_t i = 0; i < x.size(); ++i) {
-      const at::Tensor xs = x[i].to(at::kCPU, at::kDouble).contiguous(), ys = y[i].to(at::kCPU, at::kDouble).contiguous();
+      const at::Tensor xs = x[i].to(at::kCPU, at::kDouble).contiguous(),
+                       ys = y[i].to(at::kCPU, at::kDouble).contiguous();
       series[i].name = names.get(i);
       series[i].x.assign(xs.const_data_ptr<double>(), xs.const_data_ptr<double>() + xs.numel());
       series[i].y.assign(ys.const_data_ptr<double>(), ys.const_data_ptr<double>() + ys.numel());
@@ -290,20 +296,25 @@ void write_png_op(const at::Tensor& image, c10::string_view path) {
 TORCH_LIBRARY_FRAGMENT(tessera, m) {
   m.def("quality(Tensor q, Tensor k, Tensor? v, " PATTERN_LISTS ", int sample_rows=0, int sample_seed=0, " OPTIONS
         ") -> Tensor");
-  m.def("attention_mass(Tensor q, Tensor k, int block_q, int block_k, int max_bytes=4294967296, " OPTIONS ") -> (" MASS ")");
-  m.def("mass_coverage(" MASS ", " PATTERN ") -> float[]");          // coverage, density
-  m.def("mass_densities(" MASS ", float coverage) -> float[]");      // of the oracle, and the bound
+  m.def("attention_mass(Tensor q, Tensor k, int block_q, int block_k, int max_bytes=4294967296, " OPTIONS ") -> (" MASS
+        ")");
+  m.def("mass_coverage(" MASS ", " PATTERN ") -> float[]");      // coverage, density
+  m.def("mass_densities(" MASS ", float coverage) -> float[]");  // of the oracle, and the bound
   m.def("oracle_coverage(" MASS ", float density) -> float");
   m.def("oracle_pattern(" MASS ", float density) -> " PATTERN_RESULT);
-  m.def("optimize(" MASS ", bool mass_causal, float target_coverage, str[] kinds, int pattern_seed=0) -> "
+  m.def("optimize(" MASS
+        ", bool mass_causal, float target_coverage, str[] kinds, int pattern_seed=0) -> "
         "(str specs, Tensor figures, float oracle_density, float bound_density, int evaluated)");
-  m.def("draw_pattern(" PATTERN ", str title='', int batch=0, int head=0, bool causal=False, int size=512, "
+  m.def("draw_pattern(" PATTERN
+        ", str title='', int batch=0, int head=0, bool causal=False, int size=512, "
         "bool legend=True) -> Tensor");
-  m.def("draw_heat_map(Tensor values, str title='', int seqlen_q=0, int seqlen_k=0, str value_label='', "
-        "float? min=None, float? max=None, bool log_scale=False, int size=512) -> Tensor");
+  m.def(
+      "draw_heat_map(Tensor values, str title='', int seqlen_q=0, int seqlen_k=0, str value_label='', "
+      "float? min=None, float? max=None, bool log_scale=False, int size=512) -> Tensor");
   m.def("draw_sheet(Tensor[] images, int columns, str title='') -> Tensor");
-  m.def("draw_lines(str[] names, Tensor[] x, Tensor[] y, int[] dashed=[], str title='', str x_label='', "
-        "str y_label='', bool log_x=False, bool log_y=False) -> Tensor");
+  m.def(
+      "draw_lines(str[] names, Tensor[] x, Tensor[] y, int[] dashed=[], str title='', str x_label='', "
+      "str y_label='', bool log_x=False, bool log_y=False) -> Tensor");
   m.def("encode_png(Tensor image) -> Tensor");
   m.def("write_png(Tensor image, str path) -> ()");
 }

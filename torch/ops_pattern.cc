@@ -1,5 +1,5 @@
-// torch.ops.tessera, patterns: making, joining, judging and drawing them. No autograd; results depend on values, so they
-// are made outside of compiled graphs and enter them as tensors.
+// torch.ops.tessera, patterns: making, joining, judging and drawing them. No autograd; results depend on values, so
+// they are made outside of compiled graphs and enter them as tensors.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -17,24 +17,26 @@
 #include "tessera/patterns.h"
 
 // A second pattern as arguments, and a pattern as a result.
-#define PATTERN_B "Tensor indptr_b, Tensor indices_b, Tensor? bitmap_index_b, Tensor? bitmaps_b, SymInt[] pattern_shape_b"
+#define PATTERN_B \
+  "Tensor indptr_b, Tensor indices_b, Tensor? bitmap_index_b, Tensor? bitmaps_b, SymInt[] pattern_shape_b"
 #define PATTERN_RESULT "(Tensor indptr, Tensor indices, Tensor bitmap_index, Tensor bitmaps, int[] pattern_shape)"
 #define PATTERN_PARAMETERS_B                                                                  \
   const at::Tensor &indptr_b, const at::Tensor &indices_b, const MaybeTensor &bitmap_index_b, \
       const MaybeTensor &bitmaps_b, at::IntArrayRef pattern_shape_b
-#define PATTERN_VALUE_B PatternTensors{indptr_b, indices_b, bitmap_index_b, bitmaps_b, pattern_shape_b.vec()}
+#define PATTERN_VALUE_B \
+  PatternTensors { indptr_b, indices_b, bitmap_index_b, bitmaps_b, pattern_shape_b.vec() }
 
 // Every field of PatternSpec, in its order.
-#define SPEC                                                                                                       \
-  "str kind, int seqlen_q, int seqlen_k, int block_q, int block_k, int heads=1, bool causal=False, "              \
-  "float? density=None, int? window=None, int[] dilation_rates=[], int[] segment_lengths=[], "                    \
-  "int? global_tokens=None, int? stride=None, int seed=0, int ranks=1, int ranks_per_node=1, "                    \
+#define SPEC                                                                                         \
+  "str kind, int seqlen_q, int seqlen_k, int block_q, int block_k, int heads=1, bool causal=False, " \
+  "float? density=None, int? window=None, int[] dilation_rates=[], int[] segment_lengths=[], "       \
+  "int? global_tokens=None, int? stride=None, int seed=0, int ranks=1, int ranks_per_node=1, "       \
   "float? local_density=None, float? global_density=None, float? inter_node_density=None"
-#define SPEC_PARAMETERS                                                                                             \
-  c10::string_view kind, int64_t seqlen_q, int64_t seqlen_k, int64_t block_q, int64_t block_k, int64_t heads,       \
-      bool causal, std::optional<double> density, std::optional<int64_t> window, at::IntArrayRef dilation_rates,    \
-      at::IntArrayRef segment_lengths, std::optional<int64_t> global_tokens, std::optional<int64_t> stride,         \
-      int64_t seed, int64_t ranks, int64_t ranks_per_node, std::optional<double> local_density,                     \
+#define SPEC_PARAMETERS                                                                                          \
+  c10::string_view kind, int64_t seqlen_q, int64_t seqlen_k, int64_t block_q, int64_t block_k, int64_t heads,    \
+      bool causal, std::optional<double> density, std::optional<int64_t> window, at::IntArrayRef dilation_rates, \
+      at::IntArrayRef segment_lengths, std::optional<int64_t> global_tokens, std::optional<int64_t> stride,      \
+      int64_t seed, int64_t ranks, int64_t ranks_per_node, std::optional<double> local_density,                  \
       std::optional<double> global_density, std::optional<double> inter_node_density
 #define SPEC_VALUE                                                                                                 \
   PatternSpec {                                                                                                    \
@@ -60,13 +62,23 @@ PatternShape shape_of(at::IntArrayRef s) {
 
 TensorView integer_view(const char* name, const at::Tensor& t) {
   TensorView v;
-  if (!t.device().is_cpu() || t.layout() != at::kStrided) fail(name, "a tensor on " + t.device().str(), "a dense tensor on cpu");
+  if (!t.device().is_cpu() || t.layout() != at::kStrided)
+    fail(name, "a tensor on " + t.device().str(), "a dense tensor on cpu");
   switch (t.scalar_type()) {
-    case at::kLong: v.dtype = DType::i64; break;
-    case at::kInt: v.dtype = DType::i32; break;
-    case at::kByte: v.dtype = DType::u8; break;
-    case at::kBool: v.dtype = DType::boolean; break;
-    default: fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "bool, uint8, int32 or int64");
+    case at::kLong:
+      v.dtype = DType::i64;
+      break;
+    case at::kInt:
+      v.dtype = DType::i32;
+      break;
+    case at::kByte:
+      v.dtype = DType::u8;
+      break;
+    case at::kBool:
+      v.dtype = DType::boolean;
+      break;
+    default:
+      fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "bool, uint8, int32 or int64");
   }
   if (t.dim() < 1 || t.dim() > TensorView::kMaxRank) {
     fail(name, std::to_string(t.dim()) + " dimensions", "1 to " + std::to_string(TensorView::kMaxRank));
@@ -142,8 +154,10 @@ PatternResult from_csr_op(at::TensorList indptr, at::TensorList indices, at::Ten
                           at::IntArrayRef pattern_shape, bool sort) {
   return translate_errors([&] {
     if (indptr.size() != indices.size() || (!blocks.empty() && blocks.size() != indptr.size())) {
-      fail("indices", std::to_string(indptr.size()) + " indptr, " + std::to_string(indices.size()) + " indices, " +
-           std::to_string(blocks.size()) + " blocks", "equally many (blocks: or none)");
+      fail("indices",
+           std::to_string(indptr.size()) + " indptr, " + std::to_string(indices.size()) + " indices, " +
+               std::to_string(blocks.size()) + " blocks",
+           "equally many (blocks: or none)");
     }
     std::vector<CsrMatrix> matrices(indptr.size());
     for (size_t i = 0; i < matrices.size(); ++i) {
@@ -161,11 +175,13 @@ PatternResult unite_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
 }
 
 PatternResult intersect_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
-  return translate_errors([&] { return tensors_of(intersect(pattern_of(PATTERN_VALUE), pattern_of(PATTERN_VALUE_B))); });
+  return translate_errors(
+      [&] { return tensors_of(intersect(pattern_of(PATTERN_VALUE), pattern_of(PATTERN_VALUE_B))); });
 }
 
 PatternResult slice_op(PATTERN_PARAMETERS, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
-  return translate_errors([&] { return tensors_of(slice(pattern_of(PATTERN_VALUE), row_begin, row_end, col_begin, col_end)); });
+  return translate_errors(
+      [&] { return tensors_of(slice(pattern_of(PATTERN_VALUE), row_begin, row_end, col_begin, col_end)); });
 }
 
 PatternResult transpose_op(PATTERN_PARAMETERS) {
@@ -184,10 +200,24 @@ std::vector<double> statistics_op(PATTERN_PARAMETERS, bool causal) {
   return translate_errors([&] {
     const PatternStatistics s = statistics(pattern_of(PATTERN_VALUE), causal);
     const auto d = [](int64_t x) { return static_cast<double>(x); };
-    return std::vector<double>{d(s.rows), d(s.cols), d(s.kept_blocks), d(s.partial_blocks), d(s.admissible_blocks),
-                               s.density, s.sparsity, s.row_density.mean, s.row_density.min, s.row_density.max,
-                               s.row_density.std, s.column_density.mean, s.column_density.min, s.column_density.max,
-                               s.column_density.std, s.diagonal_density, d(s.empty_rows), s.load_imbalance};
+    return std::vector<double>{d(s.rows),
+                               d(s.cols),
+                               d(s.kept_blocks),
+                               d(s.partial_blocks),
+                               d(s.admissible_blocks),
+                               s.density,
+                               s.sparsity,
+                               s.row_density.mean,
+                               s.row_density.min,
+                               s.row_density.max,
+                               s.row_density.std,
+                               s.column_density.mean,
+                               s.column_density.min,
+                               s.column_density.max,
+                               s.column_density.std,
+                               s.diagonal_density,
+                               d(s.empty_rows),
+                               s.load_imbalance};
   });
 }
 
@@ -212,15 +242,17 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
   m.def("pattern_from_token_mask(Tensor mask, int block_q, int block_k) -> " PATTERN_RESULT);
   m.def("pattern_canonical(" PATTERN ") -> " PATTERN_RESULT);
   // One CSR (blocks: BSR, [entries, block_q, block_k]) matrix a batch and head, batch first.
-  m.def("pattern_from_csr(Tensor[] indptr, Tensor[] indices, Tensor[] blocks, SymInt[] pattern_shape, bool sort=False) -> "
-        PATTERN_RESULT);
+  m.def(
+      "pattern_from_csr(Tensor[] indptr, Tensor[] indices, Tensor[] blocks, SymInt[] pattern_shape, bool sort=False) "
+      "-> " PATTERN_RESULT);
   m.def("pattern_unite(" PATTERN ", " PATTERN_B ") -> " PATTERN_RESULT);
   m.def("pattern_intersect(" PATTERN ", " PATTERN_B ") -> " PATTERN_RESULT);
   m.def("pattern_slice(" PATTERN ", int row_begin, int row_end, int col_begin, int col_end) -> " PATTERN_RESULT);
   m.def("pattern_transpose(" PATTERN ") -> " PATTERN_RESULT);
   // Absent bitmaps: empty tensors. Heads, or batches, one after the other.
-  m.def("pattern_stack(Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, "
-        "SymInt[] pattern_shapes, bool batches=False) -> " PATTERN_RESULT);
+  m.def(
+      "pattern_stack(Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, "
+      "SymInt[] pattern_shapes, bool batches=False) -> " PATTERN_RESULT);
   m.def("pattern_statistics(" PATTERN ", bool causal=False) -> float[]");  // the fields of PatternStatistics in order
   m.def("pattern_hash(" PATTERN ") -> int");
   m.def("pattern_ascii(" PATTERN ", int head=0, int max_width=80, int batch=0) -> str");

@@ -1,5 +1,5 @@
-"""Loads libtessera_torch and says what torch must know about its operators: shapes without data (fake tensors), vmap and
-FLOP counts. Autograd and autocast are in the library itself, so that C++ callers have them too."""
+"""Loads libtessera_torch and says what torch must know about its operators: shapes without data (fake tensors), vmap
+and FLOP counts. Autograd and autocast are in the library itself, so that C++ callers have them too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.library import register_fake, register_vmap
+from torch.library import get_ctx, register_fake, register_vmap
 from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = "libtessera_torch.so"
@@ -120,6 +120,20 @@ def _weights_fake(q, k, indptr, indices, bitmap_index, bitmaps, shape, *args, **
     return q.new_empty((n, 4), dtype=torch.int64), q.new_empty((n, shape[2], shape[3]), dtype=torch.float32)
 
 
+# A named pattern inside a compiled graph: its number of kept blocks is known when it is made. None has bitmaps.
+@register_fake("tessera::make_pattern")
+@register_fake("tessera::cached_pattern")
+def _make_pattern_fake(kind, seqlen_q, seqlen_k, block_q, block_k, heads=1, *args, **kwargs):
+    entries = get_ctx().new_dynamic_size()
+    rows = heads * ((seqlen_q + block_q - 1) // block_q)
+
+    def empty(*sizes: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="cpu")
+
+    bitmaps = empty(0, block_q, (block_k + 63) // 64, dtype=torch.int64)
+    return empty(rows + 1), empty(entries), empty(0), bitmaps, [seqlen_q, seqlen_k, block_q, block_k, heads, 1]
+
+
 def argument(op: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The argument of that name of a call of ``op``, its default if it was not given."""
     if name in kwargs:
@@ -130,8 +144,8 @@ def argument(op: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) ->
     raise KeyError(name)
 
 
-# ---- vmap: over tensors of the batch the mapped dimension joins the batch; where it cannot (patterns, per-head numbers,
-# seeds, gradients of shared biases), one call for each
+# ---- vmap: over tensors of the batch the mapped dimension joins the batch; where it cannot (patterns, per-head
+# numbers, seeds, gradients of shared biases), one call for each
 
 
 def _spell(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -162,8 +176,11 @@ def _register_vmap(op: Any) -> None:
         if kwargs:
             raise ValueError(f"{op}: got keyword arguments under vmap; allowed: positional ones")
         given = dict(zip(names, values))
-        mapped = [n for n, d in zip(names, dims) if d is not None and not (isinstance(d, (list, tuple)) and not any(
-            x is not None for x in d))]
+        mapped = [
+            n
+            for n, d in zip(names, dims)
+            if d is not None and not (isinstance(d, (list, tuple)) and not any(x is not None for x in d))
+        ]
         foldable = all(n in _BATCHED for n in mapped) and not given.get("dropout_p")
         foldable &= all(given.get(n) is None for n in ("page_table", "key_lengths", "block_bias", "attn_bias"))
         foldable &= not any(given.get("wanted", ())[3:]) and not (given.get("sinks") is not None and "wanted" in given)

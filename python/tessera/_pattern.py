@@ -214,7 +214,9 @@ class BlockPattern:
             blocks: None (every kept block is full), or bool or integer ``[entries, block_q, block_k]`` (BSR):
                 non-zero admits the pair.
         """
-        listed = [x if isinstance(x, (list, tuple)) else [x] for x in (indptr, indices, [] if blocks is None else blocks)]
+        listed = [
+            x if isinstance(x, (list, tuple)) else [x] for x in (indptr, indices, [] if blocks is None else blocks)
+        ]
         for name, tensors in zip(("indptr", "indices", "blocks"), listed):
             for t in tensors:
                 check_tensor(name, t)
@@ -305,7 +307,7 @@ class BlockPattern:
 
     @property
     def density(self) -> float:
-        """Kept share of all block pairs. Of the admissible ones under causality: ``statistics(causal=True).density``."""
+        """Kept share of all block pairs. Of those that causality admits: ``statistics(causal=True).density``."""
         pairs = self.rows * self.cols * self.heads * self.batches
         return self.num_blocks / pairs if pairs else 0.0
 

@@ -100,7 +100,9 @@ class OptimizeResult(NamedTuple):
     oracle_density: float  # of the cheapest per-row choice that reaches the target
     bound_density: float  # no pattern does with less
     evaluated: int
-    candidates: list[tuple[dict[str, Any], float, float, bool]]  # the best of each kind: spec, coverage, density, reached
+    candidates: list[
+        tuple[dict[str, Any], float, float, bool]
+    ]  # the best of each kind: spec, coverage, density, reached
 
 
 class AttentionMass:

@@ -138,7 +138,9 @@ def block_sparse_attention(
     Returns:
         out, as q but with Dv columns; 0 in rows that see no key. Or (out, lse).
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and type(pattern) is BlockPattern):
+    if not (
+        isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and type(pattern) is BlockPattern
+    ):
         _check_main(q, k, v, pattern)
     if scale is not None and type(scale) is not float:
         scale = _check_number("scale", scale)
@@ -169,10 +171,7 @@ def block_sparse_attention(
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or (
-            biased
-            and any(t is not None and t.requires_grad for t in (attn_bias, block_bias, sinks))
-        )
+        or (biased and any(t is not None and t.requires_grad for t in (attn_bias, block_bias, sinks)))
     )
     if wants_grad or _compiling():
         out, lse = _forward(q, k, v, indptr, indices, bitmap_index, bitmaps, shape, *options)
@@ -227,8 +226,11 @@ def decode(
         if not isinstance(pattern, BlockPattern):
             raise _type_error("pattern", pattern, "tessera.BlockPattern")
     else:
-        _check_tensors(q=q if q is not None else (), k_cache=k_cache if k_cache is not None else (),
-                       v_cache=v_cache if v_cache is not None else ())
+        _check_tensors(
+            q=q if q is not None else (),
+            k_cache=k_cache if k_cache is not None else (),
+            v_cache=v_cache if v_cache is not None else (),
+        )
     if scale is not None:
         scale = _check_number("scale", scale)
     left, right = _window(window, causal)
@@ -243,7 +245,8 @@ def decode(
             k_cache, v_cache = _to_bshd("k_cache", k_cache), _to_bshd("v_cache", v_cache)
     out, lse = _decode(
         q, k_cache, v_cache, *pattern.op_args, page_table, scale, bool(causal), left, right, None, 0, key_lengths,
-        key_lengths is not None, _check_number("softcap", softcap), alibi_slopes, block_bias, attn_bias, sinks, 0.0, None,
+        key_lengths is not None, _check_number("softcap", softcap), alibi_slopes, block_bias, attn_bias, sinks, 0.0,
+        None,
     )  # fmt: skip
     if swap:
         out = out.transpose(1, 2)
@@ -280,8 +283,12 @@ def varlen_attention(
     Returns:
         out ``[total_q, H, Dv]``, or (out, lse), lse fp32 ``[H, total_q]``.
     """
-    _check_tensors(**{n: () if t is None else t for n, t in (("q", q), ("k", k), ("v", v),
-                   ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))})
+    _check_tensors(
+        **{
+            n: () if t is None else t
+            for n, t in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+        }
+    )
     if isinstance(patterns, BlockPattern):
         raise _type_error("patterns", patterns, "a sequence of BlockPattern, one a sequence")
     shapes: list[int] = []
@@ -327,8 +334,8 @@ def dilated_attention(
     return_lse: bool = False,
     layout: str = "bshd",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LongNet (Ding et al. 2023): for each (w, r) segments of w tokens, of each the rows offset::r (offset = head mod r)
-    attend to each other; results are joined by their lse. A position that no (w, r) covers is 0.
+    """LongNet (Ding et al. 2023): for each (w, r) segments of w tokens, of each the rows offset::r (offset = head mod
+    r) attend to each other; results are joined by their lse. A position that no (w, r) covers is 0.
 
     Args:
         q: ``[B, S, H, D]`` (or ``[B, H, S, D]``); k, v: ``[B, S, Hkv, D]``, ``[B, S, Hkv, Dv]``.
@@ -347,8 +354,11 @@ def dilated_attention(
             if t is not None and t.requires_grad:
                 raise ValueError(f"{name}: got a tensor that requires grad; allowed: one that does not (no gradient)")
     lists = []
-    for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates),
-                         ("pattern_rates", pattern_rates)):
+    for name, values in (
+        ("segment_lengths", segment_lengths),
+        ("dilation_rates", dilation_rates),
+        ("pattern_rates", pattern_rates),
+    ):
         if not isinstance(values, (list, tuple)):
             raise _type_error(name, values, "a list of integers")
         lists.append([check_int(name, x) for x in values])
@@ -362,22 +372,25 @@ def dilated_attention(
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
     out, lse = _ops.dilated_forward(
         q, k, v, lists[0], lists[1], pattern, None if density is None else _check_number("density", density),
-        check_int("block", block), pattern_window, lists[2], global_tokens, stride, check_int("pattern_seed", pattern_seed),
-        None if scale is None else _check_number("scale", scale), bool(causal), left, right, None, 0, key_lengths, False,
-        _check_number("softcap", softcap), alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
+        check_int("block", block), pattern_window, lists[2], global_tokens, stride,
+        check_int("pattern_seed", pattern_seed),
+        None if scale is None else _check_number("scale", scale), bool(causal), left, right, None, 0, key_lengths,
+        False, _check_number("softcap", softcap), alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
     )  # fmt: skip
     if swap:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
 
 
-def merge(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "bshd"
-) -> tuple[Tensor, Tensor]:
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "bshd") -> tuple[Tensor, Tensor]:
     """Joins partial results over disjoint sets of keys, with gradients. out: ``[B, S, H, Dv]`` (or ``[B, H, S, Dv]``),
     lse: fp32 ``[B, H, S]``. A side with lse -inf contributes nothing; both -inf gives 0 and -inf."""
-    _check_tensors(**{n: () if t is None else t for n, t in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b),
-                   ("lse_b", lse_b))})
+    _check_tensors(
+        **{
+            n: () if t is None else t
+            for n, t in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
+        }
+    )
     if not _check_layout(layout):
         return _ops.merge(out_a, lse_a, out_b, lse_b)
     out, lse = _ops.merge(_to_bshd("out_a", out_a), lse_a, _to_bshd("out_b", out_b), lse_b)

@@ -1,7 +1,7 @@
 """The named patterns. Each function returns a :class:`tessera.BlockPattern`, made in O(kept blocks), deterministically.
 
-Common arguments: ``seqlen_q``, ``seqlen_k`` (default: seqlen_q) in tokens; ``block``, an int or (block_q, block_k), each
-a multiple of 16 in 16..256; ``causal`` admits the block pairs that hold at least one (q, k) with
+Common arguments: ``seqlen_q``, ``seqlen_k`` (default: seqlen_q) in tokens; ``block``, an int or (block_q, block_k),
+each a multiple of 16 in 16..256; ``causal`` admits the block pairs that hold at least one (q, k) with
 ``k <= q + seqlen_k - seqlen_q``; ``heads`` is 1, or the number of heads where they shall differ. ``density`` is the
 KEPT share of the admissible pairs, in (0, 1]: each row of blocks keeps ``max(1, round(density * admissible))`` and
 always its diagonal. Explicit geometry (window, global_tokens, stride) wins over density; the achieved density is what
@@ -201,8 +201,8 @@ def bigbird(
 def dilated_segments(
     seqlen_q, seqlen_k=None, *, block=128, segment_lengths, dilation_rates, causal=False, heads=1
 ) -> BlockPattern:
-    """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r), the
-    offset shifting by head."""
+    """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r),
+    the offset shifting by head."""
     return make(
         "dilated_segments",
         seqlen_q,

@@ -115,7 +115,11 @@ def test_options():
     same(everything, scale=0.05)
     bias = torch.randn(2, 1, 200, 200)
     same(everything, bias, attn_bias=bias)
-    same(everything & (j > 5), torch.where(j > 5, 0.0, -torch.inf), attn_bias=torch.where(j > 5, 0.0, -torch.inf)[None, None])
+    same(
+        everything & (j > 5),
+        torch.where(j > 5, 0.0, -torch.inf),
+        attn_bias=torch.where(j > 5, 0.0, -torch.inf)[None, None],
+    )
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0])
     same(everything, -slopes.view(1, 4, 1, 1) * (i - j).abs(), alibi_slopes=slopes)
     blocks = torch.randn(1, 4, p.num_blocks)
@@ -131,7 +135,9 @@ def test_options():
     capped = tessera.block_sparse_attention(q, k, v, p, softcap=2.0)
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / math.sqrt(32)
     weights = torch.softmax(2 * torch.tanh(scores / 2), -1)
-    torch.testing.assert_close(capped, torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2)), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        capped, torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2)), atol=2e-6, rtol=1e-5
+    )
 
 
 def test_what_is_skipped_is_not_touched():
@@ -276,7 +282,11 @@ P = patterns.dense(64, block=32)
         ({"sinks": torch.zeros(3)}, ValueError, "sinks"),
         ({"sinks": 0.5}, TypeError, "sinks: got float"),
         ({"alibi_slopes": torch.zeros(5)}, ValueError, "alibi_slopes"),
-        ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "alibi_slopes: got a tensor that requires grad"),
+        (
+            {"alibi_slopes": torch.zeros(4, requires_grad=True)},
+            ValueError,
+            "alibi_slopes: got a tensor that requires grad",
+        ),
         ({"q_offset": 1.5}, TypeError, "q_offset: got float"),
         ({"k_offset": "0"}, TypeError, "k_offset: got str"),
         ({"layout": "sbhd"}, ValueError, "layout: got 'sbhd'"),
@@ -293,10 +303,26 @@ def test_mistakes_name_the_argument(change, error, words):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[], dilation_rates=[]), ValueError, "segment_lengths"),
-        (lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[1, 2]), ValueError, "dilation"),
-        (lambda: tessera.dilated_attention(Q, K, V, segment_lengths=16, dilation_rates=[1]), TypeError, "segment_lengths"),
-        (lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[0]), ValueError, "dilation_rates"),
+        (
+            lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[], dilation_rates=[]),
+            ValueError,
+            "segment_lengths",
+        ),
+        (
+            lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[1, 2]),
+            ValueError,
+            "dilation",
+        ),
+        (
+            lambda: tessera.dilated_attention(Q, K, V, segment_lengths=16, dilation_rates=[1]),
+            TypeError,
+            "segment_lengths",
+        ),
+        (
+            lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[0]),
+            ValueError,
+            "dilation_rates",
+        ),
         (
             lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[1], density=0.5),
             ValueError,
@@ -316,7 +342,11 @@ def test_mistakes_name_the_argument(change, error, words):
             "page_table|k",
         ),
         (lambda: tessera.decode(Q, K, V, 3), TypeError, "pattern: got int"),
-        (lambda: tessera.varlen_attention(Q[0], K[0], V[0], torch.tensor([0, 64]), torch.tensor([0, 64]), P), TypeError, "patterns"),
+        (
+            lambda: tessera.varlen_attention(Q[0], K[0], V[0], torch.tensor([0, 64]), torch.tensor([0, 64]), P),
+            TypeError,
+            "patterns",
+        ),
         (
             lambda: tessera.varlen_attention(Q[0], K[0], V[0], torch.tensor([0, 63]), torch.tensor([0, 64]), [P]),
             ValueError,

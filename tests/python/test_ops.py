@@ -1,5 +1,5 @@
-"""torch.ops.tessera: opcheck of each operator (schema, fake tensors, autograd registration, AOT dispatch), and gradcheck of
-each gradient in fp64, where the core runs its plain reference."""
+"""torch.ops.tessera: opcheck of each operator (schema, fake tensors, autograd, AOT dispatch), and gradcheck
+of each gradient in fp64, where the core runs its plain reference."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ FORWARD_CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"), [("plain", "bhsd"), *((case, "bshd") for case in FORWARD_CASES)]
-)
+@pytest.mark.parametrize(("case", "layout"), [("plain", "bhsd"), *((case, "bshd") for case in FORWARD_CASES)])
 def test_opcheck_forward(case, layout):
     pattern, given = FORWARD_CASES[case]
     opcheck(ops.forward.default, (*qkv(layout=layout), *pattern.op_args, *options(**given)))
@@ -68,9 +66,7 @@ def test_opcheck_backward(wanted):
     given = {name: t.detach() for name, t in FORWARD_CASES["biases"][1].items()}
     args = (*PATTERN.op_args, *options(**given))
     out, lse = ops.forward.default(q, k, v, *args)
-    opcheck(
-        ops.backward.default, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, wanted, *args)
-    )
+    opcheck(ops.backward.default, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, wanted, *args))
 
 
 def test_opcheck_decode_weights_merge():
@@ -87,7 +83,11 @@ def test_opcheck_decode_weights_merge():
 def varlen_case(dtype=torch.float32):
     q, k, v = (torch.randn(50, h, 8, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
     cu = torch.tensor([0, 20, 20, 50], dtype=torch.int32)
-    listed = [patterns.dense(20, block=BLOCK), patterns.dense(0, block=BLOCK), patterns.random(30, block=BLOCK, density=0.5)]
+    listed = [
+        patterns.dense(20, block=BLOCK),
+        patterns.dense(0, block=BLOCK),
+        patterns.random(30, block=BLOCK, density=0.5),
+    ]
     return q, k, v, cu, listed
 
 
@@ -148,7 +148,7 @@ def test_gradient_of_attn_bias(shape):
 
 @pytest.mark.parametrize("name", ["block_bias", "sinks"])
 def test_gradients_of_fp32_numbers(name):
-    # These are fp32 whatever q is. A directional difference with a step that fp32 resolves: error O(step^2) + 2^-24 / step.
+    # These are fp32 whatever q is. A directional difference with a step that fp32 resolves.
     q, k, v = qkv(torch.float64)
     t = torch.randn((1, 2, PATTERN.num_blocks) if name == "block_bias" else (2,), requires_grad=True)
     weight, weight_lse = torch.randn(1, S, 2, 8, dtype=torch.float64), torch.randn(1, 2, S, dtype=torch.float64)

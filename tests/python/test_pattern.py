@@ -97,7 +97,9 @@ def test_statistics_and_pictures():
     s = p.statistics(causal=True)
     assert s.kept_blocks == p.num_blocks and s.admissible_blocks == 16 * 17 // 2
     assert s.density == pytest.approx(p.num_blocks / s.admissible_blocks) and s.sparsity == pytest.approx(1 - s.density)
-    assert s.diagonal_density == 1 and s.empty_rows == 0 and s.row_density.min <= s.row_density.mean <= s.row_density.max
+    assert (
+        s.diagonal_density == 1 and s.empty_rows == 0 and s.row_density.min <= s.row_density.mean <= s.row_density.max
+    )
     assert p.ascii().count("#") == p.num_blocks
 
 
@@ -157,8 +159,16 @@ def test_cache_counts_and_forgets():
         (lambda: patterns.make("spiral", 64), ValueError, "spiral"),
         (lambda: patterns.make("dense", 64, window=3), ValueError, "window"),
         (lambda: patterns.make("dense", 64, colour=3), TypeError, "colour"),
-        (lambda: BlockPattern.from_mask(torch.ones(3, 3), seqlen_q=64, seqlen_k=64), ValueError, "mask: got dtype Float"),
-        (lambda: BlockPattern.from_mask(torch.ones(3, 3, dtype=torch.bool), seqlen_q=64, seqlen_k=64), ValueError, "mask"),
+        (
+            lambda: BlockPattern.from_mask(torch.ones(3, 3), seqlen_q=64, seqlen_k=64),
+            ValueError,
+            "mask: got dtype Float",
+        ),
+        (
+            lambda: BlockPattern.from_mask(torch.ones(3, 3, dtype=torch.bool), seqlen_q=64, seqlen_k=64),
+            ValueError,
+            "mask",
+        ),
         (lambda: BlockPattern.from_mask(object(), seqlen_q=64, seqlen_k=64), TypeError, "mask: got object"),
         (lambda: BlockPattern.from_lists([[0, -1]], seqlen_q=16, seqlen_k=16, block=16), ValueError, "lists"),
         (lambda: BlockPattern.from_lists([[0, 0]], seqlen_q=16, seqlen_k=16, block=16), ValueError, "indices"),

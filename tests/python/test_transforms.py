@@ -1,4 +1,4 @@
-"""Inside PyTorch: compile, export, functional transforms, autocast, checkpointing, FLOP counts, threads and processes."""
+"""Inside PyTorch: compile, export, functional transforms, autocast, checkpointing, FLOP counts, threads, processes."""
 
 from __future__ import annotations
 
@@ -82,6 +82,20 @@ def test_a_new_pattern_of_the_same_shape_recompiles_nothing():
     after = counter.frame_count
     compiled(q, k, v, random_pattern(0, 0.75)), compiled(q, k, v, random_pattern(1, 1.0))
     assert after <= 2 and counter.frame_count == after
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_pattern_made_inside_the_graph(backend):
+    def f(q):
+        p = patterns.dilated_sparse(q.shape[1], block=16, density=0.5, causal=True)
+        return tessera.block_sparse_attention(q, q, q, p, causal=True)
+
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    for seqlen in (64, 96, 112):
+        q = torch.randn(1, seqlen, 2, 8, requires_grad=True)
+        torch.testing.assert_close(compiled(q), f(q))
+        (expected,) = torch.autograd.grad(f(q).square().sum(), q)
+        torch.testing.assert_close(torch.autograd.grad(compiled(q).square().sum(), q)[0], expected)
 
 
 def test_compiled_dropout_is_reproducible():
