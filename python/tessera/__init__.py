@@ -47,7 +47,7 @@ _LAZY: dict[str, str] = {
     "PerformanceMonitor": ".monitoring",
 }
 
-_LAZY_MODULES = ("analysis",)
+_LAZY_MODULES = ("analysis", "integrations", "interop")
 
 __all__ = [
     "AttentionWeights",

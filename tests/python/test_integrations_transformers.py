@@ -3,6 +3,9 @@ own mask with a sparse one; random weights, no downloads."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -286,6 +289,11 @@ def test_swapping_multihead_attention():
                 setattr(module, name, tessera.MultiheadAttention.from_torch(child, pattern=None))
     assert sum(type(m) is tessera.MultiheadAttention for m in model.modules()) == 2
     _close(model(x), want)
+
+
+def test_two_lines():
+    code = "import sys, tessera; assert 'transformers' not in sys.modules; tessera.integrations.transformers.register()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_mask_of_tokens_is_made():
