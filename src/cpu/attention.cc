@@ -21,8 +21,11 @@ namespace {
 
 constexpr int64_t kDecodeQueries = 16;  // up to here a call takes the decode schedule
 
-// Decode units of about this many keys: enough to drown the join, few enough for many threads.
-constexpr int64_t kDecodeSplitKeys = 512;
+// A decode unit reads about this many bytes of K and V (long streams, little to join), but fewer where the call would
+// then have less than kDecodeUnits of them, and never less than kDecodeLeastKeys keys.
+constexpr int64_t kDecodeBytes = 1 << 20;
+constexpr int64_t kDecodeUnits = 64;
+constexpr int64_t kDecodeLeastKeys = 128;
 
 // Units that a thread takes at once: its share of what is left over kSharesLeft, at most kMostAtOnce.
 constexpr int kSharesLeft = 8;
@@ -81,63 +84,83 @@ class DecodeUnits {
     // With [B, S, H, D] in memory all heads of a key are neighbours; otherwise each kv head streams by itself.
     const bool interleaved = p.kv_heads > 1 && p.k.head == p.head_dim && p.v.head == p.head_dim_v;
     const int64_t together = s.heads > 1 ? 1 : interleaved ? p.heads : p.group();
-    const int64_t split = std::max<int64_t>(1, kDecodeSplitKeys / s.block_k);
+    const int64_t split = std::max<int64_t>(1, unit_keys(together) / s.block_k);
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t h = 0; h < p.heads; h += together) {
         const int64_t row = p.pattern.row_id(b, h, 0);
-        heads_.push_back({b, h, h + together, static_cast<int64_t>(units_.size()), 0});
+        const int64_t begin = units();
         const int64_t end = p.pattern.indptr[row + 1];
         for (int64_t e = p.pattern.indptr[row]; e < end; e += split) {
           units_.push_back({b, h, h + together, e, std::min(e + split, end)});
+          range_of_.push_back(static_cast<int64_t>(ranges_.size()));
         }
-        heads_.back().unit_end = static_cast<int64_t>(units_.size());
+        ranges_.push_back({b, h, begin, units()});
       }
     }
+    waiting_ = std::make_unique<std::atomic<int64_t>[]>(ranges_.size());
+    for (size_t i = 0; i < ranges_.size(); ++i) waiting_[i] = ranges_[i].unit_end - ranges_[i].unit_begin;
     rows_ = together * p.seqlen_q;
-    bytes_ = static_cast<size_t>(units_.size()) * rows_ * (p.head_dim_v + 2) * sizeof(float);
+    bytes_ = static_cast<size_t>(units()) * unit_floats() * sizeof(float);
     partials_ = allocate(bytes_, "partial results of decode");
   }
-  int64_t count() const { return static_cast<int64_t>(units_.size()); }
+  int64_t units() const { return static_cast<int64_t>(units_.size()); }
   size_t bytes() const { return bytes_; }
 
-  void run(int64_t unit, const KernelTable& kernels, std::byte* scratch) const {
-    kernels.decode(p_, units_[unit], partial(unit), scratch);
+  // Whoever finishes the last unit of some heads joins them: the order in which partials join is that of the keys.
+  void run(int64_t unit, bool follows, const KernelTable& kernels, std::byte* scratch) const {
+    kernels.decode(p_, units_[unit], follows && unit + 1 < units() ? &units_[unit + 1] : nullptr, partial(unit), scratch);
+    const int64_t range = range_of_[unit];
+    if (waiting_[range].fetch_sub(1, std::memory_order_acq_rel) == 1) join(ranges_[range]);
   }
-
-  // Joins the partials of each row in the order of keys and writes out and lse.
-  void join() const {
-    std::vector<double> out(static_cast<size_t>(p_.head_dim_v));
-    for (const HeadRange& range : heads_) {
-      for (int64_t r = 0; r < rows_; ++r) join_row(range, r, out);
+  // Heads that have no unit, as nothing is kept.
+  void finish_empty() const {
+    for (const HeadRange& range : ranges_) {
+      if (range.unit_begin == range.unit_end) join(range);
     }
   }
 
  private:
   struct HeadRange {
-    int64_t b, head_begin, head_end, unit_begin, unit_end;
+    int64_t b, head_begin, unit_begin, unit_end;
   };
 
+  int64_t unit_keys(int64_t together) const {
+    const int64_t kv_heads = std::max<int64_t>(1, together / p_.group());
+    const int64_t sets = std::max<int64_t>(1, p_.kv_heads / kv_heads) * p_.batch;
+    const int64_t key_bytes =
+        std::max<int64_t>(1, kv_heads * (p_.head_dim + p_.head_dim_v) * static_cast<int64_t>(size_of(p_.dtype)));
+    return std::max(kDecodeLeastKeys, std::min(kDecodeBytes / key_bytes, p_.seqlen_k * sets / kDecodeUnits));
+  }
+  int64_t unit_floats() const { return rows_ * (p_.head_dim_v + 3); }
+
   DecodePartial partial(int64_t unit) const {
-    float* at = reinterpret_cast<float*>(partials_.get()) + unit * rows_ * (p_.head_dim_v + 2);
-    return {at, at + rows_ * p_.head_dim_v, at + rows_ * (p_.head_dim_v + 1)};
+    float* at = reinterpret_cast<float*>(partials_.get()) + unit * unit_floats();
+    float* state = at + rows_ * p_.head_dim_v;
+    return {at, state, state + rows_, state + 2 * rows_};
   }
 
+  // Joins the partials of each row in the order of keys and writes out and lse.
+  void join(const HeadRange& range) const {
+    std::vector<double> out(static_cast<size_t>(p_.head_dim_v));
+    for (int64_t r = 0; r < rows_; ++r) join_row(range, r, out);
+  }
   void join_row(const HeadRange& range, int64_t r, std::vector<double>& out) const {
     const int64_t h = range.head_begin + r / p_.seqlen_q, q = r % p_.seqlen_q, dims = p_.head_dim_v;
     float top = std::numeric_limits<float>::lowest();
     for (int64_t u = range.unit_begin; u < range.unit_end; ++u) {
       if (partial(u).sum[r] != 0.0f) top = std::max(top, partial(u).max[r]);
     }
-    double sum = 0;
+    double sum = 0, used = 0;
     std::fill(out.begin(), out.end(), 0.0);
     for (int64_t u = range.unit_begin; u < range.unit_end; ++u) {
       const DecodePartial part = partial(u);
       if (part.sum[r] == 0.0f) continue;  // saw no key
       const double weight = std::exp2(static_cast<double>(part.max[r]) - top);
       sum += weight * part.sum[r];
+      used += weight * part.used[r];
       for (int64_t c = 0; c < dims; ++c) out[c] += weight * part.out[r * dims + c];
     }
-    const RowEnd end = EndOfRow(p_, h, top, static_cast<float>(sum), static_cast<float>(sum));
+    const RowEnd end = EndOfRow(p_, h, top, static_cast<float>(sum), static_cast<float>(used));
     const double factor = end.factor / (1.0 - p_.dropout.p);
     char* row = p_.out.at(range.b, q, h, size_of(p_.dtype));
     for (int64_t c = 0; c < dims; ++c) store_from_double(row, p_.dtype, c, factor == 0 ? 0.0 : out[c] * factor);
@@ -146,7 +169,9 @@ class DecodeUnits {
 
   const Problem& p_;
   std::vector<DecodeUnit> units_;
-  std::vector<HeadRange> heads_;
+  std::vector<int64_t> range_of_;  // of a unit
+  std::vector<HeadRange> ranges_;
+  std::unique_ptr<std::atomic<int64_t>[]> waiting_;  // units of a range that are not done
   int64_t rows_ = 0;  // of a unit
   size_t bytes_ = 0;
   AlignedBytes partials_;
@@ -188,7 +213,7 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
     if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) continue;
     if (p.seqlen_q <= kDecodeQueries && p.pattern.shape.rows() == 1) {
       decodes.emplace_back(p);
-      decode_begin.push_back(decode_begin.back() + decodes.back().count());
+      decode_begin.push_back(decode_begin.back() + decodes.back().units());
       decode_scratch = std::max(decode_scratch, kernels.decode_scratch(p));
     } else {
       panels.emplace_back(p);
@@ -206,14 +231,14 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
     const RowUnit next = follows ? panels[i].unit(unit + 1 - panel_begin[i]) : RowUnit{};
     kernels.forward_row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
   };
-  const auto run_decode = [&](int64_t unit, bool, std::byte* scratch) {
+  const auto run_decode = [&](int64_t unit, bool follows, std::byte* scratch) {
     const auto i = owner(decode_begin, unit);
-    decodes[i].run(unit - decode_begin[i], kernels, scratch);
+    decodes[i].run(unit - decode_begin[i], follows, kernels, scratch);
   };
   info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, run_panel);
   size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, run_decode);
   for (const DecodeUnits& d : decodes) {
-    d.join();
+    d.finish_empty();
     decode_bytes += d.bytes();
   }
   info.scratch_bytes = std::max(info.scratch_bytes, decode_bytes);

@@ -14,6 +14,7 @@ struct DecodePartial {
   float* out = nullptr;    // [rows, Dv]
   float* max = nullptr;    // [rows] in log2 units
   float* sum = nullptr;    // [rows]
+  float* used = nullptr;   // [rows] sum of the weights as V met them (see EndOfRow)
 };
 
 // A decode unit: the query rows of heads [head_begin, head_end) (all of one kv head, or of several that share a
@@ -33,9 +34,10 @@ struct KernelTable {
   // after it: what that one reads first is fetched into the cache.
   size_t (*forward_scratch)(const Problem& problem);
   void (*forward_row)(const Problem& problem, const RowUnit& unit, const RowUnit* next, std::byte* scratch);
-  // Decode (Sq <= 16): one unit into a partial whose rows are (head - head_begin) * Sq + query.
+  // Decode (Sq <= 16): one unit into a partial whose rows are (head - head_begin) * Sq + query. `next` as above.
   size_t (*decode_scratch)(const Problem& problem);
-  void (*decode)(const Problem& problem, const DecodeUnit& unit, const DecodePartial& partial, std::byte* scratch);
+  void (*decode)(const Problem& problem, const DecodeUnit& unit, const DecodeUnit* next, const DecodePartial& partial,
+                 std::byte* scratch);
   // Backward. First delta and lse of block row i of each (b, h); returns its share of the gradient of the head's sink.
   double (*prepare_row)(const BackwardState& state, int64_t b, int64_t h, int64_t i);
   size_t (*backward_scratch)(const BackwardProblem& problem);

@@ -45,9 +45,10 @@ size_t DecodeScratch(const Problem& p) {
   return bytes;
 }
 
-void Decode(const Problem& p, const DecodeUnit& unit, const DecodePartial& partial, std::byte* memory) {
+void Decode(const Problem& p, const DecodeUnit& unit, const DecodeUnit* next, const DecodePartial& partial,
+            std::byte* memory) {
   Scratch scratch(memory);
-#define TESSERA_CALL(T) DecodeKernel<T>(p, unit, partial, scratch).Run()
+#define TESSERA_CALL(T) DecodeKernel<T>(p, unit, partial, scratch).Run(next)
   TESSERA_BY_DTYPE(p, TESSERA_CALL)
 #undef TESSERA_CALL
 }
