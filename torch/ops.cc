@@ -43,27 +43,6 @@ Dilation dilation_of(at::IntArrayRef segment_lengths, at::IntArrayRef dilation_r
   return d;
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                              PATTERN_PARAMETERS, OPTION_PARAMETERS) {
-  return translate_errors([&] {
-    check_rank("q", q, 4, "[B, Sq, H, D]");
-    check_rank("v", v, 4, "[B, Sk, Hkv, Dv]");
-    const Options options(OPTION_VALUE);
-    at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
-    at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
-    ForwardArgs args;
-    args.q = view_of("q", q);
-    args.k = view_of("k", k);
-    args.v = view_of("v", v);
-    args.pattern = pattern_of(PATTERN_VALUE);
-    args.out = output_view("out", out);
-    args.lse = output_view("lse", lse);
-    args.options = options.get();
-    forward(args, torch_threads());
-    return std::make_tuple(out, lse);
-  });
-}
-
 std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              PATTERN_PARAMETERS, const MaybeTensor& page_table, OPTION_PARAMETERS) {
   return translate_errors([&] {
@@ -92,6 +71,13 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& q, const at::Tens
     forward(args, torch_threads());
     return std::make_tuple(out, lse);
   });
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                              PATTERN_PARAMETERS, OPTION_PARAMETERS) {
+  return decode_op(q, k, v, indptr, indices, bitmap_index, bitmaps, pattern_shape, {}, scale, causal, window_left,
+                   window_right, q_offset, k_offset, key_lengths, align_to_key_lengths, softcap, alibi_slopes, block_bias,
+                   attn_bias, sinks, dropout_p, rng);
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
