@@ -93,7 +93,7 @@ class BlockPair {
     }
     key_state_ = Finite::unknown;
     const T* k = KRow(0);
-    for (int64_t i = 0; i < hwy::RoundUpTo(keys_, kStep); i += kStep) {
+    for (int64_t i = 0; i < keys_; i += kStep) {
       Element* to = keys_rows_ + i / kStep * padded_;
       const T* row = k + i * p_.k.seq;
 #if TESSERA_BF16_DOT
