@@ -37,7 +37,8 @@ struct GradientTruth {
   };
   std::array<Values, kGradients> values;
 
-  GradientTruth(const Case& test, Executor& executor);
+  // With `by_bound` no gradient is judged by FlashAttention's rule: all have bounds of arithmetic in their own dtype.
+  GradientTruth(const Case& test, Executor& executor, bool by_bound = false);
 };
 
 // Those of a dilated case: what is touched, values and bounds of the gradients that the bound alone judges (`bounded`),
