@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -159,7 +161,7 @@ def test_fixed_unidirectional_with_patterns_by_head():
 
 def test_fixed_horizontal():
     layout = ds.FixedSparsityConfig(1, num_local_blocks=2, horizontal_global_attention=True).make_layout(64)[0]
-    assert torch.equal(layout, _drawn("##.# #### .### ####"))
+    assert torch.equal(layout, _drawn("#... .#.. .##. .###"))
 
 
 def test_variable():
@@ -168,7 +170,7 @@ def test_variable():
     ranges = ds.VariableSparsityConfig(
         1, local_window_blocks=[1], global_block_indices=[1], global_block_end_indices=[3], attention="unidirectional"
     )
-    assert torch.equal(ranges.make_layout(64)[0], _drawn("#... .##. .##. .###"))
+    assert torch.equal(ranges.make_layout(64)[0], _drawn("#... .#.. .##. .###"))
     random = ds.VariableSparsityConfig(1, num_random_blocks=3, local_window_blocks=[1], global_block_indices=[])
     counts = random.make_layout(160)[0].sum(-1)
     assert int(counts.min()) >= 3 and int(counts.max()) <= 4
@@ -190,6 +192,39 @@ def test_bslongformer():
         1, global_block_indices=[0], global_block_end_indices=[2], attention="unidirectional"
     )
     assert torch.equal(config.make_layout(80)[0], _drawn("#.... ##... ###.. ####. ##.##"))
+
+
+def test_local_sliding_window():
+    config = ds.LocalSlidingWindowSparsityConfig(2, num_sliding_window_blocks=4)
+    assert torch.equal(config.make_layout(80)[1], _drawn("#.... ##... ###.. .###. ..###"))
+    config = ds.LocalSlidingWindowSparsityConfig(1, attention="bidirectional")
+    assert torch.equal(config.make_layout(64)[0], _drawn("##.. ###. .### ..##"))
+
+
+def test_unidirectional_layouts_have_nothing_above_the_diagonal():
+    # Groups of two global blocks: their first row does not see the second one.
+    fixed = ds.FixedSparsityConfig(1, num_local_blocks=4, num_global_blocks=2, attention="unidirectional")
+    assert torch.equal(fixed.make_layout(96)[0], _drawn("#..... ##.... ###... ####.. ..###. ..####"))
+    # Shorter than one group.
+    fixed = ds.FixedSparsityConfig(1, num_local_blocks=3, num_global_blocks=3, attention="unidirectional")
+    assert torch.equal(fixed.make_layout(32)[0], _drawn("#. ##"))
+    variable = ds.VariableSparsityConfig(4, 16, True, num_random_blocks=3, attention="unidirectional")
+    layout = variable.make_layout(320)
+    assert torch.equal(layout, layout.tril()) and not torch.equal(layout[0], layout[1])
+
+
+@pytest.mark.parametrize("kind", [ds.VariableSparsityConfig, ds.BigBirdSparsityConfig])
+def test_random_blocks_of_pythons_generator(kind):
+    def layout(python_seed):
+        random.seed(python_seed)
+        return kind(2, 16, True, num_random_blocks=2, seed=None).make_layout(320)
+
+    assert torch.equal(layout(1), layout(1)) and not torch.equal(layout(1), layout(2))
+    random.seed(1)  # head by head, row by row, a sample each
+    drawn = torch.zeros(2, 20, 20, dtype=torch.int64)
+    for line in drawn.view(40, 20):
+        line[random.sample(range(20), 2)] = 1
+    assert ((layout(1) - drawn) >= 0).all()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """DeepSpeed's sparse-attention layouts without DeepSpeed, which dropped its own sparse attention.
 
-A layout is an integer tensor ``[heads, rows, cols]``, non-zero where a block is kept. The five config classes make the
+A layout is an integer tensor ``[heads, rows, cols]``, non-zero where a block is kept. The config classes make the
 layouts that DeepSpeed's documentation describes (https://www.deepspeed.ai/tutorials/sparse-attention and the page of
 sparse-attention options in its JSON configuration), with its argument names and defaults; ``Fixed`` is Child et al.
 2019 ("Generating Long Sequences with Sparse Transformers"), ``BigBird`` Zaheer et al. 2020, ``BSLongformer`` a block
 form of Beltagy et al. 2020. ``attention="unidirectional"`` layouts are of blocks: pass ``causal=True`` to the attention
 call for the tokens inside the blocks of the diagonal.
 
-Random blocks are drawn from ``seed`` (DeepSpeed draws them from Python's global generator), so a layout is the same in
-every process.
+Random blocks are drawn from ``seed``, so a layout is the same in every process. With ``seed=None`` they come from
+Python's global generator, in DeepSpeed's order: after the same ``random.seed(n)`` its layouts and these are equal.
+
+Where DeepSpeed does not do what it describes, the description holds: a unidirectional layout has nothing above the
+diagonal (its Fixed and Variable ones have, inside a group of several global blocks; with ``causal=True`` both give the
+same attention), and a row with fewer earlier blocks than ``num_random_blocks`` takes all of them (its BigBird fails).
 """
 
 from __future__ import annotations
@@ -66,6 +70,8 @@ class SparsityConfig:
         different_layout_per_head: heads have layouts of their own; otherwise all have that of the first.
     """
 
+    attention = "bidirectional"
+
     def __init__(self, num_heads: int, block: int = 16, different_layout_per_head: bool = False) -> None:
         self.num_heads = check_int("num_heads", num_heads, 1)
         self.block = check_int("block", block, 16)
@@ -81,6 +87,8 @@ class SparsityConfig:
         layout = torch.zeros(self.num_heads, rows, rows, dtype=torch.int64)
         for h in range(self.num_heads if self.different_layout_per_head else 1):
             self._fill(layout[h], h)
+            if self.attention == "unidirectional":
+                layout[h].tril_()
         if not self.different_layout_per_head:
             layout[1:] = layout[0]
         return layout
@@ -143,9 +151,10 @@ class FixedSparsityConfig(SparsityConfig):
             )
 
     def _fill(self, layout: Tensor, head: int) -> None:
-        rows, causal = layout.shape[0], self.attention == "unidirectional"
+        rows = layout.shape[0]
         for start in range(0, rows, self.num_local_blocks):
-            _window(layout, start, min(start + self.num_local_blocks, rows), causal)
+            end = start + self.num_local_blocks
+            layout[start:end, start:end] = 1
         width = self.num_global_blocks
         first = self.num_local_blocks - (1 + head % self.num_different_global_patterns) * width
         whole = rows - rows % self.num_local_blocks
@@ -153,7 +162,7 @@ class FixedSparsityConfig(SparsityConfig):
         if whole < rows:  # a window cut short has representatives too
             starts.append(max(0, min(whole + first, rows - width)))
         for start in starts:
-            _global(layout, start, start + width, causal, self.horizontal_global_attention)
+            _global(layout, start, start + width, self.horizontal_global_attention)
 
 
 class VariableSparsityConfig(SparsityConfig):
@@ -171,7 +180,7 @@ class VariableSparsityConfig(SparsityConfig):
         global_block_end_indices: Sequence[int] | None = None,
         attention: str = "bidirectional",
         horizontal_global_attention: bool = False,
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__(num_heads, block, different_layout_per_head)
         self.num_random_blocks = check_int("num_random_blocks", num_random_blocks, 0)
@@ -184,15 +193,15 @@ class VariableSparsityConfig(SparsityConfig):
         self.seed = seed
 
     def _fill(self, layout: Tensor, head: int) -> None:
-        rows, causal = layout.shape[0], self.attention == "unidirectional"
+        rows = layout.shape[0]
         _random(layout, self.num_random_blocks, False, self.seed, head)
         start, sizes = 0, list(self.local_window_blocks)
         while start < rows:
             size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
-            _window(layout, start, min(start + size, rows), causal)
+            layout[start : start + size, start : start + size] = 1
             start += size
         for begin, end in self.global_ranges:
-            _global(layout, begin, end, causal, self.horizontal_global_attention)
+            _global(layout, begin, end, self.horizontal_global_attention)
 
 
 class BigBirdSparsityConfig(SparsityConfig):
@@ -208,7 +217,7 @@ class BigBirdSparsityConfig(SparsityConfig):
         num_sliding_window_blocks: int = 3,
         num_global_blocks: int = 1,
         attention: str = "bidirectional",
-        seed: int = 0,
+        seed: int | None = 0,
     ) -> None:
         super().__init__(num_heads, block, different_layout_per_head)
         self.num_random_blocks = check_int("num_random_blocks", num_random_blocks, 0)
@@ -218,13 +227,10 @@ class BigBirdSparsityConfig(SparsityConfig):
         self.seed = seed
 
     def _fill(self, layout: Tensor, head: int) -> None:
-        causal = self.attention == "unidirectional"
-        _random(layout, self.num_random_blocks, causal, self.seed, head)
+        _random(layout, self.num_random_blocks, self.attention == "unidirectional", self.seed, head)
         _sliding(layout, self.num_sliding_window_blocks)
         _at_least("num_global_blocks", self.num_global_blocks, layout)
-        _global(layout, 0, self.num_global_blocks, False, True)
-        if causal:
-            layout.tril_()
+        _global(layout, 0, self.num_global_blocks, True)
 
 
 class BSLongformerSparsityConfig(SparsityConfig):
@@ -249,9 +255,26 @@ class BSLongformerSparsityConfig(SparsityConfig):
     def _fill(self, layout: Tensor, head: int) -> None:
         _sliding(layout, self.num_sliding_window_blocks)
         for begin, end in self.global_ranges:
-            _global(layout, begin, end, False, True)
-        if self.attention == "unidirectional":
-            layout.tril_()
+            _global(layout, begin, end, True)
+
+
+class LocalSlidingWindowSparsityConfig(SparsityConfig):
+    """A sliding window of ``num_sliding_window_blocks`` around the diagonal; unidirectional (the default here): its
+    earlier half."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        block: int = 16,
+        num_sliding_window_blocks: int = 3,
+        attention: str = "unidirectional",
+    ) -> None:
+        super().__init__(num_heads, block)
+        self.num_sliding_window_blocks = check_int("num_sliding_window_blocks", num_sliding_window_blocks, 1)
+        self.attention = _check_attention(attention, False)
+
+    def _fill(self, layout: Tensor, head: int) -> None:
+        _sliding(layout, self.num_sliding_window_blocks)
 
 
 # ---- pieces of layouts; layout is [rows, rows] of one head, written in place
@@ -283,13 +306,8 @@ def _at_least(name: str, wanted: int, layout: Tensor) -> None:
         raise ValueError(f"{name}: got {wanted}; allowed: up to {layout.shape[0]}, the blocks of the sequence")
 
 
-def _window(layout: Tensor, start: int, end: int, causal: bool) -> None:
-    window = torch.ones(end - start, end - start, dtype=layout.dtype)
-    layout[start:end, start:end] |= window.tril() if causal else window
-
-
-def _global(layout: Tensor, begin: int, end: int, causal: bool, horizontal: bool) -> None:
-    layout[begin if causal else 0 :, begin:end] = 1
+def _global(layout: Tensor, begin: int, end: int, horizontal: bool) -> None:
+    layout[:, begin:end] = 1
     if horizontal:
         layout[begin:end, :] = 1
 
@@ -300,9 +318,9 @@ def _sliding(layout: Tensor, width: int) -> None:
     layout[(place[:, None] - place).abs() <= width // 2] = 1
 
 
-def _random(layout: Tensor, count: int, causal: bool, seed: int, head: int) -> None:
+def _random(layout: Tensor, count: int, causal: bool, seed: int | None, head: int) -> None:
     _at_least("num_random_blocks", count, layout)
-    draw = random.Random(f"{seed} {head}")
+    draw: Any = random if seed is None else random.Random(f"{seed} {head}")
     for row in range(layout.shape[0] if count else 0):
         end = row + 1 if causal else layout.shape[0]
         layout[row, draw.sample(range(end), min(count, end))] = 1
