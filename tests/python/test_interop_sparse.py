@@ -161,7 +161,7 @@ def test_fixed_unidirectional_with_patterns_by_head():
 
 def test_fixed_horizontal():
     layout = ds.FixedSparsityConfig(1, num_local_blocks=2, horizontal_global_attention=True).make_layout(64)[0]
-    assert torch.equal(layout, _drawn("#... .#.. .##. .###"))
+    assert torch.equal(layout, _drawn("##.# #### .### ####"))
 
 
 def test_variable():
