@@ -91,12 +91,12 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
         lengths = self._lengths(key)
         if lengths is None or min(lengths) < 0:
             reject("pattern_cache key", key, "a sequence length, or (seqlen_q, seqlen_k)", TypeError)
-        pattern = as_pattern(pattern, self._generator.config.block_size, *lengths)  # type: ignore[misc]
+        pattern = as_pattern(pattern, self._generator.config.block_size, *lengths)
         if (pattern.seqlen_q, pattern.seqlen_k) != lengths:
             got = f"a pattern of {pattern.seqlen_q} x {pattern.seqlen_k} tokens"
             reject("pattern_cache", got, f"{lengths}, its key")
         with self._lock:
-            self._own[lengths] = pattern  # type: ignore[index]
+            self._own[lengths] = pattern
 
     def __delitem__(self, key: Hashable) -> None:
         lengths = self._lengths(key)

@@ -71,7 +71,10 @@ def _named_tensors(
 
 
 @_named_tensors.register_fake
-def _(kind, seqlen_q, seqlen_k, block_q, block_k, causal, heads, *options, **named):
+def _(
+    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, causal: bool, heads: int, *options: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     blocks = torch.library.get_ctx().new_dynamic_size()
     rows = -(-seqlen_q // block_q)
     return torch.empty(rows * heads + 1, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
@@ -121,7 +124,9 @@ def check_shapes(
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ArgumentError(f"{name}: got {mask.dtype}; only bool and floating types of {name} are supported")
     try:
-        return F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
+        return F._mha_shape_check(  # type: ignore[attr-defined]
+            query, key, value, key_padding_mask, attn_mask, num_heads
+        )
     except AssertionError as e:
         raise ArgumentError(str(e)) from None
 
@@ -337,22 +342,23 @@ def multi_head_attention_forward(
             bias = padding if bias is None else bias + padding
     options: dict[str, Any] = {"causal": causal, "attn_bias": bias, "key_lengths": key_lengths}
     extra = _extra_keys(k, v, bias_k, bias_v, add_zero_attn)
+    found: dict[str, Any] | None = None
+    part_lse: Tensor | None = None
     if attend is not None:
         # A mask that is known to be causal must not change which pattern is made.
         known = causal or (is_causal and seqlen_q == seqlen_k)
         out, part_lse, found = attend(
             q, k, v, known, bool(need_weights), dropout_p, attn_bias=bias, key_lengths=key_lengths
         )
-        lse = part_lse
     elif extra is None and not need_weights:
         blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
         out = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, **options)
-        lse = part_lse = None
     else:
         blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
         out, part_lse = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, return_lse=True, **options)
-        lse = part_lse
+    lse = part_lse
     if extra is not None:
+        assert part_lse is not None
         more, more_lse = block_sparse_attention(
             q, *extra, dense_pattern(seqlen_q, extra[0].shape[1]), dropout_p=dropout_p, return_lse=True
         )
@@ -366,9 +372,10 @@ def multi_head_attention_forward(
     out = F.linear(out, out_proj_weight, out_proj_bias)
     if not need_weights:
         return out, None
+    assert lse is not None and part_lse is not None
     if need_weights == "blocks":
         share = None if extra is None else (part_lse - lse).exp().nan_to_num(0.0)
-        if attend is not None:
+        if found is not None:
             return out, {**found, "block_values": _scale_rows(found["block_indices"], found["block_values"], share)}
         return out, _block_weights(q, k, blocks, share, **options)
     keep = None if pattern is None else blocks.to_token_mask()

@@ -57,9 +57,10 @@ def _lse_type(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check_rank(name: str, t: Tensor, rank: int) -> None:
-    if t.dim() != rank:
-        raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: {rank}")
+def _check_ranks(rank: int, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.dim() != rank:
+            raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: {rank}")
 
 
 def _check_device(q: Tensor, **others: Tensor) -> None:
@@ -75,20 +76,25 @@ def _like(t: Tensor) -> Tensor:
 @register_fake("tessera::forward")
 @register_fake("tessera::decode")
 @register_fake("tessera::dilated_forward")
-def _forward_fake(q, k, v, *args, **kwargs):
-    _check_rank("q", q, 4), _check_rank("v", v, 4), _check_device(q, k=k, v=v)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    _check_ranks(4, q=q, v=v)
+    _check_device(q, k=k, v=v)
     b, s, h, _ = q.shape
     return _empty_as(q, (b, s, h, v.shape[3]), q.dtype), q.new_empty((b, h, s), dtype=_lse_type(q))
 
 
 @register_fake("tessera::varlen_forward")
-def _varlen_forward_fake(q, k, v, *args, **kwargs):
-    _check_rank("q", q, 3), _check_rank("v", v, 3), _check_device(q, k=k, v=v)
+def _varlen_forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    _check_ranks(3, q=q, v=v)
+    _check_device(q, k=k, v=v)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_type(q))
 
 
 @register_fake("tessera::backward")
-def _backward_fake(dout, dlse, q, k, v, out, lse, wanted, *args, **kwargs):
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    wanted: Sequence[bool], *args: Any, **kwargs: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     gradients = [_like(t) if want else t.new_empty(0) for want, t in zip(wanted, (q, k, v))]
     for want, name in zip(wanted[3:], ("block_bias", "attn_bias", "sinks")):
         t = argument(backward, name, (dout, dlse, q, k, v, out, lse, wanted, *args), kwargs)
@@ -97,24 +103,31 @@ def _backward_fake(dout, dlse, q, k, v, out, lse, wanted, *args, **kwargs):
 
 
 @register_fake("tessera::varlen_backward")
-def _varlen_backward_fake(dout, dlse, q, k, v, *args, **kwargs):
+def _varlen_backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
     sinks = argument(varlen_backward, "sinks", (dout, dlse, q, k, v, *args), kwargs)
     shapes = [t.new_empty(t.shape) for t in (q, k, v)]
     return *shapes, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
 @register_fake("tessera::dilated_backward")
-def _dilated_backward_fake(dout, dlse, q, k, v, *args, **kwargs):
+def _dilated_backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
     return _like(q), _like(k), _like(v)
 
 
 @register_fake("tessera::merge")
-def _merge_fake(out_a, lse_a, out_b, lse_b):
+def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, ...]:
     return _like(out_a), lse_a.new_empty(lse_a.shape)
 
 
 @register_fake("tessera::weights")
-def _weights_fake(q, k, indptr, indices, bitmap_index, bitmaps, shape, *args, **kwargs):
+def _weights_fake(
+    q: Tensor, k: Tensor, indptr: Tensor, indices: Tensor, bitmap_index: Tensor | None, bitmaps: Tensor | None,
+    shape: Sequence[int], *args: Any, **kwargs: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     # All heads and batches: a pattern that they share counts once for each.
     n = indices.shape[0] * (q.shape[0] // shape[5]) * (q.shape[2] // shape[4])
     return q.new_empty((n, 4), dtype=torch.int64), q.new_empty((n, shape[2], shape[3]), dtype=torch.float32)
@@ -123,7 +136,9 @@ def _weights_fake(q, k, indptr, indices, bitmap_index, bitmaps, shape, *args, **
 # A named pattern inside a compiled graph: its number of kept blocks is known when it is made. None has bitmaps.
 @register_fake("tessera::make_pattern")
 @register_fake("tessera::cached_pattern")
-def _make_pattern_fake(kind, seqlen_q, seqlen_k, block_q, block_k, heads=1, *args, **kwargs):
+def _make_pattern_fake(
+    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, heads: int = 1, *args: Any, **kwargs: Any
+) -> tuple[Any, ...]:
     entries = get_ctx().new_dynamic_size()
     rows = heads * ((seqlen_q + block_q - 1) // block_q)
 
@@ -159,7 +174,7 @@ def _at(x: Any, dim: Any, i: int) -> Any:
     return x if dim is None else x.select(dim, i)
 
 
-def _one_by_one(op: Any, info: Any, dims: Sequence[Any], values: Sequence[Any]):
+def _one_by_one(op: Any, info: Any, dims: Sequence[Any], values: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
     results = [op(*(_at(x, d, i) for x, d in zip(values, dims))) for i in range(info.batch_size)]
     return tuple(torch.stack(r) for r in zip(*results)), (0,) * len(results[0])
 
@@ -170,7 +185,7 @@ _BATCHED = ("dout", "dlse", "q", "k", "v", "out", "lse", "out_a", "lse_a", "out_
 def _register_vmap(op: Any) -> None:
     names = [a.name for a in op._schema.arguments]
 
-    def rule(info, in_dims, *args, **kwargs):
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, tuple[int, ...]]:
         values = _spell(op, args, kwargs)
         dims = list(in_dims) + [None] * (len(values) - len(in_dims))
         if kwargs:
@@ -228,7 +243,7 @@ def _pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 
 def _register_flops(op: Any, pairs: Any, *, backward_pass: bool) -> None:
-    def count(*args, out_val=None, **kwargs) -> int:
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         q, v = argument(op, "q", args, kwargs), argument(op, "v", args, kwargs)
         d, dv = q.shape[-1], v.shape[-1]
         # A pair: q k and p v; backward: scores again, dp, dv, dq and dk.

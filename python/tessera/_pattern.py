@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _ops  # noqa: F401  (loads the library)
 
 _t = torch.ops.tessera
+_Slice = slice  # the built-in one, inside a class that has a method of that name
 
 
 class Spread(NamedTuple):
@@ -131,7 +132,9 @@ class BlockPattern:
         )
         self._set(*_t.pattern_canonical(indptr, indices, bitmap_index, bitmaps, shape))
 
-    def _set(self, indptr, indices, bitmap_index, bitmaps, shape) -> None:
+    def _set(
+        self, indptr: Any, indices: Any, bitmap_index: Any, bitmaps: Any, shape: Sequence[int]
+    ) -> None:  # tensors; in traced graphs what stands for them
         if bitmaps is not None and bitmaps.numel() == 0:
             bitmap_index = bitmaps = None
         shape = tuple(shape)
@@ -141,7 +144,7 @@ class BlockPattern:
         d["op_args"] = (indptr, indices, bitmap_index, bitmaps, shape)
 
     @classmethod
-    def _make(cls, parts) -> BlockPattern:
+    def _make(cls, parts: Sequence[Any]) -> BlockPattern:
         self = object.__new__(cls)
         self._set(*parts)
         return self
@@ -257,7 +260,7 @@ class BlockPattern:
             limits += [begin, max(begin, end)]
         return BlockPattern._make(_t.pattern_slice(*self.op_args, *limits))
 
-    def __getitem__(self, key) -> BlockPattern:
+    def __getitem__(self, key: _Slice | tuple[_Slice, _Slice]) -> BlockPattern:
         if isinstance(key, slice):
             key = (key, slice(None))
         if not isinstance(key, tuple) or len(key) != 2:
@@ -319,9 +322,11 @@ class BlockPattern:
     def statistics(self, causal: bool = False) -> PatternStatistics:
         """Densities, empty rows, load imbalance; among the admissible pairs if ``causal``."""
         x = _t.pattern_statistics(*self.op_args, bool(causal))
+        rows, cols, kept, partial, admissible = (int(n) for n in x[:5])
         return PatternStatistics(
-            *(int(n) for n in x[:5]), x[5], x[6], Spread(*x[7:11]), Spread(*x[11:15]), x[15], int(x[16]), x[17]
-        )
+            rows, cols, kept, partial, admissible, x[5], x[6], Spread(*x[7:11]), Spread(*x[11:15]), x[15], int(x[16]),
+            x[17],
+        )  # fmt: skip
 
     def to_mask(self) -> Tensor:
         """Kept blocks (partial ones too) as bool ``[batches, heads, rows, cols]``. Grows with rows x cols."""
@@ -336,7 +341,7 @@ class BlockPattern:
         counts = self.indptr.diff().long()
         row = torch.repeat_interleave(torch.arange(counts.numel()), counts)
         full = torch.ones(self.num_blocks, self.block_q, self.block_k, dtype=torch.bool)
-        if self.bitmaps is not None:
+        if self.bitmap_index is not None and self.bitmaps is not None:
             bits = (self.bitmaps.unsqueeze(-1) >> torch.arange(64)) & 1
             bits = bits.flatten(2)[:, :, : self.block_k].bool()
             partial = self.bitmap_index >= 0
@@ -360,7 +365,8 @@ class BlockPattern:
             return True
         if self.op_args[4] != other.op_args[4] or (self.bitmaps is None) != (other.bitmaps is None):
             return False
-        return all(a is None or torch.equal(a, b) for a, b in zip(self.op_args[:4], other.op_args[:4]))
+        pairs = zip(self.op_args[:4], other.op_args[:4])
+        return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
         if "_hash" not in self.__dict__:
@@ -387,14 +393,16 @@ class BlockPattern:
     def __copy__(self) -> BlockPattern:
         return self
 
-    def __deepcopy__(self, memo) -> BlockPattern:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPattern:
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, self.op_args
 
 
-def _unpickle(indptr, indices, bitmap_index, bitmaps, shape) -> BlockPattern:
+def _unpickle(
+    indptr: Tensor, indices: Tensor, bitmap_index: Tensor | None, bitmaps: Tensor | None, shape: Sequence[int]
+) -> BlockPattern:
     return BlockPattern._make(_t.pattern_canonical(indptr, indices, bitmap_index, bitmaps, shape))
 
 
@@ -428,11 +436,11 @@ def _stack(patterns: Sequence[BlockPattern], batches: bool) -> BlockPattern:
 
 
 # A tree of four leaves for torch.export, torch.compile and vmap. Leaves need not be tensors: transforms put theirs in.
-def _flatten(p: BlockPattern):
+def _flatten(p: BlockPattern) -> tuple[list[Any], tuple[int, ...]]:
     return list(p.op_args[:4]), p.op_args[4]
 
 
-def _unflatten(leaves, shape) -> BlockPattern:
+def _unflatten(leaves: Iterable[Any], shape: Sequence[int]) -> BlockPattern:
     p = object.__new__(BlockPattern)
     d = p.__dict__
     d["indptr"], d["indices"], d["bitmap_index"], d["bitmaps"] = leaves

@@ -33,7 +33,7 @@ class Quality(NamedTuple):
 
 def _figures(row: Tensor) -> Quality:
     x = row.tolist()
-    return Quality(*x[:9], int(x[9]))
+    return Quality(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], int(x[9]))
 
 
 def _options(causal: bool, scale: float | None, window: Any, key_lengths: Tensor | None) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def quality(
     ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
     """
     several = not isinstance(pattern, BlockPattern)
-    patterns = list(pattern) if several else [pattern]
+    patterns = [pattern] if isinstance(pattern, BlockPattern) else list(pattern)
     check_tensor("q", q), check_tensor("k", k)
     for p in patterns:
         if not isinstance(p, BlockPattern):

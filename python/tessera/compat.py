@@ -177,12 +177,12 @@ class _Configured(nn.Module):
                 if compiling:  # a pattern depends on values: made outside of the graph
                     make = torch.compiler.disable(make)
                 pattern = make(q.shape[1], q.shape[2], k.shape[1], causal)
-                return functional.block_sparse_attention(  # type: ignore[return-value]
+                return functional.block_sparse_attention(
                     q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options)
             # One segment is the whole sequence: the same attention, its pattern made inside the operator.
             widths, rates = (q.shape[1],), (1,)
         kind, _, inner = self.sparse_config.spec()
-        return functional.dilated_attention(  # type: ignore[return-value]
+        return functional.dilated_attention(
             q, k, v, segment_lengths=widths, dilation_rates=rates, causal=causal, pattern=kind,
             block=self._square_block(), dropout_p=dropout_p, return_lse=True,
             **{_INNER.get(name, name): value for name, value in inner.items()}, **options)
@@ -365,7 +365,7 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
         new.out_proj = module.out_proj
         return new.train(module.training)
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,  # type: ignore[override]
+    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
                 key_padding_mask: Tensor | None = None, need_weights: bool | str = False,
                 attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
                 return_attention_weights: bool = False) -> Any:

@@ -44,7 +44,7 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> int
     allowed = f"an int >= {low}" if high is None else f"an int in {low}..{high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         reject(name, value, allowed, TypeError)
-    number = int(value.__index__())  # type: ignore[attr-defined]
+    number = int(value.__index__())
     if number < low or (high is not None and number > high):
         reject(name, value, allowed)
     return number
@@ -53,7 +53,7 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> int
 def _fraction(name: str, value: object, allowed: str, closed: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         reject(name, value, allowed, TypeError)
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not (math.isfinite(number) and (0 <= number if closed else 0 < number) and number <= 1):
         reject(name, value, allowed)
     return number
@@ -62,7 +62,7 @@ def _fraction(name: str, value: object, allowed: str, closed: bool = False) -> f
 def _integers(name: str, value: object, low: int) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
         reject(name, value, f"a sequence of one or more ints >= {low}", TypeError)
-    return tuple(_integer(name, item, low) for item in value)  # type: ignore[attr-defined]
+    return tuple(_integer(name, item, low) for item in value)
 
 
 def _block(value: object) -> int | tuple[int, int]:

@@ -8,7 +8,7 @@ autocast dtype, biases stay as they are. Errors of the caller are ValueError or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,56 @@ class AttentionWeights(NamedTuple):
     shape: tuple[int, int, int, int]  # B, H, Sq, Sk
 
 
+class _Common(TypedDict, total=False):
+    """Options that every attention takes, for type checkers; their meaning is in the functions' own signatures."""
+
+    causal: bool
+    scale: float | None
+    window: int | tuple[int | None, int | None] | None
+    softcap: float
+    alibi_slopes: Tensor | None
+
+
+class _BlockSparse(_Common, total=False):
+    attn_bias: Tensor | None
+    block_bias: Tensor | None
+    key_lengths: Tensor | None
+    dropout_p: float
+    sinks: Tensor | None
+    q_offset: int | None
+    k_offset: int
+    layout: str
+
+
+class _Decode(_Common, total=False):
+    key_lengths: Tensor | None
+    page_table: Tensor | None
+    sinks: Tensor | None
+    block_bias: Tensor | None
+    attn_bias: Tensor | None
+    layout: str
+
+
+class _Varlen(_Common, total=False):
+    dropout_p: float
+    sinks: Tensor | None
+
+
+class _Dilated(_Common, total=False):
+    pattern: str | None
+    density: float | None
+    block: int
+    pattern_window: int | None
+    pattern_rates: Sequence[int]
+    global_tokens: int | None
+    stride: int | None
+    pattern_seed: int
+    attn_bias: Tensor | None
+    key_lengths: Tensor | None
+    dropout_p: float
+    layout: str
+
+
 def _type_error(name: str, value: Any, allowed: str) -> TypeError:
     return TypeError(f"{name}: got {type(value).__name__}; allowed: {allowed}")
 
@@ -40,7 +90,7 @@ def _check_number(name: str, value: Any) -> float:
             return value.__float__()  # numbers of NumPy and the like
         except AttributeError:
             raise _type_error(name, value, "a number") from None
-    return value
+    return cast(float, value)  # or a symbol of a traced graph
 
 
 def _check_tensors(**tensors: Any) -> None:
@@ -92,6 +142,21 @@ def _rng(dropout_p: Any) -> Tensor | None:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64) if dropout_p else None
 
 
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern,
+    *, return_lse: Literal[False] = False, **options: Unpack[_BlockSparse],
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern,
+    *, return_lse: Literal[True], **options: Unpack[_BlockSparse],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern,
+    *, return_lse: bool, **options: Unpack[_BlockSparse],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -190,6 +255,21 @@ def _check_offsets(q_offset: Any, k_offset: Any) -> tuple[int | None, int]:
     return q_offset, k_offset
 
 
+@overload
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pattern: BlockPattern,
+    *, return_lse: Literal[False] = False, **options: Unpack[_Decode],
+) -> Tensor: ...  # fmt: skip
+@overload
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pattern: BlockPattern,
+    *, return_lse: Literal[True], **options: Unpack[_Decode],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pattern: BlockPattern,
+    *, return_lse: bool, **options: Unpack[_Decode],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -253,6 +333,21 @@ def decode(
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, patterns: Sequence[BlockPattern],
+    *, return_lse: Literal[False] = False, **options: Unpack[_Varlen],
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, patterns: Sequence[BlockPattern],
+    *, return_lse: Literal[True], **options: Unpack[_Varlen],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, patterns: Sequence[BlockPattern],
+    *, return_lse: bool, **options: Unpack[_Varlen],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -308,6 +403,21 @@ def varlen_attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def dilated_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
+    return_lse: Literal[False] = False, **options: Unpack[_Dilated],
+) -> Tensor: ...  # fmt: skip
+@overload
+def dilated_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
+    return_lse: Literal[True], **options: Unpack[_Dilated],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def dilated_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
+    return_lse: bool, **options: Unpack[_Dilated],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def dilated_attention(
     q: Tensor,
     k: Tensor,

@@ -238,13 +238,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         )  # fmt: skip
         rows = [out[i, :n] for i, n in enumerate(lengths_q)]
         if query.layout == torch.jagged:
-            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=query.offsets()), weights
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=_offsets(query)), weights
         return torch.nested.as_nested_tensor(rows), weights
+
+
+def _offsets(t: Any) -> Tensor:
+    """Of a jagged tensor; torch's types do not know them."""
+    return t.offsets()
 
 
 def _nested_lengths(t: Tensor) -> list[int]:
     if t.layout == torch.jagged:
-        return t.offsets().diff().tolist()
+        return _offsets(t).diff().tolist()
     return [x.shape[0] for x in t.unbind()]
 
 

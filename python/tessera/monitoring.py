@@ -168,7 +168,7 @@ class PerformanceMonitor:
         return {"enabled": self.enabled, "sample_every": self.sample_every, "sample_rows": self.sample_rows}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(state["sample_every"], state["sample_rows"])  # type: ignore[misc, arg-type]
+        self.__init__(state["sample_every"], state["sample_rows"])  # type: ignore[misc]
         self.enabled = bool(state["enabled"])
 
 

@@ -11,7 +11,7 @@ always its diagonal. Explicit geometry (window, global_tokens, stride) wins over
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -45,7 +45,7 @@ def _number(name: str, value: Any) -> float | None:
     return float(value)
 
 
-def _bad(name: str, value: Any):
+def _bad(name: str, value: Any) -> NoReturn:
     raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: a number")
 
 
@@ -57,7 +57,10 @@ def _list(name: str, values: Any) -> list[int]:
     return [check_int(name, x) for x in values]
 
 
-def _spec(kind, seqlen_q, seqlen_k, block, heads=1, causal=False, seed=0, ranks=1, ranks_per_node=1, **options) -> list:
+def _spec(
+    kind: str, seqlen_q: int, seqlen_k: int | None, block: int | Sequence[int], heads: int = 1, causal: bool = False,
+    seed: int = 0, ranks: int = 1, ranks_per_node: int = 1, **options: Any,
+) -> list[Any]:  # fmt: skip
     if not isinstance(kind, str):
         raise TypeError(f"name: got {type(kind).__name__}; allowed: one of {', '.join(NAMES)}")
     seqlen_q = check_int("seqlen_q", seqlen_q)
@@ -100,25 +103,41 @@ def make(
     causal: bool = False,
     heads: int = 1,
     cached: bool = False,
-    **options,
+    **options: Any,
 ) -> BlockPattern:
     """The pattern of that name, with the options of the function of that name. ``cached``: through :data:`cache`."""
     spec = _spec(name, seqlen_q, seqlen_k, block, heads, causal, **options)
     return BlockPattern._make(_t.cached_pattern(*spec) if cached else _t.make_pattern(*spec))
 
 
-def dense(seqlen_q, seqlen_k=None, *, block=128, causal=False, heads=1) -> BlockPattern:
+def dense(
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    causal: bool = False,
+    heads: int = 1,
+) -> BlockPattern:
     """Every admissible pair."""
     return make("dense", seqlen_q, seqlen_k, block=block, causal=causal, heads=heads)
 
 
-def causal(seqlen_q, seqlen_k=None, *, block=128, heads=1) -> BlockPattern:
+def causal(
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, heads: int = 1
+) -> BlockPattern:
     """Every pair that causality admits. Inside blocks on the diagonal the attention call's ``causal=True`` decides."""
     return make("causal", seqlen_q, seqlen_k, block=block, causal=True, heads=heads)
 
 
 def local_window(
-    seqlen_q, seqlen_k=None, *, block=128, window=None, density=None, causal=False, heads=1
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    window: int | None = None,
+    density: float | None = None,
+    causal: bool = False,
+    heads: int = 1,
 ) -> BlockPattern:
     """Pairs whose tokens come within ``window / 2`` on either side (causal: ``window`` back), or with ``density`` alone
     the nearest pairs up to the budget."""
@@ -128,7 +147,14 @@ def local_window(
 
 
 def dilated_sparse(
-    seqlen_q, seqlen_k=None, *, block=128, density, dilation_rates=None, causal=False, heads=1
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    density: float,
+    dilation_rates: Sequence[int] | None = None,
+    causal: bool = False,
+    heads: int = 1,
 ) -> BlockPattern:
     """The budget shared round-robin among ``dilation_rates`` (blocks; default 1, 2, 4, 8, 16): each rate r in turn adds
     its next unused nearest pair at distance +-r, +-2r, ..."""
@@ -145,7 +171,15 @@ def dilated_sparse(
 
 
 def global_local(
-    seqlen_q, seqlen_k=None, *, block=128, global_tokens=None, window=None, density=None, causal=False, heads=1
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    global_tokens: int | None = None,
+    window: int | None = None,
+    density: float | None = None,
+    causal: bool = False,
+    heads: int = 1,
 ) -> BlockPattern:
     """The first ``global_tokens`` (default 64) as rows and columns, and the local window (or density)."""
     return make(
@@ -161,27 +195,45 @@ def global_local(
     )
 
 
-def strided(seqlen_q, seqlen_k=None, *, block=128, stride=None, density=None, causal=False, heads=1) -> BlockPattern:
+def strided(
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    stride: int | None = None,
+    density: float | None = None,
+    causal: bool = False,
+    heads: int = 1,
+) -> BlockPattern:
     """``(i - j) % stride == 0``, or neighbours (Child et al. 2019)."""
     return make("strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density, causal=causal, heads=heads)
 
 
-def random(seqlen_q, seqlen_k=None, *, block=128, density, seed=0, causal=False, heads=1) -> BlockPattern:
+def random(
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    density: float,
+    seed: int = 0,
+    causal: bool = False,
+    heads: int = 1,
+) -> BlockPattern:
     """Random pairs, exactly the budget a row; every (seed, head, row) draws on its own."""
     return make("random", seqlen_q, seqlen_k, block=block, density=density, seed=seed, causal=causal, heads=heads)
 
 
 def bigbird(
-    seqlen_q,
-    seqlen_k=None,
+    seqlen_q: int,
+    seqlen_k: int | None = None,
     *,
-    block=128,
-    density,
-    global_tokens=None,
-    window=None,
-    seed=0,
-    causal=False,
-    heads=1,
+    block: int | Sequence[int] = 128,
+    density: float,
+    global_tokens: int | None = None,
+    window: int | None = None,
+    seed: int = 0,
+    causal: bool = False,
+    heads: int = 1,
 ) -> BlockPattern:
     """Global, window and random pairs up to the budget (Zaheer et al. 2020)."""
     return make(
@@ -199,7 +251,14 @@ def bigbird(
 
 
 def dilated_segments(
-    seqlen_q, seqlen_k=None, *, block=128, segment_lengths, dilation_rates, causal=False, heads=1
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool = False,
+    heads: int = 1,
 ) -> BlockPattern:
     """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r),
     the offset shifting by head."""
@@ -216,18 +275,18 @@ def dilated_segments(
 
 
 def hierarchical(
-    seqlen_q,
-    seqlen_k=None,
+    seqlen_q: int,
+    seqlen_k: int | None = None,
     *,
-    block=128,
-    density=None,
-    local_density=None,
-    global_density=None,
-    inter_node_density=None,
-    ranks=1,
-    ranks_per_node=1,
-    causal=False,
-    heads=1,
+    block: int | Sequence[int] = 128,
+    density: float | None = None,
+    local_density: float | None = None,
+    global_density: float | None = None,
+    inter_node_density: float | None = None,
+    ranks: int = 1,
+    ranks_per_node: int = 1,
+    causal: bool = False,
+    heads: int = 1,
 ) -> BlockPattern:
     """By place: one density inside a rank, one inside a node, one across nodes (``density`` for those not given); far
     parts keep the same columns for all rows of a rank."""
@@ -262,11 +321,11 @@ class CacheStats(NamedTuple):
 class PatternCache:
     """The process's cache of named patterns: least recently used, keyed by everything that defines a pattern."""
 
-    def get(self, name: str, seqlen_q: int, seqlen_k: int | None = None, **options) -> BlockPattern:
+    def get(self, name: str, seqlen_q: int, seqlen_k: int | None = None, **options: Any) -> BlockPattern:
         """As :func:`make`, but made once."""
         return make(name, seqlen_q, seqlen_k, cached=True, **options)
 
-    def warm_up(self, name: str, seqlens: Sequence[int], *, block: int | Sequence[int] = 128, **options) -> None:
+    def warm_up(self, name: str, seqlens: Sequence[int], *, block: int | Sequence[int] = 128, **options: Any) -> None:
         """Makes the patterns of these lengths (seqlen_q = seqlen_k) ahead of time."""
         _t.cache_warm_up(_list("seqlens", seqlens), *_spec(name, 0, 0, block, **options))
 

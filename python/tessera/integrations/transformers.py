@@ -55,7 +55,7 @@ def register(
 
     choice = _Choice(pattern, density, block, dense_layers, options)
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any):
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         return _attend(choice, module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register(name, attention)
@@ -127,7 +127,7 @@ class AttentionPlan(BlockMask):
         self._made: dict[Any, BlockPattern] = {}
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return (self.batch_size, 1, self.q_length, self.kv_length)
 
     def __repr__(self) -> str:
@@ -299,6 +299,7 @@ def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: A
             plan.batch_size, count, plan.kv_length, plan.q_offset + row * size, plan.kv_offset, mask_function,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
+        assert pairs is not None, "nothing may be skipped"
         parts.append(BlockPattern.from_token_mask(pairs.expand(plan.batch_size, -1, -1, -1), block=size))
     # Rows lie one below the other: the entries of each batch, row after row.
     indptr = torch.zeros(plan.batch_size, rows, dtype=torch.int64)

@@ -12,7 +12,7 @@ from .torch_sparse import from_torch, to_torch
 
 
 def from_scipy(
-    matrix: Any | Sequence[Any],
+    matrix: Any,
     *,
     seqlen_q: int | None = None,
     seqlen_k: int | None = None,
