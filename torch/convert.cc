@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "result_memory.h"
+
 namespace tessera::ops {
 
 namespace {
@@ -162,9 +164,9 @@ Options::Options(const OptionArguments& a) {
 at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
   const auto options = like.options().dtype(dtype);
   if (like.dim() == 4 && like.stride(2) > like.stride(1)) {  // [B, H, S, D] in memory
-    return at::empty({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
+    return empty_result({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
   }
-  return at::empty(sizes, options);
+  return empty_result(sizes, options);
 }
 
 }  // namespace tessera::ops

@@ -12,13 +12,19 @@
 
 namespace tessera {
 
-// Uninitialised bytes, aligned to a cache line.
+struct LargeFree {
+  size_t align = kCacheLine;
+  void operator()(char* p) const { ::operator delete(p, std::align_val_t(align)); }
+};
+
+// Uninitialised bytes, aligned to a cache line or, where they are many, to a huge page.
 class LargeBuffer {
  public:
   LargeBuffer() = default;
   LargeBuffer(size_t bytes, const char* what) : size_(bytes) {
     if (bytes == 0) return;
-    data_.reset(static_cast<char*>(::operator new(bytes, kAlign, std::nothrow)));
+    const size_t align = alignment_for(bytes);
+    data_ = {static_cast<char*>(::operator new(bytes, std::align_val_t(align), std::nothrow)), LargeFree{align}};
     if (data_ == nullptr) {
       throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
     }
@@ -31,11 +37,7 @@ class LargeBuffer {
   size_t size() const { return size_; }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<char, Free> data_;
+  std::unique_ptr<char, LargeFree> data_;
   size_t size_ = 0;
 };
 
