@@ -7,6 +7,7 @@
 #include <limits>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "dilated_plain.h"
 
@@ -19,13 +20,13 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 struct Setting {
   const DilatedCase& c;
   LaidOut q, k, v, out, dout, dlse, dq, dk, dv;
-  Numbers lse;
+  Numbers lse, bias, dbias;
   PlainResult truth;
   PlainGradients gradients;
   DilatedForwardArgs forward_args;
   DilatedBackwardArgs args;
 
-  Setting(const DilatedCase& c, DType dtype, DType gradient_dtype, Layout layout)
+  Setting(const DilatedCase& c, DType dtype, DType gradient_dtype, Layout layout, DType bias_dtype = DType::f32)
       : c(c),
         q(dtype, layout, c.batch, c.seqlen, c.heads, c.head_dim),
         k(dtype, layout, c.batch, c.seqlen, c.kv_heads, c.head_dim),
@@ -37,6 +38,9 @@ struct Setting {
         dk(gradient_dtype, layout, c.batch, c.seqlen, c.kv_heads, c.head_dim),
         dv(gradient_dtype, layout, c.batch, c.seqlen, c.kv_heads, c.head_dim_v),
         lse(dlse.view.dtype, {c.batch, c.heads, c.seqlen}),
+        bias(bias_dtype, {c.bias_sizes[0], c.bias_sizes[1], c.bias_sizes[2], c.bias_sizes[3]},
+             {c.bias.begin(), c.bias.end()}),
+        dbias(bias_dtype, {c.bias_sizes[0], c.bias_sizes[1], c.bias_sizes[2], c.bias_sizes[3]}),
         truth(filled(*this)),
         gradients(plain_dilated_gradients(c, truth, q.dense(), k.dense(), v.dense(), dout.dense(), dlse.dense())) {
     poison(q, truth.q_read);
@@ -53,6 +57,7 @@ struct Setting {
     forward_args.lse = lse.view;
     forward_args.dilation = c.dilation();
     forward_args.options = c.options();
+    if (!c.bias.empty()) forward_args.options.attn_bias = bias.view;
     args.q = q.view;
     args.k = k.view;
     args.v = v.view;
@@ -63,14 +68,16 @@ struct Setting {
     args.dq = dq.view;
     args.dk = dk.view;
     args.dv = dv.view;
+    if (!c.bias.empty()) args.dattn_bias = dbias.view;
     args.dilation = c.dilation();
-    args.options = c.options();
+    args.options = forward_args.options;
     clear();
   }
   Setting(const Setting&) = delete;
 
   void clear() {
     for (LaidOut* x : {&dq, &dk, &dv}) x->fill(kNan);
+    for (int64_t i = 0; i < dbias.view.numel(); ++i) dbias.set(i, kNan);
   }
   void run_forward(Isa isa, Executor& executor) {
     forward_args.isa = args.isa = isa;
@@ -117,6 +124,14 @@ struct Setting {
           text = fmt::format("{} of {}, {}, {}, {}: {}, not {} (bound {})", x.name, b, s, h, d, got, want, bound);
         }
       });
+    }
+    const double sums = relative + u * static_cast<double>(c.batch * c.heads) * terms;  // as many as share an element
+    for (int64_t i = 0; args.dattn_bias.defined() && i < dbias.view.numel(); ++i) {
+      const double want = gradients.dbias[i], got = dbias.get(i);
+      const double bound = sums * gradients.dbias_magnitude[i] + epsilon_of(dbias.view.dtype) * std::abs(want);
+      if (text.empty() && !(std::abs(got - want) <= bound)) {
+        text = fmt::format("dattn_bias {}: {}, not {} (bound {})", i, got, want, bound);
+      }
     }
     return text;
   }
@@ -189,6 +204,20 @@ TEST(DilatedBackward, FormulaIsTheDerivative) {
             << c.name << ", input " << t << ", direction " << n;
       }
     }
+    if (c.bias.empty()) continue;
+    DilatedCase above = c, below = c;  // biases are fp32: steps that it resolves
+    double want = 0, norm = 0;
+    const std::vector<double> direction = wave(static_cast<int64_t>(c.bias.size()), 2.1, 0.3);
+    for (size_t i = 0; i < c.bias.size(); ++i) {
+      above.bias[i] += static_cast<float>(0x1p-12 * direction[i]);
+      below.bias[i] -= static_cast<float>(0x1p-12 * direction[i]);
+      const double step = static_cast<double>(above.bias[i]) - below.bias[i];
+      want += step * gradients.dbias[i] * 0x1p11;
+      norm += std::abs(gradients.dbias[i]);
+    }
+    EXPECT_GT(norm, 1e-3);
+    const double got = (loss(above, in[0], in[1], in[2], g, l) - loss(below, in[0], in[1], in[2], g, l)) * 0x1p11;
+    EXPECT_NEAR(got, want, 10 * tolerance * (1 + std::abs(want))) << c.name << ", attn_bias";
   }
 }
 
@@ -247,14 +276,40 @@ TEST(DilatedBackward, EachGradientAlone) {
     Setting setting(c, DType::f32, DType::f32, c.layout);
     setting.run_forward(Isa::automatic, executor);
     const DilatedBackwardArgs all = setting.args;
-    for (int wanted = 0; wanted < 3; ++wanted) {
+    for (int wanted = 0; wanted < 4; ++wanted) {
       setting.args = all;
+      if (wanted != 3) setting.args.dattn_bias = {};
       if (wanted != 0) setting.args.dq = {};
       if (wanted != 1) setting.args.dk = {};
       if (wanted != 2) setting.args.dv = {};
       setting.clear();
       dilated_backward(setting.args, executor);
       EXPECT_EQ(setting.wrong(), "") << c.name << ", gradient " << wanted;
+    }
+  }
+}
+
+// attn_bias in all its sizes, shared by batches, heads, queries or keys, so that parts of a (w, r) and several (w, r)
+// add to one element; bias and gradient in another dtype than q as well. Segments that go as batches, one by one, and
+// ragged.
+TEST(DilatedBackward, AttnBiasOfEverySize) {
+  InlineExecutor executor;
+  DilatedCase c{.name = "bias", .batch = 2, .seqlen = 40, .heads = 6, .kv_heads = 2, .head_dim = 8, .head_dim_v = 8,
+                .segment_lengths = {10, 16, 40}, .dilation_rates = {1, 2, 4}, .causal = true, .key_lengths = {40, 31},
+                .dropout = {.p = 0.2, .seed = 3, .offset = 1}};
+  for (int shape = 0; shape < 16; ++shape) {
+    const auto size = [&](int bit, int64_t n) { return shape >> bit & 1 ? n : 1; };
+    for (const int64_t batch : {1, 2, 7}) {  // 7: more batches than segments
+      c.batch = batch;
+      c.key_lengths.assign(batch, 31);
+      const DilatedCase biased = c.with_bias({size(3, batch), size(2, c.heads), size(1, c.seqlen), size(0, c.seqlen)});
+      for (const auto& [dtype, bias_dtype] : {std::pair{DType::f64, DType::f64}, {DType::f64, DType::f32},
+                                              {DType::f32, DType::bf16}, {DType::bf16, DType::f32}}) {
+        Setting setting(biased, dtype, dtype, batch == 1 ? Layout::bhsd : Layout::bshd, bias_dtype);
+        setting.run_forward(Isa::automatic, executor);
+        dilated_backward(setting.args, executor);
+        EXPECT_EQ(setting.wrong(), "") << fmt::format("{}", fmt::join(biased.bias_sizes, ", "));
+      }
     }
   }
 }
@@ -266,11 +321,13 @@ TEST(DilatedBackward, BitsDoNotDependOnThreads) {
     setting.run_forward(Isa::automatic, one);
     dilated_backward(setting.args, one);
     const std::vector<char> dq = setting.dq.memory, dk = setting.dk.memory, dv = setting.dv.memory;
+    const std::vector<char> dbias = setting.dbias.memory;
     for (const int threads : {2, 3}) {
       ThreadPool pool(threads);
       setting.clear();
       dilated_backward(setting.args, pool);
-      EXPECT_TRUE(dq == setting.dq.memory && dk == setting.dk.memory && dv == setting.dv.memory)
+      EXPECT_TRUE(dq == setting.dq.memory && dk == setting.dk.memory && dv == setting.dv.memory &&
+                  dbias == setting.dbias.memory)
           << c.name << ", " << threads << " threads";
     }
   }
@@ -320,6 +377,58 @@ TEST(DilatedBackward, ScratchIsTheSumsOf16BitGradients) {
   EXPECT_EQ(bytes[0] - bytes[1], 3 * 128 * 2 * 16 * sizeof(float));
 }
 
+// What is not wanted costs no memory: sums of dq, of dk and dv, of dattn_bias.
+TEST(DilatedBackward, ScratchIsOfWantedGradientsOnly) {
+  InlineExecutor executor;
+  const DilatedCase c = DilatedCase{.name = "memory", .seqlen = 128, .heads = 2, .kv_heads = 2,
+                                    .segment_lengths = {64, 128}, .dilation_rates = {1, 2}}
+                            .with_bias({1, 1, 128, 128});
+  Setting setting(c, DType::bf16, DType::bf16, Layout::bshd);
+  setting.run_forward(Isa::automatic, executor);
+  const auto bytes = [&](bool dq, bool dkv, bool bias) {
+    DilatedBackwardArgs args = setting.args;
+    if (!dq) args.dq = {};
+    if (!dkv) args.dk = args.dv = {};
+    if (!bias) args.dattn_bias = {};
+    return dilated_backward(args, executor).scratch_bytes;
+  };
+  const size_t gradient = 128 * 2 * 16 * sizeof(float), all = bytes(true, true, true);
+  EXPECT_EQ(all - bytes(false, true, true), gradient);
+  EXPECT_EQ(all - bytes(true, false, true), 2 * gradient);
+  // Segments of 64: two of 64 x 64; those of 128: offsets 0 and 1, 64 x 64 each.
+  EXPECT_GE(all - bytes(true, true, false), 2 * 64 * 64 * sizeof(float));  // and what its pass needs
+}
+
+// The oracle's gradient of attn_bias is the formula's, and its bounds hold for every kernel without being far off.
+TEST(DilatedBackward, ReferenceBoundsTheGradientOfAttnBias) {
+  InlineExecutor executor;
+  for (const std::array<int64_t, 4>& sizes : {std::array<int64_t, 4>{2, 4, 60, 60}, {1, 1, 60, 60}, {1, 4, 1, 60}}) {
+    const DilatedCase c = DilatedCase{.name = "bounds", .batch = 2, .seqlen = 60, .heads = 4, .kv_heads = 2,
+                                      .segment_lengths = {20, 60}, .dilation_rates = {1, 3}, .causal = true}
+                              .with_bias(sizes);
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Setting setting(c, dtype, DType::f32, Layout::bshd);
+      setting.run_forward(Isa::automatic, executor);
+      Numbers exact(DType::f64, {sizes[0], sizes[1], sizes[2], sizes[3]});
+      std::vector<float> bounds(c.bias.size());
+      DilatedBackwardArgs args = setting.args;
+      args.dq = args.dk = args.dv = {};
+      args.dattn_bias = exact.view;
+      reference_dilated_backward(args, executor, {.dattn_bias = bounds.data()});
+      dilated_backward(setting.args, executor);
+      double largest = 0, largest_bound = 0;
+      for (size_t i = 0; i < bounds.size(); ++i) {
+        const auto n = static_cast<int64_t>(i);
+        EXPECT_NEAR(exact.get(n), setting.gradients.dbias[i], 1e-12);
+        EXPECT_LE(std::abs(setting.dbias.get(n) - exact.get(n)), bounds[i] + epsilon_of(DType::f32));
+        largest = std::max(largest, std::abs(exact.get(n)));
+        largest_bound = std::max<double>(largest_bound, bounds[i]);
+      }
+      EXPECT_LT(largest_bound, largest * (dtype == DType::f32 ? 1e-2 : 1));
+    }
+  }
+}
+
 TEST(DilatedBackward, EmptyTensors) {
   InlineExecutor executor;
   for (const auto& [batch, seqlen, heads] : {std::array<int64_t, 3>{0, 8, 2}, {1, 0, 2}, {1, 8, 0}}) {
@@ -355,6 +464,7 @@ TEST(DilatedBackward, RefusesWhatItCannotDo) {
   EXPECT_EQ(argument([&](auto& a) { a.dilation.segment_lengths = {}; }), "segment_lengths");
   EXPECT_EQ(argument([&](auto& a) { a.dilation.dilation_rates = none; }), "dilation_rates");
   EXPECT_EQ(argument([&](auto& a) { a.options.sinks = numbers.view; }), "sinks");
+  EXPECT_EQ(argument([&](auto& a) { a.dattn_bias = numbers.view; }), "dattn_bias");  // of no attn_bias
   EXPECT_EQ(argument([&](auto& a) { a.k.sizes[1] = a.v.sizes[1] = 39; }), "k");
   EXPECT_EQ(argument([&](auto& a) { a.dout.sizes[1] = 39; }), "dout");
   EXPECT_EQ(argument([&](auto& a) { a.lse = {}; }), "lse");

@@ -27,10 +27,23 @@ struct DilatedCase {
   double softcap = 0;
   std::vector<int64_t> key_lengths;
   std::vector<float> slopes;     // [H], or [B, H]
-  std::vector<float> key_bias;   // attn_bias [1, H, 1, S]
-  std::vector<float> pair_bias;  // attn_bias [B, 1, S, S]
+  std::array<int64_t, 4> bias_sizes{};  // of attn_bias: B or 1, H or 1, S or 1, S or 1; 0: none
+  std::vector<float> bias;
   Dropout dropout;
 
+  DilatedCase with_bias(const std::array<int64_t, 4>& sizes) const {
+    DilatedCase c = *this;
+    c.bias_sizes = sizes;
+    c.bias.resize(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
+    // Multiples of 2^-6: bf16 has them.
+    for (size_t i = 0; i < c.bias.size(); ++i) c.bias[i] = std::round(64 * std::sin(0.9f * static_cast<float>(i))) / 64;
+    return c;
+  }
+  size_t bias_index(int64_t b, int64_t h, int64_t q, int64_t k) const {
+    const auto& n = bias_sizes;
+    const auto at = [](int64_t i, int64_t size) { return size == 1 ? 0 : i; };
+    return static_cast<size_t>(((at(b, n[0]) * n[1] + at(h, n[1])) * n[2] + at(q, n[2])) * n[3] + at(k, n[3]));
+  }
   Dilation dilation() const { return {segment_lengths, dilation_rates, pattern, make}; }
   AttentionOptions options() const {
     AttentionOptions o;
@@ -46,8 +59,7 @@ struct DilatedCase {
     };
     if (static_cast<int64_t>(slopes.size()) == heads) o.alibi_slopes = view(slopes, {heads});
     else if (!slopes.empty()) o.alibi_slopes = view(slopes, {batch, heads});
-    if (!key_bias.empty()) o.attn_bias = view(key_bias, {1, heads, 1, seqlen});
-    if (!pair_bias.empty()) o.attn_bias = view(pair_bias, {batch, 1, seqlen, seqlen});
+    if (!bias.empty()) o.attn_bias = view(bias, {bias_sizes[0], bias_sizes[1], bias_sizes[2], bias_sizes[3]});
     return o;
   }
 };
@@ -146,8 +158,7 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
                 const size_t row = static_cast<int64_t>(c.slopes.size()) > c.heads ? b * c.heads + h : h;
                 bias -= c.slopes[row] * std::abs(static_cast<double>(tq - tk));
               }
-              if (!c.key_bias.empty()) bias += c.key_bias[h * c.seqlen + tk];
-              if (!c.pair_bias.empty()) bias += c.pair_bias[(b * c.seqlen + tq) * c.seqlen + tk];
+              if (!c.bias.empty()) bias += c.bias[c.bias_index(b, h, tq, tk)];
               scores.push_back(s + bias);
               slopes.push_back(slope);
               admitted.push_back(j);
@@ -204,6 +215,7 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
 // sum of: what rounding errors are relative to.
 struct PlainGradients {
   Dense4 dq, dk, dv, dq_magnitude, dk_magnitude, dv_magnitude;
+  std::vector<double> dbias, dbias_magnitude;  // of attn_bias
 };
 
 // The joined result is one softmax over all pairs, so P = exp(score - lse) and dscore = P (dP - delta). Values of v are
@@ -214,7 +226,8 @@ inline PlainGradients plain_dilated_gradients(const DilatedCase& c, const PlainR
   const int64_t share = c.heads / c.kv_heads;
   const Dense4 of_q(c.batch, c.seqlen, c.heads, c.head_dim), of_k(c.batch, c.seqlen, c.kv_heads, c.head_dim),
       of_v(c.batch, c.seqlen, c.kv_heads, c.head_dim_v);
-  PlainGradients g{of_q, of_k, of_v, of_q, of_k, of_v};
+  const std::vector<double> of_bias(c.bias.size());
+  PlainGradients g{of_q, of_k, of_v, of_q, of_k, of_v, of_bias, of_bias};
   plain_dilated(c, q, k, v, [&](const PlainPair& pair) {
     const auto [b, h, i, j, score, slope, keep] = pair;
     const int64_t kv = h / share;
@@ -232,6 +245,10 @@ inline PlainGradients plain_dilated_gradients(const DilatedCase& c, const PlainR
     const double dscore = slope * p * (dp - delta);
     const double magnitude = std::abs(c.scale.value_or(1 / std::sqrt(static_cast<double>(c.head_dim)))) * p *
                              (dp_magnitude + delta_magnitude);
+    if (!g.dbias.empty()) {
+      g.dbias[c.bias_index(b, h, i, j)] += p * (dp - delta);
+      g.dbias_magnitude[c.bias_index(b, h, i, j)] += p * (dp_magnitude + delta_magnitude);
+    }
     for (int64_t d = 0; d < c.head_dim; ++d) {
       g.dq.row(b, i, h)[d] += dscore * k.row(b, j, kv)[d];
       g.dk.row(b, j, kv)[d] += dscore * q.row(b, i, h)[d];
@@ -325,12 +342,9 @@ inline std::vector<DilatedCase> dilated_cases() {
        .dilation_rates = {1, 2, 2}, .slopes = {0.5f, 0.25f, 0.125f, 0.0625f, 0.1f, 0.2f}});
   DilatedCase bias{.name = "attn_bias of keys", .batch = 2, .seqlen = 48, .heads = 2, .kv_heads = 2,
                    .segment_lengths = {24, 48}, .dilation_rates = {1, 2}};
-  for (int64_t i = 0; i < 2 * 48; ++i) bias.key_bias.push_back(std::sin(0.9f * static_cast<float>(i)));
-  add(bias);
+  add(bias.with_bias({1, 2, 1, 48}));
   bias.name = "attn_bias of pairs";
-  bias.key_bias.clear();
-  for (int64_t i = 0; i < 2 * 48 * 48; ++i) bias.pair_bias.push_back(std::sin(0.9f * static_cast<float>(i)));
-  add(bias);
+  add(bias.with_bias({2, 1, 48, 48}));
   add({.name = "dropout", .batch = 2, .seqlen = 80, .heads = 4, .kv_heads = 2, .segment_lengths = {20, 40, 80},
        .dilation_rates = {1, 2, 3}, .dropout = {.p = 0.3, .seed = 7, .offset = 11}});
   PatternSpec sparse;

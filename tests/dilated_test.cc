@@ -315,6 +315,25 @@ TEST(Dilated, EmptyTensors) {
   }
 }
 
+// q, k and v as views of stride 0 are longer than any memory; nothing of their length may be made on the way to saying
+// what is wrong with such a call, or to counting its pairs.
+TEST(Dilated, LongViewsCostNothing) {
+  InlineExecutor executor;
+  constexpr int64_t tokens = int64_t{1} << 38;
+  const float row[8] = {};
+  TensorView x = make_view(static_cast<const void*>(row), DType::f32, {1, tokens, 1, 8});
+  x.strides = {0, 0, 0, 1};
+  const int64_t lengths[] = {64}, rates[] = {2};
+  DilatedForwardArgs args;
+  args.q = args.k = args.v = x;
+  args.out.rank = 4;
+  args.out.sizes = {1, 5, 1, 8};
+  args.dilation = {lengths, rates};
+  EXPECT_EQ(error_argument([&] { dilated_forward(args, executor); }), "out");
+  EXPECT_EQ(dilated_pairs(tokens, args.dilation, {}, 1, 1), tokens / 64 * 32 * 32);
+  EXPECT_EQ(error_argument([&] { dilated_pairs(tokens, args.dilation, {}, 8, 1); }), "seqlen");
+}
+
 TEST(Dilated, RefusesWhatItCannotDo) {
   InlineExecutor executor;
   DilatedCase c{.name = "errors", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 40},

@@ -2,7 +2,7 @@
 // operators through the dispatcher, so that torch.compile, export and functional transforms see them.
 //
 // Kernels are boxed: the backward operators take what the forward ones took, in the same order, so one kernel serves
-// all (struct Differentiable says where they differ).
+// all.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -28,19 +28,17 @@ using torch::autograd::set_history;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 
-// A forward operator (q, k, v, rest...) -> (out, lse) and its backward (dout, dlse, q, k, v, out, lse, [wanted],
-// rest...).
+// A forward operator (q, k, v, rest...) -> (out, lse) and its backward (dout, dlse, q, k, v, out, lse, wanted,
+// rest...), wanted being a bool for each of `arguments`.
 struct Differentiable {
   const char* name;
   const char* backward;
   std::vector<const char*> arguments;  // those with a gradient, in the order of the backward operator's results
-  bool wanted;                         // backward takes bool[arguments]
 };
 
-const Differentiable kForward{
-    "forward", "tessera::backward", {"q", "k", "v", "block_bias", "attn_bias", "sinks"}, true};
-const Differentiable kVarlen{"varlen_forward", "tessera::varlen_backward", {"q", "k", "v", "sinks"}, false};
-const Differentiable kDilated{"dilated_forward", "tessera::dilated_backward", {"q", "k", "v"}, false};
+const Differentiable kForward{"forward", "tessera::backward", {"q", "k", "v", "block_bias", "attn_bias", "sinks"}};
+const Differentiable kVarlen{"varlen_forward", "tessera::varlen_backward", {"q", "k", "v", "sinks"}};
+const Differentiable kDilated{"dilated_forward", "tessera::dilated_backward", {"q", "k", "v", "attn_bias"}};
 
 at::Tensor tensor_of(const c10::IValue& value) { return value.isTensor() ? value.toTensor() : at::Tensor(); }
 
@@ -115,11 +113,9 @@ class AttentionBackward final : public Node {
     stack.insert(stack.end(), args.begin(), args.begin() + 3);
     stack.emplace_back(out);
     stack.emplace_back(lse);
-    if (op_.wanted) {
-      c10::List<bool> wanted;
-      for (size_t i = 0; i < result.size(); ++i) wanted.push_back(task_should_compute_output(i));
-      stack.emplace_back(wanted);
-    }
+    c10::List<bool> wanted;
+    for (size_t i = 0; i < result.size(); ++i) wanted.push_back(task_should_compute_output(i));
+    stack.emplace_back(wanted);
     stack.insert(stack.end(), args.begin() + 3, args.end());
     backward_.callBoxed(stack);
     for (size_t i = 0; i < result.size(); ++i) {

@@ -14,8 +14,6 @@
 #include "tessera/picture.h"
 
 #define PATTERN_RESULT "(Tensor indptr, Tensor indices, Tensor bitmap_index, Tensor bitmaps, int[] pattern_shape)"
-#define PATTERN_LISTS \
-  "Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, SymInt[] pattern_shapes"
 // attention_mass' result
 #define MASS "Tensor values, Tensor row_tokens, Tensor first, Tensor last, int[] mass_shape"
 #define MASS_PARAMETERS                                                                                    \
@@ -42,12 +40,11 @@ AnalysisInput input_of(const at::Tensor& q, const at::Tensor& k, const MaybeTens
 
 // [patterns, 1 + B * H, 10]: all together first, then heads; columns are the fields of QualityFigures, a missing output
 // error NaN.
-at::Tensor quality_op(const at::Tensor& q, const at::Tensor& k, const MaybeTensor& v, at::TensorList indptr,
-                      at::TensorList indices, at::TensorList bitmap_index, at::TensorList bitmaps,
-                      at::IntArrayRef pattern_shapes, int64_t sample_rows, int64_t sample_seed, OPTION_PARAMETERS) {
+at::Tensor quality_op(const at::Tensor& q, const at::Tensor& k, const MaybeTensor& v, PATTERN_LISTS_PARAMETERS,
+                      int64_t sample_rows, int64_t sample_seed, OPTION_PARAMETERS) {
   return translate_errors([&] {
     const Options options(OPTION_VALUE);
-    const auto patterns = patterns_of(indptr, indices, bitmap_index, bitmaps, pattern_shapes);
+    const auto patterns = PATTERN_LISTS_VALUE;
     const auto found = quality(input_of(q, k, v, options), patterns, torch_threads(),
                                {.sample_rows = sample_rows, .seed = static_cast<uint64_t>(sample_seed)});
     const int64_t heads = found.empty() ? 0 : static_cast<int64_t>(found[0].heads.size());

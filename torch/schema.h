@@ -5,6 +5,10 @@
 
 // What several operators take. Tensors q, k, v, out are [B, S, H, D] with any strides (last 1); lse is [B, H, S].
 #define PATTERN "Tensor indptr, Tensor indices, Tensor? bitmap_index, Tensor? bitmaps, SymInt[] pattern_shape"
+// Several patterns: absent bitmaps are empty tensors.
+#define PATTERN_LISTS \
+  "Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, SymInt[] pattern_shapes"
+#define BACKWARD "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
 #define OPTIONS                                                                                                     \
   "float? scale=None, bool causal=False, int? window_left=None, int? window_right=None, SymInt? q_offset=None, "    \
   "SymInt k_offset=0, Tensor? key_lengths=None, bool align_to_key_lengths=False, float softcap=0., "                \
@@ -18,6 +22,14 @@
   const at::Tensor &indptr, const at::Tensor &indices, const MaybeTensor &bitmap_index,       \
       const MaybeTensor &bitmaps, at::IntArrayRef pattern_shape
 #define PATTERN_VALUE PatternTensors{indptr, indices, bitmap_index, bitmaps, pattern_shape.vec()}
+#define PATTERN_LISTS_PARAMETERS                                                                \
+  at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index, at::TensorList bitmaps, \
+      at::IntArrayRef pattern_shapes
+#define PATTERN_LISTS_VALUE patterns_of(indptr, indices, bitmap_index, bitmaps, pattern_shapes)
+#define BACKWARD_PARAMETERS                                                                                        \
+  const at::Tensor &dout, const MaybeTensor &dlse, const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, \
+      const at::Tensor &out, const at::Tensor &lse
+#define BACKWARD_VALUE dout, dlse, q, k, v, out, lse
 #define OPTION_PARAMETERS                                                                                     \
   std::optional<double> scale, bool causal, std::optional<int64_t> window_left,                               \
       std::optional<int64_t> window_right, std::optional<int64_t> q_offset, int64_t k_offset,                 \

@@ -33,7 +33,7 @@ struct Dilation {
 };
 
 // Options: scale, causal, window_left and window_right (tokens), key_lengths, softcap, alibi_slopes (distance in
-// tokens), attn_bias (of token pairs; no gradient), dropout (each (w, r) draws on its own: stream
+// tokens), attn_bias (of token pairs), dropout (each (w, r) draws on its own: stream
 // (b * segments + segment) * H + h, positions inside the dilated segment). Error for the others: positions are those of
 // the sequence (q_offset, k_offset, align_to_key_lengths), a block bias has no pattern to belong to, and a sink would
 // join the denominator once per (w, r).
@@ -73,6 +73,8 @@ struct DilatedBackwardArgs {
   MutableTensorView dk;  // [B, S, Hkv, D]
   MutableTensorView dv;  // [B, S, Hkv, Dv]
   bool accumulate = false;  // adds to dq, dk and dv instead of writing them; they are then fp32 (fp64 inputs: fp64)
+  MutableTensorView dattn_bias;  // fp32 or the dtype of attn_bias, the sizes of options.attn_bias; written, 0 for
+                                 // pairs that no (w, r) admits. May be undefined
   Dilation dilation;        // those of the forward call
   AttentionOptions options;
   Isa isa = Isa::automatic;
@@ -80,12 +82,13 @@ struct DilatedBackwardArgs {
 
 // Gradients through attention and join together: the weight of a key in the joined softmax is exp(score - lse), so each
 // (w, r) is a backward() with the joined out and lse, and their gradients add up. The (w, r) run one after the other;
-// 16-bit gradients have an fp32 buffer unless there is but one (w, r), of rate 1.
+// 16-bit gradients have an fp32 buffer unless there is but one (w, r), of rate 1; dattn_bias has one for
+// the pairs of one (w, r), and where it has 16 bits another of its own size.
 BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executor);
 
 // The same gradients in fp64 throughout: `out` and `lse` of args are not used (they are recomputed) and may be
-// undefined; the gradients may be fp64 whatever the inputs are. Bounds as for reference_backward(); those of biases and
-// sinks are not written. Memory: out and the wanted gradients in fp64, a few times.
+// undefined; the gradients may be fp64 whatever the inputs are. Bounds as for reference_backward() (there are none of
+// block_bias and sinks). Memory: out and the wanted gradients in fp64, a few times.
 void reference_dilated_backward(const DilatedBackwardArgs& args, Executor& executor, const GradientBounds& bounds = {});
 
 // Number of (q, k) pairs over all (w, r), B and H: what "effective" FLOP counts are made of.

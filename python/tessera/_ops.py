@@ -90,32 +90,31 @@ def _varlen_forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: 
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_type(q))
 
 
-@register_fake("tessera::backward")
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    wanted: Sequence[bool], *args: Any, **kwargs: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    gradients = [_like(t) if want else t.new_empty(0) for want, t in zip(wanted, (q, k, v))]
-    for want, name in zip(wanted[3:], ("block_bias", "attn_bias", "sinks")):
-        t = argument(backward, name, (dout, dlse, q, k, v, out, lse, wanted, *args), kwargs)
-        gradients.append(t.new_empty(t.shape) if want and t is not None else q.new_empty(0))
-    return tuple(gradients)
+# Tensors whose gradients the backward operators give, in the order of their results.
+_GRADIENTS = {
+    backward: ("q", "k", "v", "block_bias", "attn_bias", "sinks"),
+    varlen_backward: ("q", "k", "v", "sinks"),
+    dilated_backward: ("q", "k", "v", "attn_bias"),
+}
 
 
-@register_fake("tessera::varlen_backward")
-def _varlen_backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, ...]:
-    sinks = argument(varlen_backward, "sinks", (dout, dlse, q, k, v, *args), kwargs)
-    shapes = [t.new_empty(t.shape) for t in (q, k, v)]
-    return *shapes, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+def _register_backward_fake(op: Any) -> None:
+    def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        gradients = []
+        q = argument(op, "q", args, kwargs)
+        for want, name in zip(argument(op, "wanted", args, kwargs), _GRADIENTS[op]):
+            t = argument(op, name, args, kwargs)
+            if not want or t is None:
+                gradients.append((q if t is None or name not in "qkv" else t).new_empty(0))
+            else:
+                gradients.append(_like(t) if name in "qkv" else t.new_empty(t.shape))
+        return tuple(gradients)
+
+    register_fake(op.name())(fake)
 
 
-@register_fake("tessera::dilated_backward")
-def _dilated_backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, ...]:
-    return _like(q), _like(k), _like(v)
+for _op in _GRADIENTS:
+    _register_backward_fake(_op)
 
 
 @register_fake("tessera::merge")
@@ -147,6 +146,18 @@ def _make_pattern_fake(
 
     bitmaps = empty(0, block_q, (block_k + 63) // 64, dtype=torch.int64)
     return empty(rows + 1), empty(entries), empty(0), bitmaps, [seqlen_q, seqlen_k, block_q, block_k, heads, 1]
+
+
+def pattern_lists(patterns: Sequence[Any]) -> tuple[list, list, list, list, list[int]]:
+    """Patterns as operators take several: lists of each tensor (empty where there are no bitmaps), shapes flattened."""
+    no_index, no_bits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
+    return (
+        [p.indptr for p in patterns],
+        [p.indices for p in patterns],
+        [no_index if p.bitmap_index is None else p.bitmap_index for p in patterns],
+        [no_bits if p.bitmaps is None else p.bitmaps for p in patterns],
+        [n for p in patterns for n in p.op_args[4]],
+    )
 
 
 def argument(op: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -230,15 +241,17 @@ for _op in (forward, backward, decode, merge, varlen_forward, varlen_backward, d
 # ---- FLOP counts for torch.utils.flop_counter: effective ones, of admitted pairs only
 
 
+def _block_pairs(indices: Tensor, shape: Sequence[int], batch: int, heads: int) -> int:
+    """Without data: the kept blocks as if all were full."""
+    return indices.shape[0] * shape[2] * shape[3] * (batch // shape[5]) * (heads // shape[4])
+
+
 def _pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     q = argument(op, "q", args, kwargs)
     given = {a.name: argument(op, a.name, args, kwargs) for a in op._schema.arguments}
     names = [a.name for a in _t.admitted_pairs.default._schema.arguments][2:]
     if q.device.type != "cpu" or isinstance(q, FakeTensor) or isinstance(given["indptr"], FakeTensor):
-        # Without data: the kept blocks as if all were full.
-        shape = given["pattern_shape"]
-        shared = (q.shape[0] // shape[5]) * (q.shape[2] // shape[4])
-        return given["indices"].shape[0] * shape[2] * shape[3] * shared
+        return _block_pairs(given["indices"], given["pattern_shape"], q.shape[0], q.shape[2])
     return _t.admitted_pairs.default(q.shape[0], q.shape[2], *(given[n] for n in names))
 
 
@@ -259,11 +272,16 @@ def _dilated_pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 def _varlen_pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     given = {a.name: argument(op, a.name, args, kwargs) for a in op._schema.arguments}
-    pairs, shapes = 0, given["pattern_shapes"]
-    for i, (indptr, indices) in enumerate(zip(given["indptrs"], given["indices"])):
+    lists = [given[n] for n in ("indptr", "indices", "bitmap_index", "bitmaps")]
+    pairs, heads, shapes = 0, given["q"].shape[1], given["pattern_shapes"]
+    for i, (indptr, indices, bitmap_index, bitmaps) in enumerate(zip(*lists)):
+        shape = shapes[6 * i : 6 * i + 6]
+        if isinstance(given["q"], FakeTensor) or isinstance(indptr, FakeTensor):
+            pairs += _block_pairs(indices, shape, 1, heads)
+            continue
         pairs += _t.admitted_pairs.default(
-            1, given["q"].shape[1], indptr, indices, None, None, shapes[6 * i : 6 * i + 6], given["scale"],
-            given["causal"], given["window_left"], given["window_right"],
+            1, heads, indptr, indices, bitmap_index, bitmaps, shape, None, given["causal"], given["window_left"],
+            given["window_right"],
         )  # fmt: skip
     return pairs
 

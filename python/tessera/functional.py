@@ -370,8 +370,7 @@ def varlen_attention(
     Args:
         q: ``[total_q, H, D]``; k: ``[total_k, Hkv, D]``; v: ``[total_k, Hkv, Dv]``.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[N + 1]`` from 0.
-        patterns: N, pattern i of the lengths of sequence i; one object may stand for many. Heads 1 or H, batches 1,
-            without bitmaps.
+        patterns: N, pattern i of the lengths of sequence i; one object may stand for many. Heads 1 or H, batches 1.
 
     Others as :func:`block_sparse_attention`.
 
@@ -386,17 +385,14 @@ def varlen_attention(
     )
     if isinstance(patterns, BlockPattern):
         raise _type_error("patterns", patterns, "a sequence of BlockPattern, one a sequence")
-    shapes: list[int] = []
+    patterns = list(patterns)
     for i, p in enumerate(patterns):
         if not isinstance(p, BlockPattern):
             raise _type_error(f"patterns[{i}]", p, "tessera.BlockPattern")
-        if p.bitmaps is not None:
-            raise ValueError(f"patterns[{i}]: got a pattern with bitmaps; allowed: full blocks only")
-        shapes.extend(p.op_args[4])
     _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
     left, right = _window(window, causal)
     out, lse = _ops.varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, [p.indptr for p in patterns], [p.indices for p in patterns], shapes,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns),
         None if scale is None else _check_number("scale", scale), bool(causal), left, right,
         _check_number("softcap", softcap), alibi_slopes, sinks, dropout_p, _rng(dropout_p),
     )  # fmt: skip
@@ -453,16 +449,12 @@ def dilated_attention(
         pattern: name of a pattern inside each dilated segment (its tokens are the rows that are left), with density,
             block, pattern_window, pattern_rates, global_tokens, stride, pattern_seed as in :mod:`tessera.patterns`;
             None: dense.
-        attn_bias: of token pairs; no gradient here.
+        attn_bias: of token pairs, ``[B or 1, H or 1, S or 1, S or 1]``; has a gradient, which takes memory of its size.
 
     Others as :func:`block_sparse_attention`.
     """
     _check_tensors(**{n: () if t is None else t for n, t in (("q", q), ("k", k), ("v", v))})
     _check_tensors(attn_bias=attn_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes)
-    if torch.is_grad_enabled():
-        for name, t in (("attn_bias", attn_bias), ("alibi_slopes", alibi_slopes)):
-            if t is not None and t.requires_grad:
-                raise ValueError(f"{name}: got a tensor that requires grad; allowed: one that does not (no gradient)")
     lists = []
     for name, values in (
         ("segment_lengths", segment_lengths),

@@ -185,8 +185,8 @@ ForwardArgs forward_of(const BackwardArgs& args) {  // no outputs: they are inpu
 
 }  // namespace
 
-void check_packed(const BackwardArgs& args) {
-  resolve_rest(args, Purpose::forward, resolve_without_pattern(forward_of(args)));
+BackwardProblem resolve_without_pattern(const BackwardArgs& args, Purpose purpose) {
+  return resolve_rest(args, purpose, resolve_without_pattern(forward_of(args), Purpose::weights));
 }
 
 BackwardProblem resolve_backward(const BackwardArgs& args, Purpose purpose) {

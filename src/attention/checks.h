@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "attention/backward_problem.h"
 #include "attention/problem.h"
 #include "tessera/backward.h"
 #include "tessera/tensor_view.h"
@@ -43,11 +44,10 @@ inline Strided strided(const TensorView& t) {
   return {static_cast<char*>(const_cast<void*>(t.data)), stride(0), stride(1), stride(2)};
 }
 
-// The parts of resolve() and resolve_backward() that look at tensors alone, whatever the pattern: for packed tensors as
-// one sequence of all their rows. No block_bias may be given.
-Problem resolve_without_pattern(const ForwardArgs& args);  // q, k, v and biases
-void check_packed(const ForwardArgs& args);
-void check_packed(const BackwardArgs& args);
+// resolve() and resolve_backward() of calls that have no pattern of the whole: packed sequences as one of all their
+// rows, a sequence that dilated attention cuts up. Neither block_bias nor a page table may be given.
+Problem resolve_without_pattern(const ForwardArgs& args, Purpose purpose);
+BackwardProblem resolve_without_pattern(const BackwardArgs& args, Purpose purpose);
 
 // A caller's plain array as a view, for the overlap checks.
 template <class T>

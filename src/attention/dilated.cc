@@ -2,14 +2,13 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 
+#include "attention/checks.h"
 #include "attention/device.h"
 #include "attention/dilated_plan.h"
 #include "attention/large_buffer.h"
 #include "attention/parallel.h"
 #include "attention/scores.h"
-#include "tessera/error.h"
 
 namespace tessera {
 
@@ -132,21 +131,20 @@ void clear_uncovered(const Problem& whole, const DilatedGroup& group, Executor& 
 
 }  // namespace
 
-Problem resolve_dilated(const DilatedForwardArgs& args, const BlockPattern& pattern, Purpose purpose) {
+Problem resolve_dilated(const DilatedForwardArgs& args, Purpose purpose) {
+  check_dilated(args.q, args.k, args.dilation, args.options);
   ForwardArgs all;
   all.q = args.q;
   all.k = args.k;
   all.v = args.v;
-  all.pattern = pattern;
   all.out = args.out;
   all.lse = args.lse;
   all.options = args.options;
-  return resolve(all, purpose);
+  return resolve_without_pattern(all, purpose);
 }
 
 ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) {
-  const BlockPattern pattern = check_dilated(args.q, args.k, args.dilation, args.options);
-  const Problem whole = resolve_dilated(args, pattern, Purpose::forward);
+  const Problem whole = resolve_dilated(args, Purpose::forward);
   const DilatedPlan plan(whole, args.dilation, args.options, evenly_spaced(whole));
   const std::vector<DilatedGroup>& groups = plan.groups();
   const size_t size = size_of(whole.dtype);
@@ -188,15 +186,7 @@ ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) 
 
 int64_t dilated_pairs(int64_t seqlen, const Dilation& dilation, const AttentionOptions& options, int64_t batch,
                       int64_t heads) {
-  if (seqlen < 0) fail("seqlen", std::to_string(seqlen), ">= 0");
-  if (batch < 0) fail("batch", std::to_string(batch), ">= 0");
-  if (heads < 0) fail("heads", std::to_string(heads), ">= 0");
-  TensorView sequence;
-  sequence.rank = 4;
-  sequence.sizes = {batch, seqlen, heads, 1};
-  const BlockPattern pattern = check_dilated(sequence, sequence, dilation, options);
-  Problem whole = resolve_mask(pattern, options, batch, heads);
-  whole.kv_heads = heads;
+  const Problem whole = sequence_without_tensors(seqlen, dilation, options, batch, heads);
   const DilatedPlan plan(whole, dilation, options, true);
   int64_t pairs = 0;
   for (const DilatedPart& part : plan.parts()) {

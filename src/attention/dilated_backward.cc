@@ -3,7 +3,9 @@
 #include <array>
 #include <vector>
 
+#include "attention/checks.h"
 #include "attention/device.h"
+#include "attention/dilated_bias.h"
 #include "attention/dilated_plan.h"
 #include "attention/large_buffer.h"
 #include "attention/parallel.h"
@@ -51,29 +53,71 @@ bool all_evenly_spaced(const BackwardProblem& whole, const Gradients& gradients)
   return all;
 }
 
-}  // namespace
+// The sum over all parts of the gradient of attn_bias; nothing where it is not wanted.
+template <class T>  // double for fp64, else float
+class BiasGradient {
+ public:
+  explicit BiasGradient(const BackwardProblem& whole) : whole_(whole) {
+    if (whole.dattn_bias == nullptr) return;
+    sum_ = reinterpret_cast<T*>(whole.dattn_bias);
+    std::copy_n(whole.dattn_bias_stride, 4, stride_.begin());
+    if (whole.dattn_bias_dtype != kDType) {
+      own_ = LargeBuffer(static_cast<size_t>(bias_numel(whole)) * sizeof(T), "sums of dattn_bias");
+      sum_ = reinterpret_cast<T*>(own_.data());
+      stride_ = contiguous_bias_strides(whole.dattn_bias_size);
+    }
+    for_each_bias(whole, [&](int64_t i, int64_t at) { sum_[own_.size() ? i : at] = 0; });
+  }
 
-BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, const BlockPattern& pattern, Purpose purpose) {
-  BackwardArgs all;
-  all.q = args.q;
-  all.k = args.k;
-  all.v = args.v;
-  all.pattern = pattern;
-  all.out = args.out;
-  all.lse = args.lse;
-  all.dout = args.dout;
-  all.dlse = args.dlse;
-  all.dq = args.dq;
-  all.dk = args.dk;
-  all.dv = args.dv;
-  all.accumulate = args.accumulate;
-  all.options = args.options;
-  return resolve_backward(all, purpose);
-}
+  // The parts' own, in one piece for all of a (w, r).
+  void open(const DilatedPlan& plan, size_t group, std::vector<BackwardProblem>& problems) {
+    parts_.clear();
+    if (sum_ == nullptr) return;
+    int64_t elements = 0;
+    const auto [first, end] = plan.parts_of(group);
+    for (size_t i = first; i < end; ++i) {
+      parts_.emplace_back(DilatedBias(plan.parts()[i], plan.groups()[group], whole_), elements);
+      elements += parts_.back().first.numel();
+    }
+    const size_t bytes = static_cast<size_t>(elements) * sizeof(T);
+    if (of_parts_.size() < bytes) {
+      of_parts_ = {};
+      of_parts_ = LargeBuffer(bytes, "dattn_bias of dilated segments");
+    }
+    for (size_t i = 0; i < parts_.size(); ++i) {
+      parts_[i].first.set(problems[i], of_parts_.data() + parts_[i].second * sizeof(T), kDType);
+    }
+  }
+  // One part after the other: the same sum for any number of threads.
+  void add(Executor& executor) const {
+    for (const auto& [part, offset] : parts_) {
+      const T* from = reinterpret_cast<const T*>(of_parts_.data()) + offset;
+      parallel_for(executor, part.rows(), [] { return 0; }, [&](int, int64_t row) {
+        part.for_each_run(row, stride_.data(), [&](int64_t first, int64_t to, int64_t n, int64_t step) {
+          for (int64_t i = 0; i < n; ++i) sum_[to + i * step] += from[first + i];
+        });
+      });
+    }
+  }
+  void store() const {
+    if (own_.size() == 0) return;
+    for_each_bias(whole_, [&](int64_t i, int64_t at) {
+      store_from_double(whole_.dattn_bias, whole_.dattn_bias_dtype, at, static_cast<double>(sum_[i]));
+    });
+  }
+  size_t bytes() const { return own_.size() + of_parts_.size(); }
 
-BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executor) {
-  const BlockPattern pattern = check_dilated(args.q, args.k, args.dilation, args.options);
-  const BackwardProblem whole = resolve_dilated(args, pattern, Purpose::forward);
+ private:
+  static constexpr DType kDType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const BackwardProblem& whole_;
+  T* sum_ = nullptr;
+  std::array<int64_t, 4> stride_{};
+  LargeBuffer own_, of_parts_;
+  std::vector<std::pair<DilatedBias, int64_t>> parts_;  // and where they begin in of_parts_
+};
+
+template <class T>
+BackwardInfo run(const DilatedBackwardArgs& args, const BackwardProblem& whole, Executor& executor) {
   const Problem& f = whole.forward;
   const Dilation& dilation = args.dilation;
 
@@ -87,7 +131,7 @@ BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executo
     if (!first_writes || g != first) order.push_back(g);
   }
 
-  const DType sum_dtype = f.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const DType sum_dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
   const bool alone = order.size() == 1 && first_writes;  // rounds to the gradients' dtype itself
   const bool direct = alone || whole.gradient_dtype == sum_dtype;
   const DType dtype = direct ? whole.gradient_dtype : sum_dtype;
@@ -119,6 +163,7 @@ BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executo
   sums.dq = gradients[0].sum;
   sums.dk = gradients[1].sum;
   sums.dv = gradients[2].sum;
+  BiasGradient<T> bias(whole);
   std::vector<BackwardProblem> problems;
   for (size_t i = 0; i < order.size(); ++i) {
     sums.accumulate = adds || i > 0 || !first_writes;
@@ -126,7 +171,9 @@ BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executo
     for (auto [part, end] = plan.parts_of(order[i]); part < end; ++part) {
       problems.push_back(plan.problem(plan.parts()[part], sums));
     }
+    bias.open(plan, order[i], problems);
     const BackwardInfo one = run_backward(problems, f.dtype, args.isa, executor);
+    bias.add(executor);
     info.isa = one.isa;
     info.scratch_bytes = std::max(info.scratch_bytes, one.scratch_bytes);
   }
@@ -138,8 +185,35 @@ BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executo
                    for (int64_t c = 0; c < g.dim; ++c) store_from_double(to, whole.gradient_dtype, c, row[c]);
                  });
   }
-  info.scratch_bytes += bytes;
+  bias.store();
+  info.scratch_bytes += bytes + bias.bytes();
   return info;
+}
+
+}  // namespace
+
+BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, Purpose purpose) {
+  check_dilated(args.q, args.k, args.dilation, args.options);
+  BackwardArgs all;
+  all.q = args.q;
+  all.k = args.k;
+  all.v = args.v;
+  all.out = args.out;
+  all.lse = args.lse;
+  all.dout = args.dout;
+  all.dlse = args.dlse;
+  all.dq = args.dq;
+  all.dk = args.dk;
+  all.dv = args.dv;
+  all.dattn_bias = args.dattn_bias;
+  all.accumulate = args.accumulate;
+  all.options = args.options;
+  return resolve_without_pattern(all, purpose);
+}
+
+BackwardInfo dilated_backward(const DilatedBackwardArgs& args, Executor& executor) {
+  const BackwardProblem whole = resolve_dilated(args, Purpose::forward);
+  return whole.forward.dtype == DType::f64 ? run<double>(args, whole, executor) : run<float>(args, whole, executor);
 }
 
 }  // namespace tessera

@@ -45,12 +45,7 @@ BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, bool caus
   check_shape(shape);
   AttentionOptions options;
   options.causal = causal;
-  TensorView sequence;
-  sequence.rank = 4;
-  sequence.sizes = {1, seqlen, heads, 1};
-  const BlockPattern pattern = check_dilated(sequence, sequence, dilation, options);
-  Problem whole = resolve_mask(pattern, options, 1, heads);
-  whole.kv_heads = heads;
+  const Problem whole = sequence_without_tensors(seqlen, dilation, options, 1, heads);
   const DilatedPlan plan(whole, dilation, options, true);
 
   BitmapTable table(shape);

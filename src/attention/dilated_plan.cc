@@ -53,8 +53,7 @@ uint64_t mix(uint64_t x) {
 
 }  // namespace
 
-BlockPattern check_dilated(const TensorView& q, const TensorView& k, const Dilation& dilation,
-                           const AttentionOptions& o) {
+void check_dilated(const TensorView& q, const TensorView& k, const Dilation& dilation, const AttentionOptions& o) {
   if (dilation.segment_lengths.empty()) fail("segment_lengths", "none", "at least one");
   if (dilation.segment_lengths.size() != dilation.dilation_rates.size()) {
     fail("dilation_rates", fmt::format("{}", dilation.dilation_rates.size()),
@@ -71,15 +70,24 @@ BlockPattern check_dilated(const TensorView& q, const TensorView& k, const Dilat
   if (o.align_to_key_lengths) fail("align_to_key_lengths", "true", "false in dilated attention");
   if (o.block_bias.defined()) fail("block_bias", "a tensor", "none in dilated attention");
   if (o.sinks.defined()) fail("sinks", "a tensor", "none in dilated attention");
-  const bool shaped = q.rank == 4 && k.rank == 4 && q.sizes[1] >= 0 && k.sizes[1] >= 0;
-  const int64_t seqlen = shaped ? q.sizes[1] : 0;  // else resolve says what is wrong
-  if (shaped && k.sizes[1] != seqlen) {
-    fail("k", fmt::format("{} keys for {} queries", k.sizes[1], seqlen), "as many keys as queries");
+  if (q.rank == 4 && k.rank == 4 && k.sizes[1] != q.sizes[1]) {
+    fail("k", fmt::format("{} keys for {} queries", k.sizes[1], q.sizes[1]), "as many keys as queries");
   }
-  constexpr int64_t kMostTokens = int64_t{1} << 32;  // memory of the pattern below: 128 MiB
-  if (seqlen > kMostTokens) fail("q", fmt::format("{} tokens", seqlen), "at most 2^32 in dilated attention");
-  const PatternShape shape{seqlen, seqlen, 256, 256};
-  return BlockPattern::from_csr(shape, std::vector<int64_t>(shape.rows() + 1, 0), {});
+}
+
+Problem sequence_without_tensors(int64_t seqlen, const Dilation& dilation, const AttentionOptions& options,
+                                 int64_t batch, int64_t heads) {
+  if (seqlen < 0) fail("seqlen", fmt::format("{}", seqlen), ">= 0");
+  if (batch < 0) fail("batch", fmt::format("{}", batch), ">= 0");
+  if (heads < 0) fail("heads", fmt::format("{}", heads), ">= 0");
+  check_dilated({}, {}, dilation, options);
+  Problem whole = resolve_mask(seqlen, seqlen, options, batch, heads);
+  constexpr int64_t kMostRows = int64_t{1} << 40;  // products of these numbers then stay within 64 bits
+  if (batch > kMostRows || heads > kMostRows || static_cast<__int128>(batch) * heads * seqlen > kMostRows) {
+    fail("seqlen", fmt::format("{} x {} x {} rows", batch, heads, seqlen), "at most 2^40 of all batches and heads");
+  }
+  whole.kv_heads = heads;
+  return whole;
 }
 
 bool evenly_spaced(const Problem& p) {

@@ -89,19 +89,20 @@ class DilatedPlan {
   std::vector<std::vector<float>> slopes_;        // of groups: times rate
 };
 
-// Error for what dilated attention has no meaning for. The result is a pattern of q's length without blocks: what the
-// call as a whole is resolved with, which checks the rest.
-BlockPattern check_dilated(const TensorView& q, const TensorView& k, const Dilation& dilation,
-                           const AttentionOptions& options);
+// Error for what dilated attention has no meaning for.
+void check_dilated(const TensorView& q, const TensorView& k, const Dilation& dilation, const AttentionOptions& options);
 
 // The strides of batches and tokens put all segments of all batches at one distance from each other (if w divides S).
 inline bool evenly_spaced(int64_t batch, int64_t seq, int64_t seqlen) { return batch == seq * seqlen; }
 bool evenly_spaced(const Problem& whole);  // q, k, v, out, lse and biases
 
-// The forward call as one problem over the sequence, with that pattern.
-Problem resolve_dilated(const DilatedForwardArgs& args, const BlockPattern& pattern, Purpose purpose);
+// The call as one problem over the sequence, without a pattern: q may be a view of stride 0, longer than any memory.
+Problem resolve_dilated(const DilatedForwardArgs& args, Purpose purpose);
+BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, Purpose purpose);
 
-BackwardProblem resolve_dilated(const DilatedBackwardArgs& args, const BlockPattern& pattern, Purpose purpose);
+// A call that is only looked at: masks, one kv head for each head.
+Problem sequence_without_tensors(int64_t seqlen, const Dilation& dilation, const AttentionOptions& options,
+                                 int64_t batch, int64_t heads);
 
 void set_lse(Problem& p, const Strided& lse, DType dtype);
 

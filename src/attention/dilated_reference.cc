@@ -113,8 +113,7 @@ class Joined {
 
 void reference_dilated_forward(const DilatedForwardArgs& args, Executor& executor, float* out_bound,
                                float* lse_bound) {
-  const BlockPattern pattern = check_dilated(args.q, args.k, args.dilation, args.options);
-  const Problem whole = resolve_dilated(args, pattern, Purpose::reference);
+  const Problem whole = resolve_dilated(args, Purpose::reference);
   const DilatedPlan plan(whole, args.dilation, args.options, evenly_spaced(whole));
   std::vector<Partial> partials(plan.groups().size());
   for (size_t g = 0; g < partials.size(); ++g) {

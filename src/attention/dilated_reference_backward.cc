@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention/dilated_bias.h"
 #include "attention/dilated_plan.h"
 #include "attention/error_bound.h"
 #include "attention/reference_backward.h"
@@ -45,9 +46,9 @@ void add_rows(const DilatedPlan& plan, const DilatedPart& part, Sum& sum, const 
 class DilatedReference {
  public:
   DilatedReference(const DilatedBackwardArgs& args, Executor& executor, const GradientBounds& bounds)
-      : pattern_(check_dilated(args.q, args.k, args.dilation, args.options)),
-        whole_(resolve_dilated(args, pattern_, Purpose::reference)),
-        with_bounds_(bounds.dq || bounds.dk || bounds.dv),
+      : whole_(resolve_dilated(args, Purpose::reference)),
+        with_bounds_(bounds.dq || bounds.dk || bounds.dv || bounds.dattn_bias),
+        bias_bound_(bounds.dattn_bias),
         executor_(executor) {
     const Problem& f = whole_.forward;
     sums_[0] = {whole_.dq, bounds.dq, false, f.seqlen_q, f.heads, f.head_dim, {}, {}, {}, {}};
@@ -59,6 +60,11 @@ class DilatedReference {
       sum.group.resize(sum.total.size());
       sum.magnitude.resize(with_bounds_ ? sum.total.size() : 0);
       sum.error.resize(with_bounds_ ? sum.total.size() : 0);
+    }
+    if (whole_.dattn_bias != nullptr) {
+      bias_.total.resize(bias_numel(whole_));
+      bias_.magnitude.resize(with_bounds_ ? bias_.total.size() : 0);
+      bias_.error.resize(with_bounds_ ? bias_.total.size() : 0);
     }
     join(args);
   }
@@ -81,6 +87,7 @@ class DilatedReference {
       terms += static_cast<double>(plan.groups()[g].rows) + kGroupRoundings;
     }
     for (Sum& sum : sums_) store(sum, terms, args.accumulate);
+    if (whole_.dattn_bias != nullptr) store_bias(static_cast<double>(plan.parts().size()) + kGroupRoundings);
   }
 
  private:
@@ -117,7 +124,14 @@ class DilatedReference {
     BackwardProblem p = plan.problem(part, all);
     const Problem given = p.forward;
     p.forward.lse_dtype = whole_.forward.lse_dtype;  // that of dlse
-    if (!with_bounds_) return reference_part_gradients(p, given, executor_, nullptr, nullptr, {});
+    const DilatedBias bias(part, plan.groups()[part.group], whole_);
+    std::vector<double> dbias(whole_.dattn_bias ? bias.numel() : 0);
+    std::vector<float> bias_bound(with_bounds_ ? dbias.size() : 0);
+    if (whole_.dattn_bias != nullptr) bias.set(p, dbias.data(), DType::f64);
+    if (!with_bounds_) {
+      reference_part_gradients(p, given, executor_, nullptr, nullptr, {});
+      return add_bias(bias, dbias, bias_bound);
+    }
     const int64_t batch = given.batch, rows = given.seqlen_q, heads = given.heads, dv = given.head_dim_v;
     std::vector<float> out_error(batch * rows * heads * dv), lse_error(batch * heads * rows);
     gather_errors(plan, part, given, out_error, lse_error);
@@ -129,10 +143,39 @@ class DilatedReference {
       to[i] = bounds[i].data();
     }
     reference_part_gradients(p, given, executor_, out_error.data(), lse_error.data(),
-                             {.dq = to[0], .dk = to[1], .dv = to[2]});
+                             {.dq = to[0], .dk = to[1], .dv = to[2],
+                              .dattn_bias = bias_bound.empty() ? nullptr : bias_bound.data()});
+    add_bias(bias, dbias, bias_bound);
     for (size_t i = 0; i < 3; ++i) {
       if (sums_[i].wanted()) add_rows(plan, part, sums_[i], bounds[i]);
     }
+  }
+
+  // Of a part, to their places in the whole.
+  void add_bias(const DilatedBias& bias, const std::vector<double>& values, const std::vector<float>& bounds) {
+    const std::array<int64_t, 4> stride = contiguous_bias_strides(whole_.dattn_bias_size);
+    for (int64_t row = 0; !values.empty() && row < bias.rows(); ++row) {
+      bias.for_each_run(row, stride.data(), [&](int64_t from, int64_t to, int64_t n, int64_t step) {
+        for (int64_t i = 0; i < n; ++i) {
+          bias_.total[to + i * step] += values[from + i];
+          if (!with_bounds_) continue;
+          bias_.magnitude[to + i * step] += std::abs(values[from + i]);
+          bias_.error[to + i * step] += bounds[from + i];
+        }
+      });
+    }
+  }
+
+  // As of dq, dk and dv: each part may round what the others left.
+  void store_bias(double terms) {
+    for_each_bias(whole_, [&](int64_t i, int64_t at) {
+      const DType dtype = whole_.dattn_bias_dtype;
+      store_from_double(whole_.dattn_bias, dtype, at, bias_.total[i]);
+      if (bias_bound_ == nullptr) return;
+      double error = bias_.error[i] + ErrorBound::u * terms * bias_.magnitude[i];
+      if (dtype != DType::f64) error += epsilon_of(dtype) / 2 * std::abs(bias_.total[i]);
+      bias_bound_[i] = static_cast<float>(error);
+    });
   }
 
   void gather_errors(const DilatedPlan& plan, const DilatedPart& part, const Problem& p, std::vector<float>& out,
@@ -179,14 +222,17 @@ class DilatedReference {
     }
   }
 
-  const BlockPattern pattern_;
   const BackwardProblem whole_;
   const bool with_bounds_;
+  float* bias_bound_;
   Executor& executor_;
   Problem given_;  // whole_ with the joined out and lse in fp64
   std::vector<double> out_, lse_;
   std::vector<float> out_error_, lse_error_;
   std::array<Sum, 3> sums_;
+  struct {
+    std::vector<double> total, magnitude, error;
+  } bias_;  // of attn_bias, contiguous; empty: not wanted
 };
 
 }  // namespace

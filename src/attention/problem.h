@@ -101,6 +101,8 @@ std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args);
 
 // The part of resolve that concerns masks alone; sets seqlens, pattern, causality, window, offsets and key lengths.
 Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& options, int64_t batch, int64_t heads);
+Problem resolve_mask(int64_t seqlen_q, int64_t seqlen_k, const AttentionOptions& options, int64_t batch,
+                     int64_t heads);  // without pattern
 
 // A random number in [0, 2^32) for one pair; the pair is dropped iff it is < drop_threshold(p). Counter: key
 // position / 4, query position, batch_head = dropout_stream(b, h), offset; word: key position % 4 (philox.h).

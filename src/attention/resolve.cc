@@ -208,22 +208,8 @@ void check_position(const char* name, int64_t value) {
   if (value < -kMaxPosition || value > kMaxPosition) fail(name, fmt::format("{}", value), "-2^48..2^48");
 }
 
-}  // namespace
-
-Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& o, int64_t batch, int64_t heads) {
-  Problem p;
-  p.batch = batch;
-  p.heads = heads;
-  p.pattern = pattern.view();
-  const PatternShape& s = p.pattern.shape;
-  p.seqlen_q = s.seqlen_q;
-  p.seqlen_k = s.seqlen_k;
-  if (s.heads != 1 && s.heads != heads) {
-    fail("pattern", fmt::format("{} heads", s.heads), fmt::format("1 or H = {}", heads));
-  }
-  if (s.batches != 1 && s.batches != batch) {
-    fail("pattern", fmt::format("{} batches", s.batches), fmt::format("1 or B = {}", batch));
-  }
+// What of the options concerns masks; the lengths and the batch are set.
+void resolve_positions(const AttentionOptions& o, Problem& p) {
   p.causal = o.causal;
   if (o.window_left) {
     if (*o.window_left < 0) fail("window_left", fmt::format("{}", *o.window_left), ">= 0 tokens");
@@ -236,59 +222,81 @@ Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& o, int
   p.q_offset_given = o.q_offset.has_value();
   p.q_offset = o.q_offset.value_or(0);
   p.k_offset = o.k_offset;
+  check_position("q", p.seqlen_q);
+  check_position("k", p.seqlen_k);
   check_position("q_offset", p.q_offset);
   check_position("k_offset", p.k_offset);
   if (!o.key_lengths.empty()) {
-    if (static_cast<int64_t>(o.key_lengths.size()) != batch) {
-      fail("key_lengths", fmt::format("{} numbers", o.key_lengths.size()), fmt::format("one a batch, B = {}", batch));
+    if (static_cast<int64_t>(o.key_lengths.size()) != p.batch) {
+      fail("key_lengths", fmt::format("{} numbers", o.key_lengths.size()), fmt::format("one a batch, B = {}", p.batch));
     }
     for (size_t b = 0; b < o.key_lengths.size(); ++b) {
-      if (o.key_lengths[b] < 0 || o.key_lengths[b] > s.seqlen_k) {
-        fail("key_lengths", fmt::format("{} for batch {}", o.key_lengths[b], b), fmt::format("0..Sk = {}", s.seqlen_k));
+      if (o.key_lengths[b] < 0 || o.key_lengths[b] > p.seqlen_k) {
+        fail("key_lengths", fmt::format("{} for batch {}", o.key_lengths[b], b), fmt::format("0..Sk = {}", p.seqlen_k));
       }
     }
     p.key_lengths = o.key_lengths.data();
   }
   p.align_to_key_lengths = o.align_to_key_lengths;
-  return p;
 }
 
-Problem resolve_without_pattern(const ForwardArgs& args) {
-  Problem p;
-  resolve_tensors(args, p);
-  check_position("q", p.seqlen_q);
-  check_position("k", p.seqlen_k);
-  resolve_biases(args.options, p);
-  return p;
-}
-
-void check_packed(const ForwardArgs& args) {
-  Problem p = resolve_without_pattern(args);
-  resolve_outputs(args, Purpose::forward, p);
-}
-
-Problem resolve(const ForwardArgs& args, Purpose purpose) {
-  Problem shape;
-  resolve_tensors(args, shape);
-  const PatternShape& s = args.pattern.shape();
-  if (s.seqlen_q != shape.seqlen_q || s.seqlen_k != shape.seqlen_k) {
-    fail("pattern", fmt::format("a pattern of {} x {} tokens", s.seqlen_q, s.seqlen_k),
-         fmt::format("Sq x Sk = {} x {}", shape.seqlen_q, shape.seqlen_k));
+void set_pattern(const BlockPattern& pattern, Problem& p) {
+  p.pattern = pattern.view();
+  const PatternShape& s = p.pattern.shape;
+  if (s.heads != 1 && s.heads != p.heads) {
+    fail("pattern", fmt::format("{} heads", s.heads), fmt::format("1 or H = {}", p.heads));
   }
-  check_position("q", shape.seqlen_q);
-  check_position("k", shape.seqlen_k);
-  Problem p = resolve_mask(args.pattern, args.options, shape.batch, shape.heads);
-  p.dtype = shape.dtype;
-  p.kv_heads = shape.kv_heads;
-  p.head_dim = shape.head_dim;
-  p.head_dim_v = shape.head_dim_v;
-  p.q = shape.q;
-  p.k = shape.k;
-  p.v = shape.v;
+  if (s.batches != 1 && s.batches != p.batch) {
+    fail("pattern", fmt::format("{} batches", s.batches), fmt::format("1 or B = {}", p.batch));
+  }
+}
+
+// All but tensors and pattern, which are set.
+void resolve_rest(const ForwardArgs& args, Purpose purpose, Problem& p) {
+  resolve_positions(args.options, p);
   if (args.page_table) resolve_pages(args, p);
   resolve_numbers(args.options, p);
   resolve_biases(args.options, p);
   if (purpose != Purpose::weights) resolve_outputs(args, purpose, p);
+}
+
+}  // namespace
+
+Problem resolve_mask(int64_t seqlen_q, int64_t seqlen_k, const AttentionOptions& options, int64_t batch,
+                     int64_t heads) {
+  Problem p;
+  p.batch = batch;
+  p.heads = heads;
+  p.seqlen_q = seqlen_q;
+  p.seqlen_k = seqlen_k;
+  resolve_positions(options, p);
+  return p;
+}
+
+Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& options, int64_t batch, int64_t heads) {
+  const PatternShape& s = pattern.shape();
+  Problem p = resolve_mask(s.seqlen_q, s.seqlen_k, options, batch, heads);
+  set_pattern(pattern, p);
+  return p;
+}
+
+Problem resolve_without_pattern(const ForwardArgs& args, Purpose purpose) {
+  Problem p;
+  resolve_tensors(args, p);
+  resolve_rest(args, purpose, p);
+  return p;
+}
+
+Problem resolve(const ForwardArgs& args, Purpose purpose) {
+  Problem p;
+  resolve_tensors(args, p);
+  const PatternShape& s = args.pattern.shape();
+  if (s.seqlen_q != p.seqlen_q || s.seqlen_k != p.seqlen_k) {
+    fail("pattern", fmt::format("a pattern of {} x {} tokens", s.seqlen_q, s.seqlen_k),
+         fmt::format("Sq x Sk = {} x {}", p.seqlen_q, p.seqlen_k));
+  }
+  set_pattern(args.pattern, p);
+  resolve_rest(args, purpose, p);
   return p;
 }
 

@@ -31,32 +31,32 @@ void check_offsets(const char* name, std::span<const int64_t> offsets, int64_t s
   }
 }
 
-// Rows begin .. end of a packed [total, H, D] tensor as [1, S, H, D].
+// Rows of a packed [total, H, D] tensor as [1, S, H, D].
 template <class View>
-View sequence_of(const View& t, int64_t begin, int64_t end) {
+View sequence_of(const View& t, Interval rows) {
   if (!t.defined()) return {};
   View s = t;
   s.rank = 4;
-  s.sizes = {1, end - begin, t.sizes[1], t.sizes[2]};
+  s.sizes = {1, rows.end - rows.begin, t.sizes[1], t.sizes[2]};
   s.strides = {0, t.strides[0], t.strides[1], t.strides[2]};
   // An empty sequence touches nothing: its base stays valid even at the end of the tensor.
-  if (begin < end) {
-    const int64_t bytes = begin * t.strides[0] * static_cast<int64_t>(size_of(t.dtype));
+  if (rows.begin < rows.end) {
+    const int64_t bytes = rows.begin * t.strides[0] * static_cast<int64_t>(size_of(t.dtype));
     s.data = static_cast<std::conditional_t<std::is_same_v<View, TensorView>, const char*, char*>>(t.data) + bytes;
   }
   return s;
 }
 
-// Columns begin .. end of a packed [H, total] tensor as [1, H, S].
+// Columns of a packed [H, total] tensor as [1, H, S].
 template <class View>
-View row_numbers_of(const View& t, int64_t begin, int64_t end) {
+View row_numbers_of(const View& t, Interval rows) {
   if (!t.defined()) return {};
   View s = t;
   s.rank = 3;
-  s.sizes = {1, t.sizes[0], end - begin};
+  s.sizes = {1, t.sizes[0], rows.end - rows.begin};
   s.strides = {0, t.strides[0], t.strides[1]};
-  if (begin < end) {
-    const int64_t bytes = begin * t.strides[1] * static_cast<int64_t>(size_of(t.dtype));
+  if (rows.begin < rows.end) {
+    const int64_t bytes = rows.begin * t.strides[1] * static_cast<int64_t>(size_of(t.dtype));
     s.data = static_cast<std::conditional_t<std::is_same_v<View, TensorView>, const char*, char*>>(t.data) + bytes;
   }
   return s;
@@ -67,14 +67,14 @@ template <class View>
 View whole(const char* name, const View& t, bool optional = false) {
   if (optional && !t.defined()) return {};
   if (t.rank != 3) fail(name, t.defined() ? fmt::format("rank {}", t.rank) : "no tensor", "[total, H, D]");
-  return sequence_of(t, 0, t.sizes[0]);
+  return sequence_of(t, {0, t.sizes[0]});
 }
 
 template <class View>
 View whole_numbers(const char* name, const View& t, bool optional = true) {
   if (optional && !t.defined()) return {};
   if (t.rank != 2) fail(name, t.defined() ? fmt::format("rank {}", t.rank) : "no tensor", "[H, total_q]");
-  return row_numbers_of(t, 0, t.sizes[1]);
+  return row_numbers_of(t, {0, t.sizes[1]});
 }
 
 // The fields that calls in both directions have. Tensors as a batch of one sequence, so that the checks of `resolve`
@@ -91,20 +91,9 @@ Args packed(const VarlenArgs& args) {
   all.q = whole("q", args.q);
   all.k = whole("k", args.k);
   all.v = whole("v", args.v);
-  all.options.sinks = o.sinks;
-  if (o.alibi_slopes.rank == 1) all.options.alibi_slopes = o.alibi_slopes;
+  all.options = o;
+  if (o.alibi_slopes.rank == 2) all.options.alibi_slopes = {};  // those of a sequence each
   return all;
-}
-
-void check_sequences(std::span<const int64_t> cu_seqlens_q, std::span<const int64_t> cu_seqlens_k,
-                     std::span<const BlockPattern> patterns, const TensorView& q, const TensorView& k,
-                     const TensorView& slopes) {
-  const int64_t sequences = static_cast<int64_t>(patterns.size());
-  check_offsets("cu_seqlens_q", cu_seqlens_q, sequences, "q", q.sizes[0]);
-  check_offsets("cu_seqlens_k", cu_seqlens_k, sequences, "k", k.sizes[0]);
-  if (slopes.rank == 2 && slopes.sizes[0] != sequences) {
-    fail("alibi_slopes", fmt::format("slopes for {} sequences", slopes.sizes[0]), fmt::format("{}", sequences));
-  }
 }
 
 // Those of sequence i: [B, H] slopes are picked, all else is common.
@@ -118,74 +107,75 @@ AttentionOptions options_of(const AttentionOptions& o, int64_t i) {
   return one;
 }
 
-// resolve_one(), with the sequence in front of what an Error says.
-template <class Resolve>
-auto resolve_sequence(int64_t i, Resolve resolve_one) {
-  try {
-    return resolve_one();
-  } catch (const Error& e) {
-    throw Error(e.argument(), fmt::format("sequence {}: {}", i, e.what()));
+// resolve_one() for each sequence, its rows and options in `one`, whose other tensors are picked by pick(one, queries,
+// keys).
+template <class Args, class VarlenArgs, class Pick, class Resolve>
+auto resolve_each(const VarlenArgs& args, Args one, Pick pick, Resolve resolve_one) {
+  const int64_t sequences = static_cast<int64_t>(args.patterns.size());
+  check_offsets("cu_seqlens_q", args.cu_seqlens_q, sequences, "q", args.q.sizes[0]);
+  check_offsets("cu_seqlens_k", args.cu_seqlens_k, sequences, "k", args.k.sizes[0]);
+  const TensorView& slopes = args.options.alibi_slopes;
+  if (slopes.rank == 2 && slopes.sizes[0] != sequences) {
+    fail("alibi_slopes", fmt::format("slopes for {} sequences", slopes.sizes[0]), fmt::format("{}", sequences));
   }
+  std::vector<decltype(resolve_one(one))> problems;
+  problems.reserve(args.patterns.size());
+  for (int64_t i = 0; i < sequences; ++i) {
+    const Interval queries{args.cu_seqlens_q[i], args.cu_seqlens_q[i + 1]};
+    const Interval keys{args.cu_seqlens_k[i], args.cu_seqlens_k[i + 1]};
+    one.q = sequence_of(args.q, queries);
+    one.k = sequence_of(args.k, keys);
+    one.v = sequence_of(args.v, keys);
+    one.pattern = args.patterns[i];
+    one.options = options_of(args.options, i);
+    pick(one, queries, keys);
+    try {
+      problems.push_back(resolve_one(one));
+    } catch (const Error& e) {
+      throw Error(e.argument(), fmt::format("sequence {}: {}", i, e.what()));
+    }
+  }
+  return problems;
 }
 
 }  // namespace
 
 std::vector<Problem> resolve_varlen(const VarlenForwardArgs& args) {
-  ForwardArgs one = packed<ForwardArgs>(args);
-  one.out = whole("out", args.out);
-  one.lse = whole_numbers("lse", args.lse);
-  check_packed(one);
-  check_sequences(args.cu_seqlens_q, args.cu_seqlens_k, args.patterns, args.q, args.k, args.options.alibi_slopes);
-  std::vector<Problem> problems;
-  problems.reserve(args.patterns.size());
-  for (size_t i = 0; i < args.patterns.size(); ++i) {
-    const int64_t q_begin = args.cu_seqlens_q[i], q_end = args.cu_seqlens_q[i + 1];
-    const int64_t k_begin = args.cu_seqlens_k[i], k_end = args.cu_seqlens_k[i + 1];
-    one.q = sequence_of(args.q, q_begin, q_end);
-    one.k = sequence_of(args.k, k_begin, k_end);
-    one.v = sequence_of(args.v, k_begin, k_end);
-    one.out = sequence_of(args.out, q_begin, q_end);
-    one.lse = row_numbers_of(args.lse, q_begin, q_end);
-    one.pattern = args.patterns[i];
-    one.options = options_of(args.options, static_cast<int64_t>(i));
-    problems.push_back(resolve_sequence(static_cast<int64_t>(i), [&] { return resolve(one); }));
-    problems.back().batch_base = static_cast<int64_t>(i);
-  }
+  ForwardArgs all = packed<ForwardArgs>(args);
+  all.out = whole("out", args.out);
+  all.lse = whole_numbers("lse", args.lse);
+  resolve_without_pattern(all, Purpose::forward);
+  const auto pick = [&](ForwardArgs& one, Interval queries, Interval) {
+    one.out = sequence_of(args.out, queries);
+    one.lse = row_numbers_of(args.lse, queries);
+  };
+  auto problems = resolve_each(args, all, pick, [](const ForwardArgs& one) { return resolve(one); });
+  for (size_t i = 0; i < problems.size(); ++i) problems[i].batch_base = static_cast<int64_t>(i);
   return problems;
 }
 
 std::vector<BackwardProblem> resolve_backward_varlen(const VarlenBackwardArgs& args) {
-  BackwardArgs one = packed<BackwardArgs>(args);
-  one.out = whole("out", args.out);
-  one.lse = whole_numbers("lse", args.lse, false);
-  one.dout = whole("dout", args.dout);
-  one.dlse = whole_numbers("dlse", args.dlse);
-  one.dq = whole("dq", args.dq, true);
-  one.dk = whole("dk", args.dk, true);
-  one.dv = whole("dv", args.dv, true);
-  one.dsinks = args.dsinks;
-  check_packed(one);
-  check_sequences(args.cu_seqlens_q, args.cu_seqlens_k, args.patterns, args.q, args.k, args.options.alibi_slopes);
-  std::vector<BackwardProblem> problems;
-  problems.reserve(args.patterns.size());
-  for (size_t i = 0; i < args.patterns.size(); ++i) {
-    const int64_t q_begin = args.cu_seqlens_q[i], q_end = args.cu_seqlens_q[i + 1];
-    const int64_t k_begin = args.cu_seqlens_k[i], k_end = args.cu_seqlens_k[i + 1];
-    one.q = sequence_of(args.q, q_begin, q_end);
-    one.k = sequence_of(args.k, k_begin, k_end);
-    one.v = sequence_of(args.v, k_begin, k_end);
-    one.out = sequence_of(args.out, q_begin, q_end);
-    one.dout = sequence_of(args.dout, q_begin, q_end);
-    one.lse = row_numbers_of(args.lse, q_begin, q_end);
-    one.dlse = row_numbers_of(args.dlse, q_begin, q_end);
-    one.dq = sequence_of(args.dq, q_begin, q_end);
-    one.dk = sequence_of(args.dk, k_begin, k_end);
-    one.dv = sequence_of(args.dv, k_begin, k_end);
-    one.pattern = args.patterns[i];
-    one.options = options_of(args.options, static_cast<int64_t>(i));
-    problems.push_back(resolve_sequence(static_cast<int64_t>(i), [&] { return resolve_backward(one); }));
-    problems.back().forward.batch_base = static_cast<int64_t>(i);
-  }
+  BackwardArgs all = packed<BackwardArgs>(args);
+  all.out = whole("out", args.out);
+  all.lse = whole_numbers("lse", args.lse, false);
+  all.dout = whole("dout", args.dout);
+  all.dlse = whole_numbers("dlse", args.dlse);
+  all.dq = whole("dq", args.dq, true);
+  all.dk = whole("dk", args.dk, true);
+  all.dv = whole("dv", args.dv, true);
+  all.dsinks = args.dsinks;
+  resolve_without_pattern(all, Purpose::forward);
+  const auto pick = [&](BackwardArgs& one, Interval queries, Interval keys) {
+    one.out = sequence_of(args.out, queries);
+    one.dout = sequence_of(args.dout, queries);
+    one.lse = row_numbers_of(args.lse, queries);
+    one.dlse = row_numbers_of(args.dlse, queries);
+    one.dq = sequence_of(args.dq, queries);
+    one.dk = sequence_of(args.dk, keys);
+    one.dv = sequence_of(args.dv, keys);
+  };
+  auto problems = resolve_each(args, all, pick, [](const BackwardArgs& one) { return resolve_backward(one); });
+  for (size_t i = 0; i < problems.size(); ++i) problems[i].forward.batch_base = static_cast<int64_t>(i);
   return problems;
 }
 

@@ -48,8 +48,7 @@ void Case::make_dilated() {
   dilated_.out = out_.view;
   dilated_.lse = lse_.view;
   dilated_.options = options_;
-  patterns_.push_back(check_dilated(dilated_.q, dilated_.k, dilation, options_));
-  problems_.push_back(resolve_dilated(dilated_, patterns_[0], Purpose::forward));
+  problems_.push_back(resolve_dilated(dilated_, Purpose::forward));
   make_segments();
 }
 

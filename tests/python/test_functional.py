@@ -187,17 +187,57 @@ def test_decode_with_cache_and_pages():
     torch.testing.assert_close(bhsd.transpose(1, 2), out)
 
 
-def test_varlen_equals_each_sequence():
-    lengths = [70, 0, 33]
-    cu = torch.tensor([0, 70, 70, 103])
-    q, k, v = torch.randn(103, 4, 32), torch.randn(103, 2, 32), torch.randn(103, 2, 16)
-    listed = [patterns.local_window(n, block=16, window=40) for n in lengths]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_varlen_equals_each_sequence(dtype):
+    # Full blocks, an empty sequence, token bitmaps, bitmaps by head; NaN where nobody may look.
+    lengths = [70, 0, 33, 50]
+    cu = torch.tensor([0, 70, 70, 103, 153])
+    masks = [torch.rand(33, 33) < 0.4, torch.rand(4, 50, 50) < 0.4]
+    masks[0][:, 20:], masks[1][:, :, 10] = False, False
+    listed = [patterns.local_window(n, block=16, window=40) for n in lengths[:2]]
+    listed += [BlockPattern.from_token_mask(m, block=16) for m in masks]
+    q, k, v = (torch.randn(153, h, d).to(dtype) for h, d in ((4, 32), (2, 32), (2, 16)))
+    hidden = torch.zeros(153, dtype=torch.bool)
+    hidden[70 + 20 : 103], hidden[103 + 10] = True, True
+    k[hidden], v[hidden] = torch.nan, torch.inf
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    grad, grad_lse = torch.randn(153, 4, 16).to(dtype), torch.randn(4, 153)
     out, lse = tessera.varlen_attention(q, k, v, cu, cu, listed, causal=True, return_lse=True)
+    seen = lse > -torch.inf
+    assert seen.any() and not seen.all() and torch.isfinite(out).all()
+    grads = torch.autograd.grad((out, lse), inputs, (grad, grad_lse))
     for i, p in enumerate(listed):
         rows = slice(int(cu[i]), int(cu[i + 1]))
-        one = tessera.block_sparse_attention(*(t[None, rows] for t in (q, k, v)), p, causal=True, return_lse=True)
-        torch.testing.assert_close(out[rows], one[0][0])
-        torch.testing.assert_close(lse[:, rows], one[1][0])
+        alone = [t[None, rows].detach().requires_grad_() for t in inputs]
+        one = tessera.block_sparse_attention(*alone, p, causal=True, return_lse=True)
+        assert torch.equal(out[rows], one[0][0]) and torch.equal(lse[:, rows], one[1][0])
+        for a, b in zip(grads, torch.autograd.grad(one, alone, (grad[None, rows], grad_lse[None, :, rows]))):
+            assert torch.equal(a[rows], b[0])
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert not grads[1][hidden].any() and not grads[2][hidden].any()
+
+
+def test_dilated_over_one_segment_is_block_sparse_attention():
+    # One (w, r) of rate 1 over everything; and rate 2, where head h attends among rows h % 2, h % 2 + 2, ...
+    q, k, v = (t.requires_grad_() for t in make(batch=2, seqlen_q=96, seqlen_k=96, kv_heads=4))
+    bias = torch.randn(2, 4, 96, 96, requires_grad=True)
+    inputs, grad = (q, k, v, bias), torch.randn(2, 96, 4, 32)
+    p = patterns.dense(96)
+
+    def compare(rate, expected):
+        out = tessera.dilated_attention(
+            q, k, v, segment_lengths=[96], dilation_rates=[rate], causal=True, attn_bias=bias
+        )
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+        ours, theirs = (torch.autograd.grad(x, inputs, grad) for x in (out, expected))
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+    compare(1, tessera.block_sparse_attention(q, k, v, p, causal=True, attn_bias=bias))
+    i = torch.arange(96)
+    same = (i[:, None] % 2 == i % 2) & (i % 2 == torch.arange(4).view(4, 1, 1) % 2)
+    masked = bias.masked_fill(~same, -torch.inf)
+    compare(2, tessera.block_sparse_attention(q, k, v, p, causal=True, attn_bias=masked))
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])

@@ -81,37 +81,62 @@ def test_opcheck_decode_weights_merge():
 
 
 def varlen_case(dtype=torch.float32):
+    """Three sequences, one of them empty, the last with bitmaps."""
     q, k, v = (torch.randn(50, h, 8, dtype=dtype, requires_grad=True) for h in (2, 1, 1))
     cu = torch.tensor([0, 20, 20, 50], dtype=torch.int32)
     listed = [
         patterns.dense(20, block=BLOCK),
         patterns.dense(0, block=BLOCK),
-        patterns.random(30, block=BLOCK, density=0.5),
+        BlockPattern.from_token_mask(torch.rand(30, 30, generator=torch.Generator().manual_seed(2)) < 0.6, block=BLOCK),
     ]
     return q, k, v, cu, listed
 
 
-def test_opcheck_varlen():
+@pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True]])
+def test_opcheck_varlen(wanted):
     q, k, v, cu, listed = varlen_case()
-    rest = (cu, cu, [p.indptr for p in listed], [p.indices for p in listed], [n for p in listed for n in p.op_args[4]])
+    rest = (cu, cu, *tessera._ops.pattern_lists(listed))
     sinks = torch.randn(2, requires_grad=True)
     tail = (None, True, None, None, 0.0, None, sinks, 0.0, None)
     opcheck(ops.varlen_forward.default, (q, k, v, *rest, *tail))
     out, lse = (t.detach() for t in ops.varlen_forward.default(q, k, v, *rest, *tail))
+    q, k, v = (t.detach() for t in (q, k, v))
     tail = (*tail[:6], sinks.detach(), *tail[7:])
-    opcheck(
-        ops.varlen_backward.default,
-        (torch.randn_like(out), None, q.detach(), k.detach(), v.detach(), out, lse, *rest, *tail),
-    )
+    opcheck(ops.varlen_backward.default, (torch.randn_like(out), None, q, k, v, out, lse, wanted, *rest, *tail))
 
 
-def test_opcheck_dilated():
+@pytest.mark.parametrize("wanted", [[True] * 4, [True, False, False, True], [False, False, True, False]])
+def test_opcheck_dilated(wanted):
     q, k, v = qkv(layout="bhsd")
     dilation = ([16, 32], [1, 2], None, None, 16, None, [], None, None, 0)
-    opcheck(ops.dilated_forward.default, (q, k, v, *dilation, *options(causal=True)))
+    bias = torch.randn(1, 1, S, S, requires_grad=True)
+    opcheck(ops.dilated_forward.default, (q, k, v, *dilation, *options(causal=True, attn_bias=bias)))
+    q, k, v, bias = (t.detach() for t in (q, k, v, bias))
+    tail = (*dilation, *options(causal=True, attn_bias=bias))
+    out, lse = ops.dilated_forward.default(q, k, v, *tail)
+    opcheck(ops.dilated_backward.default, (out, None, q, k, v, out, lse, wanted, *tail))
+
+
+@pytest.mark.parametrize("op", ["varlen", "dilated"])
+def test_unwanted_gradients_are_empty_and_the_others_the_same(op):
+    if op == "varlen":
+        q, k, v, cu, listed = varlen_case()
+        tail = (cu, cu, *tessera._ops.pattern_lists(listed), None, True, None, None, 0.0, None, torch.randn(2))
+        forward, backward = ops.varlen_forward.default, ops.varlen_backward.default
+    else:
+        q, k, v = qkv()
+        dilation = ([16, 32], [1, 2], None, None, 16, None, [], None, None, 0)
+        tail = (*dilation, *options(attn_bias=torch.randn(1, 2, S, S)))
+        forward, backward = ops.dilated_forward.default, ops.dilated_backward.default
     q, k, v = (t.detach() for t in (q, k, v))
-    out, lse = ops.dilated_forward.default(q, k, v, *dilation, *options(causal=True))
-    opcheck(ops.dilated_backward.default, (out, None, q, k, v, out, lse, *dilation, *options(causal=True)))
+    out, lse = forward(q, k, v, *tail)
+    given = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse)
+    full = backward(*given, [True] * 4, *tail)
+    assert all(t.numel() for t in full)
+    for case in range(16):
+        wanted = [bool(case >> i & 1) for i in range(4)]
+        for got, want, all_of_it in zip(backward(*given, wanted, *tail), wanted, full):
+            assert torch.equal(got, all_of_it) if want else got.numel() == 0
 
 
 GRADIENT_CASES = {
@@ -169,12 +194,15 @@ def test_gradients_of_fp32_numbers(name):
 def test_gradients_dilated_varlen_merge():
     q, k, v = qkv(torch.float64)
 
-    def dilated(q, k, v):
+    def dilated(q, k, v, attn_bias=None):
         return tessera.dilated_attention(
-            q, k, v, segment_lengths=[16, 32], dilation_rates=[1, 2], causal=True, return_lse=True
+            q, k, v, segment_lengths=[16, 32], dilation_rates=[1, 2], causal=True, attn_bias=attn_bias, return_lse=True
         )
 
     assert gradcheck(dilated, (q, k, v), fast_mode=True)
+    for shape in ((1, 2, S, S), (1, 1, S, S), (1, 2, 1, S), (1, 1, 1, 1)):
+        bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(lambda q, bias: dilated(q, k, v, bias), (q, bias), fast_mode=True)
 
     def merged(q, k, v):
         a = tessera.block_sparse_attention(q, k[:, :16], v[:, :16], patterns.dense(S, 16, block=16), return_lse=True)
@@ -187,11 +215,12 @@ def test_gradients_dilated_varlen_merge():
         torch.testing.assert_close(a, b)
 
     q, k, v, cu, listed = varlen_case(torch.float64)
-    assert gradcheck(
-        lambda q, k, v: tessera.varlen_attention(q, k, v, cu, cu, listed, causal=True, return_lse=True),
-        (q, k, v),
-        fast_mode=True,
-    )
+
+    def varlen(q, k, v):
+        out, lse = tessera.varlen_attention(q, k, v, cu, cu, listed, return_lse=True)
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    assert gradcheck(varlen, (q, k, v), fast_mode=True)
 
 
 def test_merge_of_nothing():

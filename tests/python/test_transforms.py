@@ -189,6 +189,49 @@ def test_flop_counter_counts_admitted_pairs():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tessera.dilated_attention(q, k, v, segment_lengths=[16], dilation_rates=[1])
     assert counter.get_total_flops() == S * 16 * 2 * 8 * 4
+    mask = torch.rand(S, S) < 0.3
+    packed = [t[0].detach().requires_grad_() for t in (q, k, v)]
+    with FlopCounterMode(display=False) as counter:
+        varlen(*packed, [BlockPattern.from_token_mask(mask, block=16)]).sum().backward()
+    assert counter.get_total_flops() == int(mask.sum()) * 2 * 8 * (4 + 10)
+
+
+def varlen(q, k, v, listed):
+    cu = torch.tensor([0, q.shape[0]])
+    return tessera.varlen_attention(q, k, v, cu, cu, listed)
+
+
+def test_packed_sequences_with_bitmaps_in_transforms():
+    q, k, v = (t[0].requires_grad_() for t in qkv())
+    listed = [BlockPattern.from_token_mask(torch.rand(S, S) < 0.5, block=16)]
+
+    def loss(q, k, v):
+        return varlen(q, k, v, listed).square().sum()
+
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(q, k, v), (q, k, v)), expected):
+        torch.testing.assert_close(a, b)
+    x = torch.stack([q.detach(), 2 * q.detach()])
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(0, None, None))(x, k, v)
+    torch.testing.assert_close(per_sample[0], expected[0])
+    torch.testing.assert_close(per_sample[1], torch.func.grad(loss)(x[1], k, v))
+
+
+def test_gradient_of_a_bias_in_dilated_attention_compiled_and_mapped():
+    q, k, v = qkv(kv_heads=2)
+    biases = torch.randn(3, 1, 2, S, S)
+
+    def loss(bias):
+        return tessera.dilated_attention(
+            q, k, v, segment_lengths=[16, 32], dilation_rates=[1, 2], causal=True, attn_bias=bias
+        ).square().sum()
+
+    expected = torch.stack([torch.func.grad(loss)(b) for b in biases])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(biases), expected)
+    bias = biases[0].requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(bias), bias)[0], expected[0])
 
 
 def test_checkpoint_sees_the_same_dropout():
