@@ -55,11 +55,12 @@ def register(
 
     choice = _Choice(pattern, density, block, dense_layers, options)
 
+    @torch.compiler.disable(reason="tessera: patterns and masks of a model follow values; called between graphs")
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         return _attend(choice, module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, make_mask)
+    AttentionMaskInterface.register(name, _make_mask_eagerly)
 
 
 class _Choice:
@@ -245,7 +246,7 @@ def make_mask(
     mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
     plan = AttentionPlan(batch_size, q_length, kv_length, int(q_offset), int(kv_offset))
     plan.local = local_size is not None
-    known = _read(mask_function)
+    known = _read(_without_packing(mask_function))
     if known is not None:
         plan.causal, plan.window = known
     else:
@@ -275,6 +276,30 @@ def _read(mask_function: Callable) -> tuple[bool, Window] | None:
         width = _captured(parts[0], "sliding_window")
         return False, (width, width)
     return None
+
+
+# Tracing would take the mask functions apart, which _read has to recognise.
+_make_mask_eagerly = torch.compiler.disable(
+    make_mask, reason="tessera: patterns and masks of a model follow values; called between graphs"
+)
+
+
+def _without_packing(mask_function: Callable) -> Callable:
+    """The mask function beneath that of packed sequences where all of a row is one sequence: under torch.compile
+    transformers cannot look, and says packed for every batch without a mask."""
+    from transformers import masking_utils as m
+
+    if not _made_by(mask_function, m.and_masks):
+        return mask_function
+    parts = _captured(mask_function, "mask_functions")
+    if (
+        len(parts) == 2
+        and _made_by(parts[0], m.packed_sequence_mask_function)
+        and _made_by(parts[1], m.remap_positions_for_packed_sequence)
+        and not bool(_captured(parts[0], "packed_sequence_mask")[:, -1].any())
+    ):
+        return _captured(parts[1], "mask_function")
+    return mask_function
 
 
 def _made_by(function: Any, maker: Callable) -> bool:
