@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from . import patterns
 from ._pattern import BlockPattern, _unflatten
+from ._monitored import measured_attention
 from .config import PatternConfig
 from .functional import attention_weights, block_sparse_attention, merge
+from .monitoring import PerformanceMonitor
 
 PatternSource = BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | Mapping[str, Any] | str | None
 
@@ -22,8 +24,12 @@ _DENSE_BLOCK = 128
 _NEG_INF = float("-inf")
 
 
-class ArgumentError(ValueError, AssertionError, RuntimeError):
-    """A caller's mistake, under the types that torch's own module raises for it as well."""
+class ArgumentError(ValueError, RuntimeError):
+    """A caller's mistake; a RuntimeError as well, as torch's own module raises for it."""
+
+
+class AssertedError(ValueError, AssertionError):
+    """A caller's mistake for which torch's own module raises an AssertionError."""
 
 
 def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | None:
@@ -40,15 +46,16 @@ def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPat
     )
 
 
-@lru_cache(maxsize=256)
-def _dense(seqlen_q: int, seqlen_k: int) -> BlockPattern:
-    return patterns.dense(seqlen_q, seqlen_k, block=_DENSE_BLOCK)
+def is_dense(source: Any) -> bool:
+    """Whether a source says that it is dense; a callable or a pattern that happens to be full does not."""
+    return source is None or (isinstance(source, PatternConfig) and source.pattern_type == "dense")
 
 
 def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
-    """Every pair; in a traced graph from tensor operations, so that lengths may be symbols."""
-    if not torch.compiler.is_compiling():
-        return _dense(seqlen_q, seqlen_k)
+    """Every pair; for who traces from tensor operations, so that lengths may be symbols and tensors fake."""
+    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        key = ("dense", seqlen_q, seqlen_k)
+        return patterns.cache.shared(key) or patterns.cache.share(key, "dense", seqlen_q, seqlen_k, block=_DENSE_BLOCK)
     rows, cols = -(-seqlen_q // _DENSE_BLOCK), -(-seqlen_k // _DENSE_BLOCK)
     indptr = torch.arange(rows + 1, dtype=torch.int32) * cols
     indices = torch.arange(cols, dtype=torch.int32).repeat(rows)
@@ -80,10 +87,19 @@ def _(
     return torch.empty(rows * heads + 1, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
 
 
-def _named(kind: str, seqlen_q: int, seqlen_k: int, block: Any, options: dict[str, Any]) -> BlockPattern:
-    """The pattern of that name from the process's cache."""
-    if not torch.compiler.is_compiling():
-        return patterns.cache.get(kind, seqlen_q, seqlen_k, block=block, **options)
+def _named(config: PatternConfig, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
+    """The pattern of a config from the process's cache."""
+    compiling = torch.compiler.is_compiling()
+    key = None if compiling else (config.key(), seqlen_q, seqlen_k, causal, heads)
+    if key is not None and (found := patterns.cache.shared(key)) is not None:
+        return found
+    kind, block, options = config.spec()
+    options["causal"] = causal or kind == "causal"
+    options["heads"] = heads if config.heads_differ else 1
+    if key is not None:
+        if not config.enable_caching:
+            return patterns.make(kind, seqlen_q, seqlen_k, block=block, **options)
+        return patterns.cache.share(key, kind, seqlen_q, seqlen_k, block=block, **options)
     block_q, block_k = block if isinstance(block, tuple) else (block, block)
     indptr, indices = _named_tensors(kind, seqlen_q, seqlen_k, block_q, block_k, **options)
     return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, options["heads"], 1))
@@ -94,10 +110,7 @@ def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: 
     if source is None:
         return dense_pattern(seqlen_q, seqlen_k)
     if isinstance(source, PatternConfig):
-        kind, block, options = source.spec()
-        options["causal"] = causal or kind == "causal"
-        options["heads"] = heads if source.heads_differ else 1
-        return _named(kind, seqlen_q, seqlen_k, block, options)
+        return _named(source, seqlen_q, seqlen_k, causal, heads)
     pattern = source if isinstance(source, BlockPattern) else source(seqlen_q, seqlen_k)
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern: got {type(pattern).__name__} from the callable; allowed: tessera.BlockPattern")
@@ -122,13 +135,13 @@ def check_shapes(
         if not isinstance(mask, Tensor):
             raise TypeError(f"{name}: got {type(mask).__name__}; allowed: torch.Tensor or None")
         if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ArgumentError(f"{name}: got {mask.dtype}; only bool and floating types of {name} are supported")
+            raise AssertedError(f"{name}: got {mask.dtype}; only bool and floating types of {name} are supported")
     try:
         return F._mha_shape_check(  # type: ignore[attr-defined]
             query, key, value, key_padding_mask, attn_mask, num_heads
         )
     except AssertionError as e:
-        raise ArgumentError(str(e)) from None
+        raise AssertedError(str(e)) from None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,7 +150,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, _NEG_INF)
 
 
-def _may_look(mask: Tensor) -> bool:
+def may_look(mask: Tensor) -> bool:
     """Whether values may decide what is done: not while somebody traces or batches this code."""
     return (
         not torch.compiler.is_compiling()
@@ -155,7 +168,7 @@ def _padding(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | 
         return None, None
     blocked = mask if mask.dtype == torch.bool else mask == _NEG_INF
     at = torch.arange(seqlen_k, device=mask.device)
-    if _may_look(mask) and not mask.requires_grad:
+    if may_look(mask) and not mask.requires_grad:
         lengths = seqlen_k - blocked.sum(1)
         plain = torch.equal(blocked, at >= lengths[:, None])
         if mask.dtype != torch.bool:
@@ -286,6 +299,7 @@ def multi_head_attention_forward(
     batch_first: bool = False,
     attend: Callable[..., tuple[Tensor, Tensor, dict[str, Any] | None]] | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
+    monitor: PerformanceMonitor | None = None,
 ) -> tuple[Tensor, Tensor | dict[str, Any] | None]:
     """:class:`tessera.MultiheadAttention` as a function of its parameters; batched input only.
 
@@ -298,16 +312,17 @@ def multi_head_attention_forward(
             lse, weights in block form or None); need_weights is then False or "blocks".
         norm: applied to the joined heads ``[..., E]``, before the output projection.
         key_lengths: int64 ``[N]``, in place of a key_padding_mask.
+        monitor: measures the attention over the pattern.
 
     Others as the module. Returns (output, weights).
     """
     if query.shape[-1] != out_proj_weight.shape[1]:
-        raise ArgumentError(
+        raise AssertedError(
             f"query: got {query.shape[-1]} features; was expecting embedding dimension of {out_proj_weight.shape[1]}, "
             f"but got {query.shape[-1]}"
         )
     if key.shape[:2] != value.shape[:2] or (in_proj_weight is not None and key.shape != value.shape):
-        raise ArgumentError(
+        raise AssertedError(
             f"value: got shape {tuple(value.shape)}; key shape {key.shape} does not match value shape {value.shape}"
         )
     batch_dim = 0 if batch_first else 1
@@ -333,7 +348,7 @@ def multi_head_attention_forward(
         bias = _bias(attn_mask, q.dtype, batch, num_heads, seqlen_q, seqlen_k)
     if key_padding_mask is not None:
         if tuple(key_padding_mask.shape) != (batch, seqlen_k):
-            raise ArgumentError(
+            raise AssertedError(
                 f"key_padding_mask: got shape {tuple(key_padding_mask.shape)}; Expected key_padding_mask.shape to be "
                 f"{(batch, seqlen_k)}"
             )
@@ -350,12 +365,12 @@ def multi_head_attention_forward(
         out, part_lse, found = attend(
             q, k, v, known, bool(need_weights), dropout_p, attn_bias=bias, key_lengths=key_lengths
         )
-    elif extra is None and not need_weights:
-        blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
-        out = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, **options)
     else:
         blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
-        out, part_lse = block_sparse_attention(q, k, v, blocks, dropout_p=dropout_p, return_lse=True, **options)
+        attention: Callable[..., Any] = block_sparse_attention
+        if monitor is not None and may_look(q):
+            attention = partial(measured_attention, monitor)
+        out, part_lse = attention(q, k, v, blocks, dropout_p=dropout_p, return_lse=True, **options)
     lse = part_lse
     if extra is not None:
         assert part_lse is not None
@@ -378,7 +393,7 @@ def multi_head_attention_forward(
         if found is not None:
             return out, {**found, "block_values": _scale_rows(found["block_indices"], found["block_values"], share)}
         return out, _block_weights(q, k, blocks, share, **options)
-    keep = None if pattern is None else blocks.to_token_mask()
+    keep = None if is_dense(pattern) else blocks.to_token_mask()
     scale = 1 / math.sqrt(q.shape[-1])
     weights = dense_weights(
         q, k, lse, scale=scale, keep=keep, bias=bias, key_lengths=key_lengths, causal=causal,

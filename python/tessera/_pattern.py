@@ -135,6 +135,11 @@ class BlockPattern:
     def _set(
         self, indptr: Any, indices: Any, bitmap_index: Any, bitmaps: Any, shape: Sequence[int]
     ) -> None:  # tensors; in traced graphs what stands for them
+        if not torch.compiler.is_compiling() and indptr.is_inference():  # a backward could not save them
+            with torch.inference_mode(False):
+                indptr, indices, bitmap_index, bitmaps = (
+                    None if t is None else t.clone() for t in (indptr, indices, bitmap_index, bitmaps)
+                )
         if bitmaps is not None and bitmaps.numel() == 0:
             bitmap_index = bitmaps = None
         shape = tuple(shape)

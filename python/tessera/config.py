@@ -272,6 +272,13 @@ class PatternConfig:
         taken = _OPTIONS[self.pattern_type]
         return self.pattern_type, self.block_size, {n: values[n] for n in taken if values[n] is not None}
 
+    def key(self) -> tuple[Any, ...]:
+        """Everything that decides which patterns it makes."""
+        return (
+            self.pattern_type, self.sparsity_ratio, self.block_size, self.local_window_size, self.global_tokens,
+            self.dilation_rates, self.stride, self.seed,
+        )  # fmt: skip
+
     def pattern(
         self, seqlen_q: int, seqlen_k: int | None = None, *, causal: bool = False, heads: int = 1
     ) -> BlockPattern:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._monitored import Monitored, measured_attention
 from ._multihead import (
     ArgumentError,
+    AssertedError,
     PatternSource,
     check_shapes,
+    is_dense,
+    may_look,
     multi_head_attention_forward,
     pattern_for,
     pattern_source,
@@ -20,7 +25,10 @@ from .functional import attention_weights, block_sparse_attention
 __all__ = ["BlockSparseAttention", "MultiheadAttention"]
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+_TorchAttention = nn.MultiheadAttention  # also where a program has put ours in its place
+
+
+class MultiheadAttention(Monitored, nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` over a block pattern: the same arguments, defaults, parameters (names, shapes,
     initialisation from the same seed) and results, each row's softmax being over the keys that pattern and masks admit.
 
@@ -44,8 +52,12 @@ class MultiheadAttention(nn.MultiheadAttention):
       with a pattern, and as torch takes them without.
     - No detour in eval mode: with a pattern, ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder``, which read
       the projection weights to compute dense attention by themselves, are told not to (``_qkv_same_embed_dim`` is
-      False, ``merge_masks`` refuses). With ``pattern=None`` dense is what is asked for, so torch's inference
-      operator is taken where torch would, for dense weights and strided nested tensors; ``"dense"`` never takes it.
+      False, ``merge_masks`` refuses). With None or ``"dense"`` dense is what is asked for, so torch's inference
+      operators are taken where torch would: by those layers, and here for dense weights and strided nested tensors
+      (``torch.backends.mha.set_fastpath_enabled(False)`` is torch's switch for them all).
+    - ``torch.jit.script`` takes dense attention only, and puts torch's own module in its place.
+
+    ``performance_monitor`` and ``get_performance_stats()`` are those of :class:`~tessera.PerformanceMonitor`.
 
     Raises:
         ValueError (also an AssertionError and a RuntimeError, as torch raises): shapes, mask dtypes, a pattern of other
@@ -53,7 +65,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     """
 
     _pattern: Any = None  # what unpickled torch modules have
-    _qkv_same_embed_dim: bool
 
     def __init__(
         self,
@@ -77,7 +88,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
             )
         except AssertionError as e:
-            raise ArgumentError(f"num_heads: got {num_heads} for embed_dim {embed_dim}; {e}") from None
+            raise AssertedError(f"num_heads: got {num_heads} for embed_dim {embed_dim}; {e}") from None
         self.pattern = source
 
     @classmethod
@@ -100,14 +111,40 @@ class MultiheadAttention(nn.MultiheadAttention):
     @pattern.setter
     def pattern(self, pattern: PatternSource) -> None:
         self._pattern = pattern_source(pattern)
-        # torch.nn.TransformerEncoder and its layer ask this before they compute dense attention from the weights.
-        self._qkv_same_embed_dim = self._pattern is None and self.in_proj_weight is not None
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # torch.nn.TransformerEncoder and its layer ask this before they compute dense attention from the weights. Asked
+        # anew, because a config may be changed after it was given.
+        return self.kdim == self.vdim == self.embed_dim and is_dense(self._pattern)
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        """torch's constructor says what kdim and vdim say."""
+
+    def _reset_parameters(self) -> None:
+        pattern, self._pattern = self._pattern, None  # torch asks the property above which parameters there are
+        try:
+            super()._reset_parameters()
+        finally:
+            self._pattern = pattern
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        if not is_dense(self._pattern):
+            raise RuntimeError(
+                f"torch.jit.script: got attention with the pattern {self._pattern!r}; allowed: dense attention "
+                "(torch.compile and torch.export take every pattern)"
+            )
+        plain = _TorchAttention.__new__(_TorchAttention)
+        plain.__dict__.update({n: x for n, x in self.__dict__.items() if n not in ("_pattern", "_monitor")})
+        plain._qkv_same_embed_dim = self._qkv_same_embed_dim
+        return plain
 
     def merge_masks(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor
     ) -> tuple[Tensor | None, int | None]:
         """As torch, for dense attention. RuntimeError with a pattern: who merges masks is about to go around it."""
-        if self._pattern is not None:
+        if not is_dense(self._pattern):
             raise RuntimeError(
                 "merge_masks: got a call on attention with a pattern; allowed: calls of the module (this one comes "
                 "from code that computes dense attention from the module's weights)"
@@ -139,11 +176,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         Returns:
             (output ``[L, N, E]`` as query, weights or None)
         """
+        if isinstance(query, Tensor) and query.is_nested and query.dim() == 1:
+            raise AssertedError(
+                "query: got a nested tensor of no sequences; query should be unbatched 2D or batched 3D tensor but "
+                "received 1-D query tensor (MultiheadAttention does not support NestedTensor outside of its fast path)"
+            )
         batched = check_shapes(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if not isinstance(need_weights, bool) and need_weights != "blocks":
             raise ArgumentError(f'need_weights: got {need_weights!r}; allowed: True, False or "blocks"')
         if query.is_nested or key.is_nested or value.is_nested:
-            if self._pattern is None and query.layout == torch.strided and not isinstance(need_weights, str):
+            if is_dense(self._pattern) and query.layout == torch.strided and not isinstance(need_weights, str):
                 return super().forward(
                     query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
                 )
@@ -182,7 +224,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.out_proj.bias, pattern=self._pattern,
             separate_proj_weights=(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), bias_k=self.bias_k,
             bias_v=self.bias_v, add_zero_attn=self.add_zero_attn, dropout_p=self.dropout if self.training else 0.0,
-            batch_first=self.batch_first, **options,
+            batch_first=self.batch_first, monitor=self._measuring(), **options,
         )  # fmt: skip
 
     def _torch_infers(
@@ -190,13 +232,13 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> bool:
         """Whether torch's module would take its inference operator."""
         if (
-            self._pattern is not None
+            not self._qkv_same_embed_dim
+            or self._measuring()
             or self.training
             or query is not key
             or key is not value
             or query.dim() != 3
             or not self.batch_first
-            or not self._qkv_same_embed_dim
             or self.in_proj_bias is None
             or self.bias_k is not None
             or self.add_zero_attn
@@ -219,9 +261,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Sequences as rows of padded tensors with key lengths; weights are of the padded shape."""
         if not (query.is_nested and key.is_nested and value.is_nested):
-            raise ArgumentError("query, key, value: got nested and plain tensors; allowed: all of one kind")
+            raise AssertedError("query, key, value: got nested and plain tensors; allowed: all of one kind")
         if not self.batch_first or key_padding_mask is not None or attn_mask is not None:
-            raise ArgumentError(
+            raise AssertedError(
                 "query: got a nested tensor; allowed: with batch_first=True and neither key_padding_mask nor attn_mask"
             )
         lengths_q, lengths_k, lengths_v = (_nested_lengths(x) for x in (query, key, value))
@@ -253,8 +295,9 @@ def _nested_lengths(t: Tensor) -> list[int]:
     return [x.shape[0] for x in t.unbind()]
 
 
-class BlockSparseAttention(nn.Module):
+class BlockSparseAttention(Monitored, nn.Module):
     """:func:`tessera.block_sparse_attention` with its options kept: no parameters, no projections.
+    ``performance_monitor`` and ``get_performance_stats()`` as :class:`MultiheadAttention`.
 
     Args:
         pattern: as in :class:`MultiheadAttention`.
@@ -324,7 +367,10 @@ class BlockSparseAttention(nn.Module):
             "alibi_slopes": alibi_slopes, "sinks": sinks,
         }  # fmt: skip
         dropout_p = self.dropout if self.training else 0.0
-        result = block_sparse_attention(q, k, v, pattern, dropout_p=dropout_p, return_lse=return_lse, **options)
+        attention: Any = block_sparse_attention
+        if (monitor := self._measuring()) is not None and may_look(q):
+            attention = partial(measured_attention, monitor)
+        result = attention(q, k, v, pattern, dropout_p=dropout_p, return_lse=return_lse, **options)
         if not need_weights:
             return result
         weights = attention_weights(q, k, pattern, **options)

@@ -10,6 +10,8 @@ always its diagonal. Explicit geometry (window, global_tokens, stride) wins over
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -319,23 +321,81 @@ class CacheStats(NamedTuple):
 
 
 class PatternCache:
-    """The process's cache of named patterns: least recently used, keyed by everything that defines a pattern."""
+    """The process's cache of named patterns: least recently used, keyed by everything that defines a pattern.
+
+    The core keeps them; :meth:`get` copies one into tensors. Modules ask at every call, so they share tensors: as long
+    as those fit into the limits beside what the core keeps, and until it drops a pattern.
+    """
+
+    def __init__(self) -> None:
+        self._shared: dict[Any, BlockPattern] = {}
+        self._shared_hits = self._shared_bytes = self._evictions = 0
+        self._renew_lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def shared(self, key: Any) -> BlockPattern | None:
+        """What :meth:`share` keeps under this key; a hit."""
+        found = self._shared.get(key)
+        if found is None or torch._C._len_torch_dispatch_stack():  # who traces wants tensors of its own
+            return None
+        with self._lock:
+            self._shared_hits += 1
+        return found
+
+    def share(self, key: Any, name: str, seqlen_q: int, seqlen_k: int, **options: Any) -> BlockPattern:
+        """As :meth:`get`, kept for :meth:`shared` under a key that stands for all the arguments."""
+        pattern = self.get(name, seqlen_q, seqlen_k, **options)
+        if type(pattern.indptr) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(pattern.indptr):
+            return pattern
+        size = sum(t.numel() * t.element_size() for t in pattern.op_args[:4] if t is not None)
+        with self._lock:
+            now = self._keep_limits(size)
+            if size <= now.max_bytes - now.bytes and now.entries > 0 and key not in self._shared:
+                self._shared[key] = pattern
+                self._shared_bytes += size
+        return pattern
+
+    def _keep_limits(self, more: int = 0) -> CacheStats:
+        """Gives up the shared tensors where the core dropped a pattern, or where they no longer fit; locked."""
+        now = CacheStats(*_t.cache_stats())
+        room = now.max_bytes - now.bytes - more
+        if now.evictions != self._evictions or self._shared_bytes > room or len(self._shared) >= now.max_entries:
+            self._drop_shared()
+        self._evictions = now.evictions
+        return now
+
+    def _drop_shared(self) -> None:
+        self._shared.clear()
+        self._shared_bytes = 0
 
     def get(self, name: str, seqlen_q: int, seqlen_k: int | None = None, **options: Any) -> BlockPattern:
         """As :func:`make`, but made once."""
-        return make(name, seqlen_q, seqlen_k, cached=True, **options)
+        pattern = make(name, seqlen_q, seqlen_k, cached=True, **options)
+        if not torch.compiler.is_compiling() and self._shared and not torch._C._len_torch_dispatch_stack():
+            with self._lock:
+                self._keep_limits()
+        return pattern
 
     def warm_up(self, name: str, seqlens: Sequence[int], *, block: int | Sequence[int] = 128, **options: Any) -> None:
         """Makes the patterns of these lengths (seqlen_q = seqlen_k) ahead of time."""
         _t.cache_warm_up(_list("seqlens", seqlens), *_spec(name, 0, 0, block, **options))
+        with self._lock:
+            self._keep_limits()
 
     def stats(self) -> CacheStats:
         """Hits, misses, evictions, entries, bytes and limits."""
-        return CacheStats(*_t.cache_stats())
+        core = CacheStats(*_t.cache_stats())
+        return core._replace(hits=core.hits + self._shared_hits, bytes=core.bytes + self._shared_bytes)
 
     def resize(self, max_entries: int | None = None, max_bytes: int | None = None) -> None:
         """New limits; patterns beyond them go at once."""
         now = self.stats()
+        with self._lock:
+            self._drop_shared()
         _t.cache_resize(
             now.max_entries if max_entries is None else check_int("max_entries", max_entries, 0),
             now.max_bytes if max_bytes is None else check_int("max_bytes", max_bytes, 0),
@@ -343,6 +403,8 @@ class PatternCache:
 
     def clear(self) -> None:
         """Drops all patterns; counts go on."""
+        with self._lock:
+            self._drop_shared()
         _t.cache_clear()
 
     def __len__(self) -> int:

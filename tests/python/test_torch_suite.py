@@ -1,5 +1,5 @@
-"""Dense MultiheadAttention in the place of torch's: what users of torch.nn.MultiheadAttention rely on. `dense` is
-torch's attention by our kernels alone; None takes torch's inference operator where torch does."""
+"""Dense MultiheadAttention in the place of torch's: what users of torch.nn.MultiheadAttention rely on. With None and
+"dense" torch's inference operators are taken where torch does; a callable is attention by our kernels alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import tessera
 from tessera.modules import MultiheadAttention
 
-PATTERNS = pytest.mark.parametrize("pattern", [None, "dense"])
+PATTERNS = pytest.mark.parametrize("pattern", [None, tessera.patterns.dense], ids=["None", "ours"])
 
 
 def both(pattern, *args, **kwargs):
@@ -90,12 +91,17 @@ def test_mask_of_each_head_is_the_masks_one_by_one(pattern):
     ],
 )
 def test_shapes(pattern, eval_mode, shapes, options, words):
-    module = MultiheadAttention(4, 4, pattern=pattern).train(not eval_mode)
+    ours, theirs = (m.train(not eval_mode) for m in both(pattern, 4, 4))
     inputs = [torch.randn(s) for s in shapes]
     masks = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in options.items()}
-    for error in (ValueError, AssertionError, RuntimeError):  # ours and torch's
-        with torch.set_grad_enabled(not eval_mode), pytest.raises(error, match=words):
-            module(*inputs, **masks)
+    with torch.set_grad_enabled(not eval_mode):
+        with pytest.raises(Exception) as expected:
+            theirs(*inputs, **masks)
+        with pytest.raises(ValueError, match=words) as got:
+            ours(*inputs, **masks)
+    # Who catches torch's error catches ours, and no other one of torch's.
+    for error in (AssertionError, RuntimeError):
+        assert isinstance(got.value, error) == isinstance(expected.value, error)
 
 
 def test_mask_dtypes():
@@ -116,7 +122,9 @@ def test_constructor():
     assert plain.in_proj_bias is None and plain.out_proj.bias is None
 
 
-@pytest.mark.parametrize(("pattern", "taken"), [(None, True), ("dense", False)])
+@pytest.mark.parametrize(
+    ("pattern", "taken"), [(None, True), ("dense", True), (tessera.patterns.dense, False), ("causal", False)]
+)
 def test_torchs_inference_operator(pattern, taken):
     """Dense weights of dense attention in inference: torch's operator, but never for a pattern."""
     module = MultiheadAttention(16, 8, batch_first=True, pattern=pattern).eval()
@@ -128,6 +136,49 @@ def test_torchs_inference_operator(pattern, taken):
         operator.reset_mock()
         module(x, x, x, need_weights=False)
         assert not operator.called
+
+
+def test_a_config_that_stops_being_dense():
+    """It may be changed after it was given: what torch's layers ask must follow."""
+    config = tessera.PatternConfig("dense", block_size=16)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    layer.self_attn = MultiheadAttention.from_torch(layer.self_attn, pattern=config)
+    x = torch.randn(1, 64, 16)
+    with mock.patch("torch._transformer_encoder_layer_fwd", return_value=x) as operator:
+        with torch.no_grad():
+            layer(x)
+            assert operator.called
+            operator.reset_mock()
+            config.pattern_type, config.density = "local_window", 0.25
+            inference = layer(x)
+        assert not operator.called
+    torch.testing.assert_close(layer(x).detach(), inference)
+
+
+@pytest.mark.parametrize("pattern", [None, "dense", "causal"])
+@pytest.mark.parametrize("dims", [{}, {"kdim": 4, "vdim": 4}])
+def test_parameters_are_drawn_again_as_torchs(pattern, dims):
+    ours, theirs = both(pattern, 8, 2, **dims)
+    for module in (ours, theirs):
+        torch.manual_seed(3)
+        module._reset_parameters()
+    for name, p in theirs.named_parameters():
+        assert torch.equal(p, ours.get_parameter(name)), name
+    assert ours._qkv_same_embed_dim == (theirs._qkv_same_embed_dim and pattern != "causal")
+
+
+def test_torchscript():
+    """Dense attention becomes torch's module; a pattern is refused in words."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    layer.self_attn = MultiheadAttention.from_torch(layer.self_attn)
+    x = torch.randn(2, 5, 8)
+    expected = layer(x)
+    with pytest.warns(DeprecationWarning):
+        scripted = torch.jit.script(layer)
+    torch.testing.assert_close(scripted(x), expected)
+    assert scripted.self_attn.original_name == "MultiheadAttention"
+    with pytest.raises(RuntimeError, match="torch.jit.script: got attention with the pattern.*torch.compile"):
+        torch.jit.script(MultiheadAttention(8, 2, pattern="causal"))
 
 
 @PATTERNS
