@@ -11,8 +11,8 @@ from ._pattern import BlockPattern
 from .functional import block_sparse_attention
 from .monitoring import CallFacts, PerformanceMonitor
 
-# Options of a call that are part of the true attention which a pattern is judged against. Window and block_bias are not:
-# calls that have them are timed, not judged.
+# Options of a call that are part of the true attention which a pattern is judged against. Window and block_bias are
+# not: calls that have them are timed, not judged.
 _TRUTH = ("scale", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from ._multihead import (
     pattern_for,
     pattern_source,
 )
+from ._pattern import BlockPattern
+from .config import PatternConfig
 from .functional import attention_weights, block_sparse_attention
 
 __all__ = ["BlockSparseAttention", "MultiheadAttention"]
@@ -41,7 +44,8 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
 
     What is not as in torch:
 
-    - A row that sees no key gives 0 before the output projection, and weights 0; torch gives NaN.
+    - A row that sees no key gives 0 before the output projection, and weights 0; torch gives NaN (also in inference
+      inside of its layers, where those compute dense attention by themselves; see below).
     - ``is_causal=True`` without ``attn_mask`` is causal attention (aligned bottom right); torch refuses it. Named
       patterns then keep their density among the pairs that causality admits.
     - ``need_weights=True`` (the default) makes dense weights ``[N, L, S]``, with gradients, before dropout (torch:
@@ -49,7 +53,8 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
       4]``: batch, head, block row, block column), ``block_values`` (fp32 ``[blocks, block_q, block_k]``),
       ``block_size`` and ``shape``; no gradients. Pass ``need_weights=False`` for long sequences.
     - Nested tensors of ``torch.jagged`` layout work wherever others do (``batch_first``, no masks); strided ones too
-      with a pattern, and as torch takes them without.
+      with a pattern, and as torch takes them without. Patterns are then of the longest sequence; a BlockPattern may be
+      of more tokens.
     - No detour in eval mode: with a pattern, ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder``, which read
       the projection weights to compute dense attention by themselves, are told not to (``_qkv_same_embed_dim`` is
       False, ``merge_masks`` refuses). With None or ``"dense"`` dense is what is asked for, so torch's inference
@@ -193,9 +198,13 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if need_weights is True and self._torch_infers(query, key, value, key_padding_mask, attn_mask):
-            return super().forward(
+            result = super().forward(
                 query, key, value, key_padding_mask, True, attn_mask, average_attn_weights, is_causal
             )
+            masked = key_padding_mask is not None or attn_mask is not None
+            if not (masked and may_look(result[0]) and result[0].isnan().any()):
+                return result
+            # Its rows that see no key are NaN, ours are 0 in every mode.
         if not batched:
             dim = 0 if self.batch_first else 1
             same_kv, same_qk = key is value, query is key
@@ -255,6 +264,11 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         )
 
+    def _varies_with_length(self) -> bool:
+        """Whether the pattern of fewer tokens may be another one than the first part of that of more."""
+        config = self._pattern
+        return not isinstance(config, PatternConfig) or config.density_decides or config.heads_differ
+
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool | str,
         attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
@@ -269,15 +283,31 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
         lengths_q, lengths_k, lengths_v = (_nested_lengths(x) for x in (query, key, value))
         if lengths_k != lengths_v:
             raise ArgumentError(f"value: got sequences of {lengths_v} tokens; allowed: {lengths_k}, those of key")
-        padded_q = torch.nested.to_padded_tensor(query, 0.0)
-        padded_k = padded_q if key is query else torch.nested.to_padded_tensor(key, 0.0)
-        padded_v = padded_k if value is key else torch.nested.to_padded_tensor(value, 0.0)
+        least_q = least_k = 0
+        if isinstance(self._pattern, BlockPattern):  # of the padded lengths that these sequences may have had
+            least_q, least_k = self._pattern.seqlen_q, self._pattern.seqlen_k
+        elif query.layout == torch.strided and self._varies_with_length():
+            warnings.warn(
+                f"query: got a nested tensor whose longest sequence has {max(lengths_q, default=0)} tokens: the "
+                "pattern is made for them. nn.TransformerEncoder makes such tensors of padded ones; for the pattern of "
+                "the padded length, as in training, give it enable_nested_tensor=False, or a fixed pattern.",
+                stacklevel=3,
+            )
+        padded_q = _padded(query, least_q)
+        padded_k = padded_q if key is query and least_k == least_q else _padded(key, least_k)
+        padded_v = padded_k if value is key else _padded(value, least_k)
         if is_causal and lengths_q != lengths_k:
             raise ArgumentError("is_causal: got nested tensors of different lengths; allowed: query and key alike")
         out, weights = self._attend(
             padded_q, padded_k, padded_v, key_lengths=torch.tensor(lengths_k, dtype=torch.int64),
             need_weights=need_weights, average_attn_weights=average_attn_weights, is_causal=is_causal,
         )  # fmt: skip
+        if isinstance(weights, Tensor):
+            weights = weights[..., : max(lengths_q, default=0), :]
+            if padded_k.shape[1] > max(lengths_k, default=0):
+                extra = weights.shape[-1] - padded_k.shape[1]  # of bias_k and the zero key, which come last
+                ends = weights.split([max(lengths_k, default=0), least_k - max(lengths_k, default=0), extra], -1)
+                weights = torch.cat([ends[0], ends[2]], -1)
         rows = [out[i, :n] for i, n in enumerate(lengths_q)]
         if query.layout == torch.jagged:
             return torch.nested.nested_tensor_from_jagged(torch.cat(rows), offsets=_offsets(query)), weights
@@ -287,6 +317,12 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
 def _offsets(t: Any) -> Tensor:
     """Of a jagged tensor; torch's types do not know them."""
     return t.offsets()
+
+
+def _padded(t: Tensor, least: int) -> Tensor:
+    """[N, longest, E] of a nested tensor, or [N, least, E] where that is longer."""
+    padded = torch.nested.to_padded_tensor(t, 0.0)
+    return nn.functional.pad(padded, (0, 0, 0, max(0, least - padded.shape[1])))
 
 
 def _nested_lengths(t: Tensor) -> list[int]:

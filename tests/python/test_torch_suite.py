@@ -181,6 +181,25 @@ def test_torchscript():
         torch.jit.script(MultiheadAttention(8, 2, pattern="causal"))
 
 
+@pytest.mark.parametrize("pattern", [None, "dense", tessera.patterns.dense], ids=["None", "dense", "ours"])
+def test_rows_without_keys_are_the_same_in_all_modes(pattern):
+    """0, also where torch's inference operator has NaN."""
+    module = MultiheadAttention(16, 4, batch_first=True, pattern=pattern).eval()
+    x = torch.randn(2, 5, 16)
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    mask[3] = True
+    padding = torch.tensor([[False] * 5, [True] * 5])
+    both_masks = {"attn_mask": mask, "key_padding_mask": padding}
+    for options in ({"attn_mask": mask}, {"key_padding_mask": padding}, both_masks):
+        expected, expected_weights = module(x, x, x, **options)
+        assert not expected.isnan().any() and not expected_weights[1 if "key_padding_mask" in options else 0, 3].any()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                out, weights = module(x, x, x, **options)
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(weights, expected_weights)
+
+
 @PATTERNS
 def test_bias_of_another_dtype(pattern):
     module = MultiheadAttention(4, 4, batch_first=True, dtype=torch.float64, pattern=pattern).eval()
