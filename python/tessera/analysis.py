@@ -36,12 +36,20 @@ def _figures(row: Tensor) -> Quality:
     return Quality(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], int(x[9]))
 
 
-def _options(causal: bool, scale: float | None, window: Any, key_lengths: Tensor | None) -> dict[str, Any]:
-    from .functional import _window
+def _options(causal: bool, scale: float | None, window: Any, k_offset: int = 0, **others: Any) -> dict[str, Any]:
+    """The options of the true attention as the operators take them. others: of the same names there."""
+    from .functional import _check_number, _check_offsets, _window
 
     left, right = _window(window, causal)
+    for name in ("attn_bias", "sinks", "alibi_slopes", "key_lengths"):
+        if others.get(name) is not None:
+            others[name] = check_tensor(name, others[name]).detach()
+    others["softcap"] = _check_number("softcap", others["softcap"])
+    others["q_offset"], k_offset = _check_offsets(others["q_offset"], k_offset)
+    scale = None if scale is None else _check_number("scale", scale)
     return {
-        "causal": bool(causal), "scale": scale, "window_left": left, "window_right": right, "key_lengths": key_lengths
+        "causal": bool(causal), "scale": scale, "window_left": left, "window_right": right, "k_offset": k_offset,
+        **others,
     }  # fmt: skip
 
 
@@ -55,12 +63,20 @@ def quality(
     scale: float | None = None,
     window: int | tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_offset: int | None = None,
+    k_offset: int = 0,
     sample_rows: int = 0,
     seed: int = 0,
     per_head: bool = False,
 ) -> Any:
     """Quality of a pattern (:class:`Quality`) or of several (a list: those of one block size share a pass).
 
+    The true attention is the dense one under the options, which are those of :func:`tessera.block_sparse_attention`
+    without block_bias and dropout. Mass is shared among keys: what ``sinks`` take is left out.
     ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
     """
     several = not isinstance(pattern, BlockPattern)
@@ -81,7 +97,10 @@ def quality(
         [n for p in patterns for n in p.op_args[4]],
         check_int("sample_rows", sample_rows, 0),
         check_int("seed", seed),
-        **_options(causal, scale, window, key_lengths),
+        **_options(
+            causal, scale, window, k_offset, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
+            attn_bias=attn_bias, sinks=sinks, q_offset=q_offset,
+        ),  # fmt: skip
     )
     found = []
     for table in figures:
@@ -172,11 +191,21 @@ def attention_mass(
     scale: float | None = None,
     window: int | tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    q_offset: int | None = None,
+    k_offset: int = 0,
     max_bytes: int = 1 << 32,
 ) -> AttentionMass:
-    """The true attention of q and k summed over blocks. ValueError if it would need more than ``max_bytes``."""
+    """The true attention of q and k summed over blocks. Options as :func:`quality`. ValueError if it would need more
+    than ``max_bytes``."""
     check_tensor("q", q), check_tensor("k", k)
-    options = _options(causal, scale, window, key_lengths)
+    options = _options(
+        causal, scale, window, k_offset, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
+        attn_bias=attn_bias, sinks=sinks, q_offset=q_offset,
+    )  # fmt: skip
     parts = _t.attention_mass(q.detach(), k.detach(), *check_block(block), check_int("max_bytes", max_bytes), **options)
     return AttentionMass(parts, bool(causal))
 

@@ -62,17 +62,6 @@ _TRUTH = {"scale", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks
 _INNER = {"window": "pattern_window", "dilation_rates": "pattern_rates", "seed": "pattern_seed"}
 
 
-def _quality(q: Tensor, k: Tensor, v: Tensor | None, pattern: BlockPattern, sample_rows: int = 0,
-             **options: Any) -> analysis.Quality:
-    """analysis.quality with every option of the operator."""
-    none = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
-    bitmaps = none if pattern.bitmaps is None else (pattern.bitmap_index, pattern.bitmaps)
-    figures = torch.ops.tessera.quality(
-        q.detach(), k.detach(), None if v is None else v.detach(), [pattern.indptr], [pattern.indices], [bitmaps[0]],
-        [bitmaps[1]], list(pattern.op_args[4]), sample_rows, 0, **options)
-    return analysis.Quality(*figures[0, 0].tolist())
-
-
 def block_form(weights: Sequence[Any]) -> dict[str, Any]:
     """AttentionWeights as the guides' dict; block_size is one int where blocks are square."""
     indices, values, size, shape = weights
@@ -216,7 +205,7 @@ class _Configured(nn.Module):
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
 
         def judge_pattern(out: Tensor) -> tuple[float, float]:
-            found = _quality(q, k, v, pattern, rows, causal=causal, **options)
+            found = analysis.quality(q, k, v, pattern, causal=causal, sample_rows=rows, **options)
             return found.coverage, found.output_error
 
         judged = not options.keys() - _TRUTH
@@ -363,6 +352,9 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
         for name, parameter in module._parameters.items():
             new._parameters[name] = parameter
         new.out_proj = module.out_proj
+        if new.norm is not None:  # module has none to share: a new one beside its parameters
+            weight = module.out_proj.weight
+            new.norm = nn.LayerNorm(new.embed_dim, device=weight.device, dtype=weight.dtype)
         return new.train(module.training)
 
     def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
@@ -485,17 +477,20 @@ class PatternQualityAnalyzer:
 
     def analyze_pattern_quality(self, sparse_pattern: Any, reference_attention: Tensor | None = None, *,
                                 query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None,
-                                block_size: int = 128, causal: bool = False) -> PatternMetrics:
+                                block_size: int = 128, causal: bool = False, **options: Any) -> PatternMetrics:
         """sparse_pattern: a BlockPattern, or a bool tensor of blocks. reference_attention: dense weights [B, H, Sq, Sk]
         or [H, Sq, Sk] that the caller holds already; or query, key, value [B, S, H, D], for which nothing of size
-        Sq x Sk is made."""
+        Sq x Sk is made. options: of the true attention of query and key, as tessera.analysis.quality takes them (scale,
+        window, key_lengths, softcap, attn_bias, alibi_slopes, sinks, ...); weights have them in them."""
         if (reference_attention is None) == (query is None or key is None):
             reject("reference_attention", None if reference_attention is None else "both", "weights, or query and key")
         if reference_attention is None:
             pattern = as_pattern(sparse_pattern, block_size, query.shape[1], key.shape[1])  # type: ignore[union-attr]
-            found = _quality(query, key, value, pattern, causal=causal)  # type: ignore[arg-type]
+            found = analysis.quality(query, key, value, pattern, causal=causal, **options)  # type: ignore[arg-type]
             error = found.output_error
         else:
+            if options:
+                reject(min(options), "it beside reference_attention", "options beside query and key")
             weights = reference_attention.detach()
             weights = weights[None] if weights.dim() == 3 else weights
             if weights.dim() != 4:
@@ -505,30 +500,29 @@ class PatternQualityAnalyzer:
             # Scores of zero plus the logarithm of the weights: their softmax is the weights.
             zero_q = torch.zeros(batch, seqlen_q, heads, 1)
             zero_k = torch.zeros(batch, seqlen_k, heads, 1)
-            found = _quality(zero_q, zero_k, None, pattern, attn_bias=weights.float().log(), causal=causal)
+            found = analysis.quality(zero_q, zero_k, None, pattern, attn_bias=weights.float().log(), causal=causal)
             error = self._error_of_weights(weights, pattern, causal)
         return PatternMetrics(found.coverage, found.locality, found.efficiency, error, found.density,
                               found.oracle_coverage)
 
     @staticmethod
     def _error_of_weights(weights: Tensor, pattern: BlockPattern, causal: bool) -> float:
-        """|kept and renormalised - weights| / |weights|, block row by block row."""
+        """|kept and renormalised - weights| / |weights|, head by head."""
         batch, heads, seqlen_q, seqlen_k = weights.shape
-        rows = pattern.rows
+        kept = pattern.to_token_mask()  # as large as the weights already are
         error = norm = 0.0
+
+        def normalised(w: Tensor) -> Tensor:
+            return w / w.sum(-1, keepdim=True).clamp(min=1e-300)
+
         for b in range(batch):
             for h in range(heads):
-                line = ((b % pattern.batches) * pattern.heads + h % pattern.heads) * rows
-                for i in range(rows):
-                    true = weights[b, h, i * pattern.block_q : (i + 1) * pattern.block_q].double()
-                    keep = torch.zeros(seqlen_k, dtype=torch.bool)
-                    begin, end = pattern.indptr[line + i : line + i + 2].tolist()
-                    for j in pattern.indices[begin:end].tolist():
-                        keep[j * pattern.block_k : (j + 1) * pattern.block_k] = True
-                    sparse = true * keep
-                    sparse = sparse / sparse.sum(-1, keepdim=True).clamp(min=1e-300)
-                    error += float((sparse - true).square().sum())
-                    norm += float(true.square().sum())
+                true = weights[b, h].double()
+                if causal:
+                    true = normalised(true.tril(seqlen_k - seqlen_q))
+                sparse = normalised(true * kept[b % pattern.batches, h % pattern.heads])
+                error += float((sparse - true).square().sum())
+                norm += float(true.square().sum())
         return (error / norm) ** 0.5 if norm else float("nan")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tessera
 from tessera import analysis, patterns
 
 S, BLOCK = 256, 32
@@ -34,6 +35,70 @@ def test_quality_is_the_mass_that_a_pattern_keeps():
     best = mass.optimize(0.8)
     assert best.reached and best.bound_density <= best.oracle_density <= best.density
     assert mass.coverage(mass.make(best.spec)) == pytest.approx((best.coverage, best.density), abs=1e-5)
+
+
+def _truth(q, k, bias=0.0, softcap=0.0, sinks=None, admitted=None):
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / q.shape[-1] ** 0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias
+    if admitted is not None:
+        scores = scores.masked_fill(~admitted, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+
+I, J = torch.arange(S)[:, None], torch.arange(S)
+OPTIONS = {
+    "attn_bias": ({"attn_bias": 3 * torch.cos(0.1 * (I - J))[None, None]}, {"bias": 3 * torch.cos(0.1 * (I - J))}),
+    "softcap": ({"softcap": 0.7}, {"softcap": 0.7}),
+    "window": ({"window": (50, 20)}, {"admitted": (I - J <= 50) & (J - I <= 20)}),
+    "key_lengths": ({"key_lengths": torch.tensor([200])}, {"admitted": J < 200}),
+    "alibi_slopes": ({"alibi_slopes": torch.tensor([0.1, 0.02])},
+                     {"bias": -torch.tensor([0.1, 0.02])[:, None, None] * (I - J).abs()}),
+    "q_offset": ({"q_offset": 30, "k_offset": 10, "causal": True}, {"admitted": J <= I + 20}),
+    "sinks": ({"sinks": torch.tensor([4.0, 7.0])}, {"sinks": torch.tensor([4.0, 7.0])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_part_of_the_true_attention(name):
+    options, truth = OPTIONS[name]
+    q, k, v = (torch.randn(1, S, 2, 16) for _ in range(3))
+    p = patterns.random(S, block=BLOCK, density=0.4)
+    weights = _truth(q, k, **truth)
+    keys = weights / weights.sum(-1, keepdim=True)  # coverage is of the keys: what a sink takes is left out
+    coverage = (keys * p.to_token_mask()).sum(-1).mean().item()
+    found = analysis.quality(q, k, v, p, **options)
+    assert found.coverage == pytest.approx(coverage, abs=1e-5)
+    dense = torch.einsum("bhij,bjhd->bihd", weights, v.double())
+    sparse = tessera.block_sparse_attention(q, k, v, p, **options).double()
+    assert found.output_error == pytest.approx(((sparse - dense).norm() / dense.norm()).item(), rel=1e-4)
+    mass = analysis.attention_mass(q, k, block=BLOCK, **options)
+    torch.testing.assert_close(mass.values.double(), keys.view(1, 2, 8, BLOCK, 8, BLOCK).sum((3, 5)) / BLOCK,
+                               atol=1e-5, rtol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"softcap": -1.0}, ValueError, "softcap: got -1"),
+        ({"softcap": "1"}, TypeError, "softcap: got str"),
+        ({"sinks": [1.0, 2.0]}, TypeError, "sinks: got list"),
+        ({"sinks": torch.zeros(3)}, ValueError, "sinks: got"),
+        ({"attn_bias": torch.zeros(1, 1, 3, 3)}, ValueError, "attn_bias: got"),
+        ({"scale": float("nan")}, ValueError, "scale: got nan"),
+        ({"q_offset": 0.5}, TypeError, "q_offset: got float"),
+    ],
+)
+def test_mistakes(options, error, words):
+    q = torch.randn(1, S, 2, 16)
+    with pytest.raises(error, match=words):
+        analysis.quality(q, q, None, patterns.dense(S, block=BLOCK), **options)
+    with pytest.raises(error, match=words):
+        analysis.attention_mass(q, q, block=BLOCK, **options)
 
 
 def test_pictures(tmp_path):

@@ -316,6 +316,21 @@ def test_multihead_in_an_encoder_layer_is_sparse_in_every_mode(segments):
     assert not torch.allclose(layer(x), trained, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conversion_with_a_norm_leaves_nothing_on_the_meta_device(dtype):
+    dense = torch.nn.MultiheadAttention(32, 4, batch_first=True, dtype=dtype)
+    attention = BlockSparseRingMultiheadDilatedAttention.from_torch(
+        dense, use_layer_norm=True, sparsity_ratio=0.5, block_size=16
+    )
+    shared = dict(dense.named_parameters())
+    for name, parameter in attention.named_parameters():
+        assert parameter.device.type == "cpu" and parameter.dtype == dtype, name
+        assert name.startswith("norm.") or parameter is shared[name]
+    out, _ = attention(torch.randn(2, 100, 32, dtype=dtype))
+    out.sum().backward()
+    assert torch.isfinite(out).all() and attention.norm.weight.grad.abs().sum() > 0
+
+
 def test_multihead_with_segments_and_norm():
     attention = BlockSparseRingMultiheadDilatedAttention(
         **MULTIHEAD, segment_lengths=[64], dilation_rates=[1], use_layer_norm=True
@@ -373,10 +388,27 @@ def test_quality_of_a_pattern_given_queries_or_weights():
     given_weights = analyzer.analyze_pattern_quality(pattern.to_mask()[0, 0], weights[0], block_size=32)
     for name in ("coverage_ratio", "locality_score", "efficiency_score", "density", "oracle_coverage"):
         assert getattr(given_qkv, name) == pytest.approx(getattr(given_weights, name), rel=1e-3), name
+    biased = analyzer.analyze_pattern_quality(pattern, query=q, key=k, attn_bias=10 * torch.eye(300)[None, None])
+    assert biased.coverage_ratio > given_qkv.coverage_ratio + 0.1  # the diagonal is always kept
+    with pytest.raises(ValueError, match="^softcap: got 'it beside reference_attention'"):
+        analyzer.analyze_pattern_quality(pattern, weights, softcap=1.0)
     with pytest.raises(ValueError, match="^reference_attention: got None"):
         analyzer.analyze_pattern_quality(pattern)
     with pytest.raises(ValueError, match="^reference_attention: got 'both'"):
         analyzer.analyze_pattern_quality(pattern, weights, query=q, key=k)
+
+
+def test_error_of_weights_with_bitmaps_and_causality():
+    from tessera.compat import PatternQualityAnalyzer
+
+    weights = torch.rand(1, 2, 64, 64).softmax(-1)
+    kept = (torch.arange(64)[:, None] - torch.arange(64)).abs() < 20
+    pattern = tessera.BlockPattern.from_token_mask(kept, block=16)
+    found = PatternQualityAnalyzer().analyze_pattern_quality(pattern, weights, causal=True)
+    true = torch.nn.functional.normalize(weights.double().tril(), p=1, dim=-1)
+    sparse = torch.nn.functional.normalize(true * kept, p=1, dim=-1)
+    assert found.approximation_error == pytest.approx(((sparse - true).norm() / true.norm()).item(), rel=1e-6)
+    assert found.coverage_ratio == pytest.approx((true * kept).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_optimizer_finds_a_configuration_that_reaches_the_target():
