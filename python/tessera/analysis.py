@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -36,21 +36,36 @@ def _figures(row: Tensor) -> Quality:
     return Quality(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], int(x[9]))
 
 
-def _options(causal: bool, scale: float | None, window: Any, k_offset: int = 0, **others: Any) -> dict[str, Any]:
-    """The options of the true attention as the operators take them. others: of the same names there."""
+class Options(TypedDict, total=False):
+    """What the true attention is, as arguments of :func:`tessera.block_sparse_attention`."""
+
+    scale: float | None
+    window: int | tuple[int | None, int | None] | None
+    key_lengths: Tensor | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    attn_bias: Tensor | None
+    sinks: Tensor | None
+    q_offset: int | None
+    k_offset: int
+
+
+def _options(causal: bool, given: Options) -> dict[str, Any]:
+    """As the operators take them."""
     from .functional import _check_number, _check_offsets, _window
 
-    left, right = _window(window, causal)
+    if unknown := given.keys() - Options.__annotations__.keys():
+        raise TypeError(f"{min(unknown)}: got an option of that name; allowed: {', '.join(Options.__annotations__)}")
+    options: dict[str, Any] = {"softcap": 0.0, **given, "causal": bool(causal)}
+    options["window_left"], options["window_right"] = _window(options.pop("window", None), causal)
     for name in ("attn_bias", "sinks", "alibi_slopes", "key_lengths"):
-        if others.get(name) is not None:
-            others[name] = check_tensor(name, others[name]).detach()
-    others["softcap"] = _check_number("softcap", others["softcap"])
-    others["q_offset"], k_offset = _check_offsets(others["q_offset"], k_offset)
-    scale = None if scale is None else _check_number("scale", scale)
-    return {
-        "causal": bool(causal), "scale": scale, "window_left": left, "window_right": right, "k_offset": k_offset,
-        **others,
-    }  # fmt: skip
+        if options.get(name) is not None:
+            options[name] = check_tensor(name, options[name]).detach()
+    options["q_offset"], options["k_offset"] = _check_offsets(options.get("q_offset"), options.get("k_offset", 0))
+    for name in ("scale", "softcap"):
+        if options.get(name) is not None:
+            options[name] = _check_number(name, options[name])
+    return options
 
 
 def quality(
@@ -60,23 +75,15 @@ def quality(
     pattern: BlockPattern | Sequence[BlockPattern],
     *,
     causal: bool = False,
-    scale: float | None = None,
-    window: int | tuple[int | None, int | None] | None = None,
-    key_lengths: Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    q_offset: int | None = None,
-    k_offset: int = 0,
     sample_rows: int = 0,
     seed: int = 0,
     per_head: bool = False,
+    **options: Unpack[Options],
 ) -> Any:
     """Quality of a pattern (:class:`Quality`) or of several (a list: those of one block size share a pass).
 
-    The true attention is the dense one under the options, which are those of :func:`tessera.block_sparse_attention`
-    without block_bias and dropout. Mass is shared among keys: what ``sinks`` take is left out.
+    The true attention is the dense one under ``causal`` and ``options`` (:class:`Options`). Mass is shared among keys:
+    what ``sinks`` take is left out.
     ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
     """
     several = not isinstance(pattern, BlockPattern)
@@ -97,10 +104,7 @@ def quality(
         [n for p in patterns for n in p.op_args[4]],
         check_int("sample_rows", sample_rows, 0),
         check_int("seed", seed),
-        **_options(
-            causal, scale, window, k_offset, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
-            attn_bias=attn_bias, sinks=sinks, q_offset=q_offset,
-        ),  # fmt: skip
+        **_options(causal, options),
     )
     found = []
     for table in figures:
@@ -188,25 +192,16 @@ def attention_mass(
     *,
     block: int | tuple[int, int] = 128,
     causal: bool = False,
-    scale: float | None = None,
-    window: int | tuple[int | None, int | None] | None = None,
-    key_lengths: Tensor | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    q_offset: int | None = None,
-    k_offset: int = 0,
     max_bytes: int = 1 << 32,
+    **options: Unpack[Options],
 ) -> AttentionMass:
-    """The true attention of q and k summed over blocks. Options as :func:`quality`. ValueError if it would need more
+    """The true attention of q and k summed over blocks. ``options``: :class:`Options`. ValueError if it would need more
     than ``max_bytes``."""
     check_tensor("q", q), check_tensor("k", k)
-    options = _options(
-        causal, scale, window, k_offset, key_lengths=key_lengths, softcap=softcap, alibi_slopes=alibi_slopes,
-        attn_bias=attn_bias, sinks=sinks, q_offset=q_offset,
-    )  # fmt: skip
-    parts = _t.attention_mass(q.detach(), k.detach(), *check_block(block), check_int("max_bytes", max_bytes), **options)
+    sizes = check_block(block)
+    parts = _t.attention_mass(
+        q.detach(), k.detach(), *sizes, check_int("max_bytes", max_bytes), **_options(causal, options)
+    )
     return AttentionMass(parts, bool(causal))
 
 

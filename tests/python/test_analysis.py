@@ -91,6 +91,7 @@ def test_options_are_part_of_the_true_attention(name):
         ({"attn_bias": torch.zeros(1, 1, 3, 3)}, ValueError, "attn_bias: got"),
         ({"scale": float("nan")}, ValueError, "scale: got nan"),
         ({"q_offset": 0.5}, TypeError, "q_offset: got float"),
+        ({"dropout_p": 0.5}, TypeError, "dropout_p: got an option"),
     ],
 )
 def test_mistakes(options, error, words):

@@ -31,7 +31,7 @@ def nothing(b, h, q, k):
 
 
 @pytest.mark.parametrize("mod", [causal, documents, nothing, lambda b, h, q, k: q >= 0])
-@pytest.mark.parametrize("block", [16, (32, 64)])
+@pytest.mark.parametrize("block", [16, 48, (32, 64), (256, 80)])
 def test_admits_what_mask_mod_admits(mod, block):
     mask = create_block_mask(mod, None, None, 200, 200, device="cpu", BLOCK_SIZE=block)
     pattern = interop.from_block_mask(mask)
@@ -113,3 +113,21 @@ def test_flex_attention_agrees(pattern):
     ours = tessera.block_sparse_attention(q, k, v, pattern, layout="bhsd")
     theirs = flex_attention(q, k, v, block_mask=interop.to_block_mask(pattern))
     torch.testing.assert_close(ours, theirs.nan_to_num(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [24, 512, (8, 64)])
+def test_block_sizes_that_patterns_do_not_have(block):
+    mask = create_block_mask(causal, None, None, 600, 600, device="cpu", BLOCK_SIZE=block)
+    with pytest.raises(ValueError, match="^block_q: got .*; allowed: .*16"):
+        interop.from_block_mask(mask)
+
+
+def test_compiled_flex_attention_agrees_on_a_mask_and_on_what_was_exported():
+    mask = create_block_mask(by_head_and_batch, 2, 3, 130, 200, device="cpu", BLOCK_SIZE=(32, 64))
+    pattern = interop.from_block_mask(mask)
+    q = torch.randn(2, 3, 130, 16)
+    k, v = torch.randn(2, 2, 3, 200, 16)
+    ours = tessera.block_sparse_attention(q, k, v, pattern, layout="bhsd")
+    for theirs in (mask, interop.to_block_mask(pattern)):
+        out = torch.compile(flex_attention)(q, k, v, block_mask=theirs)
+        torch.testing.assert_close(ours, out, atol=1e-5, rtol=1e-5)
