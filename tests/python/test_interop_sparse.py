@@ -113,6 +113,28 @@ def test_scipy_bsr_and_back():
     assert interop.from_scipy(interop.to_scipy(blocks), seqlen_q=512, seqlen_k=512, block=64) == blocks
 
 
+@pytest.mark.parametrize("case", range(30))
+def test_there_and_back_at_random(case):
+    draw = random.Random(case)
+    block = draw.choice([(16, 16), (16, 32), (64, 32)])
+    sizes = {"seqlen_q": draw.randint(0, 200), "seqlen_k": draw.randint(0, 200), "block": block}
+    heads, batches = draw.choice([1, 3]), draw.choice([1, 2])
+    shape = (batches, heads, -(-sizes["seqlen_q"] // block[0]), -(-sizes["seqlen_k"] // block[1]))
+    mask = torch.rand(shape) < draw.choice([0.0, 0.2, 0.6, 1.0])
+    mask[:, :, ::3] = False  # empty rows
+    pattern = BlockPattern.from_mask(mask, **sizes)
+    assert interop.from_torch(mask.float().to_sparse(), **sizes) == pattern
+    for b in range(batches):
+        for layout in ("csr", "coo", "bsr"):
+            heads_of = [interop.to_torch(pattern, layout, head=h, batch=b) for h in range(heads)]
+            back = BlockPattern.stack_heads([interop.from_torch(t, **sizes) for t in heads_of])
+            assert torch.equal(back.to_mask()[0], mask[b]), layout
+        for format in ("csr", "bsr"):
+            heads_of = [interop.to_scipy(pattern, format, head=h, batch=b) for h in range(heads)]
+            back = interop.from_scipy(heads_of, **sizes)
+            assert torch.equal(back.to_mask()[0], mask[b]) and back.shape == pattern.shape, format
+
+
 def test_interop_loads_nothing_of_others():
     import subprocess
     import sys
