@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from . import analysis
 from ._pattern import BlockPattern
 from .functional import block_sparse_attention
 from .monitoring import CallFacts, PerformanceMonitor
-
-# Options of a call that are part of the true attention which a pattern is judged against. Window and block_bias are
-# not: calls that have them are timed, not judged.
-_TRUTH = ("scale", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks")
 
 
 class Monitored:
@@ -58,18 +54,16 @@ def measured_attention(
 
     q_seen, k_seen, v_seen = (t.detach() if layout == "bshd" else t.detach().transpose(1, 2) for t in (q, k, v))
 
-    def judge(out: Tensor) -> tuple[float, float]:
-        index = torch.empty(0, dtype=torch.int32) if pattern.bitmap_index is None else pattern.bitmap_index
-        bitmaps = torch.empty(0, dtype=torch.int64) if pattern.bitmaps is None else pattern.bitmaps
-        truth = {n: x.detach() if isinstance(x, Tensor) else x for n, x in options.items() if n in _TRUTH}
-        figures = torch.ops.tessera.quality(
-            q_seen, k_seen, v_seen, [pattern.indptr], [pattern.indices], [index], [bitmaps],
-            list(pattern.op_args[4]), monitor.sample_rows, 0, causal=causal, **truth,
-        )  # fmt: skip
-        row = figures[0, 0].tolist()
-        return row[0], row[8]  # coverage, output error
+    # block_bias is of the pattern's blocks, not of the true attention that they are judged against.
+    truth = {name: value for name, value in options.items() if name not in ("block_bias", "dropout_p")}
 
-    judged = options.get("window") is None and options.get("block_bias") is None
+    def judge(out: Tensor) -> tuple[float, float]:
+        found = analysis.quality(
+            q_seen, k_seen, v_seen, pattern, causal=causal, sample_rows=monitor.sample_rows, **truth
+        )
+        return found.coverage, found.output_error
+
+    judged = options.get("block_bias") is None
 
     def facts() -> CallFacts:
         return CallFacts(pattern.statistics(causal=causal).density, causal, judge if judged else None)

@@ -138,6 +138,27 @@ def test_torchs_inference_operator(pattern, taken):
         assert not operator.called
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_torchs_switch_of_its_inference_operators(enabled):
+    module = MultiheadAttention(16, 2, batch_first=True).eval()
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    layer.self_attn = MultiheadAttention.from_torch(layer.self_attn)
+    x = torch.randn(2, 5, 16)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        with (
+            torch.no_grad(),
+            mock.patch("torch._native_multi_head_attention", return_value=(x, x)) as in_module,
+            mock.patch("torch._transformer_encoder_layer_fwd", return_value=x) as in_layer,
+        ):
+            module(x, x, x)
+            layer(x)
+        assert in_module.called == in_layer.called == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def test_a_config_that_stops_being_dense():
     """It may be changed after it was given: what torch's layers ask must follow."""
     config = tessera.PatternConfig("dense", block_size=16)
