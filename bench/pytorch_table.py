@@ -2,7 +2,8 @@
 
     python3 bench/pytorch_table.py [--only WORD ...] [--seconds 2] [--program build/release/cli/tessera]
 
-Both sides of a row take turns, so that both see the same machine; each has the median of its turns. Ratios are "how
+Both sides of a row get the same tensors ([B, H, S, D] in memory, as SDPA and FlexAttention like them best) and take
+turns, so that both see the same machine; each has the median of its turns. Ratios are "how
 many times the other one's time" for speed (more is better) and ours / theirs for overhead and memory (less is better).
 Without --program there is nothing to measure the overhead of Python against. --only takes words of the names of rows.
 """
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -78,11 +79,12 @@ def machine() -> str:
 
 
 def qkv(seqlen: int, heads: int, head_dim: int, dtype: Any, gradient: bool = False) -> tuple[Any, Any, Any]:
-    """Three tensors [1, seqlen, heads, head_dim]; for SDPA their .transpose(1, 2)."""
+    """Three tensors [1, heads, seqlen, head_dim]."""
     import torch
 
     torch.manual_seed(0)
-    return tuple(torch.randn(1, seqlen, heads, head_dim).to(dtype).requires_grad_(gradient) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, seqlen, head_dim).to(dtype).requires_grad_(gradient) for _ in range(3))
+    return q, k, v
 
 
 def backward_of(function: Call, inputs: tuple[Any, Any, Any]) -> Call:
@@ -101,8 +103,16 @@ def both_passes(function: Call, inputs: tuple[Any, Any, Any]) -> Call:
     return lambda: torch.autograd.grad(function(), inputs, seed)
 
 
-def bhsd(tensors: tuple[Any, Any, Any]) -> tuple[Any, ...]:
-    return tuple(t.transpose(1, 2).contiguous().detach().requires_grad_(t.requires_grad) for t in tensors)
+def attention(inputs: tuple[Any, Any, Any], pattern: Any, **options: Any) -> Call:
+    import tessera
+
+    return lambda: tessera.block_sparse_attention(*inputs, pattern, layout="bhsd", **options)
+
+
+def sdpa(inputs: tuple[Any, Any, Any], **options: Any) -> Call:
+    import torch
+
+    return lambda: torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
 
 
 def overhead(table: Table, program: str | None) -> None:
@@ -116,11 +126,11 @@ def overhead(table: Table, program: str | None) -> None:
             name = f"Python call, S=4096 H=8 D=64 density .1, {name}"
             if not table.wants(name):
                 continue
-            inputs = qkv(4096, 8, 64, torch.float32, which == "fwdbwd")
-            function = lambda: tessera.block_sparse_attention(*inputs, pattern)  # noqa: E731
-            call = both_passes(function, inputs) if which == "fwdbwd" else function
+            q, k, v = (torch.randn(1, 4096, 8, 64, requires_grad=which == "fwdbwd") for _ in range(3))
+            function = lambda: tessera.block_sparse_attention(q, k, v, pattern)  # noqa: E731
+            call = both_passes(function, (q, k, v)) if which == "fwdbwd" else function
             command = [program, "bench", "--pass", which, "--dtype", "fp32", "--pattern", "dilated_sparse", "--repeat", "7",
-                       "--threads", str(torch.get_num_threads()), "--format", "json"]
+                       "--layout", "bshd", "--threads", str(torch.get_num_threads()), "--format", "json"]
             command += [word for key, value in size.items() for word in (f"--{key}", str(value))]
             ours, core = [], []
             for _ in range(5):  # the machine changes with time: in turns here as well
@@ -130,12 +140,9 @@ def overhead(table: Table, program: str | None) -> None:
             table.row(name, text(a), f"the core alone {text(b)}", a / b, bar, less=True)
     name = "smallest call, S=64 H=1 D=64"
     if table.wants(name):
-        q, k, v = qkv(64, 1, 64, torch.float32)
+        inputs = qkv(64, 1, 64, torch.float32)
         one = tessera.patterns.dense(64, 64, block=64)
-        x, y, z = bhsd((q, k, v))
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        a, b = take_turns(lambda: tessera.block_sparse_attention(q, k, v, one), lambda: sdpa(x, y, z),
-                          seconds=table.seconds, least=2000)
+        a, b = take_turns(attention(inputs, one), sdpa(inputs), seconds=table.seconds, least=2000)
         table.row(name, text(a), f"SDPA {text(b)}", a / b, 3, less=True)
 
 
@@ -143,30 +150,24 @@ def dense(table: Table) -> None:
     import torch
     import tessera
 
-    sdpa = torch.nn.functional.scaled_dot_product_attention
     pattern = tessera.patterns.dense(4096, 4096, block=128)
     for dtype, what, forward_bar, backward_bar in ((torch.float32, "fp32", 1.15, 1.15), (torch.bfloat16, "bf16", 2, 1.35)):
         for head_dim in (64, 128):
             name = f"dense, S=4096 H=8 D={head_dim} {what}"
             inputs = qkv(4096, 8, head_dim, dtype)
-            x, y, z = bhsd(inputs)
-            table.faster(f"{name} forward", lambda: tessera.block_sparse_attention(*inputs, pattern),
-                         lambda: sdpa(x, y, z), "SDPA", forward_bar)
-            table.faster(f"{name} causal", lambda: tessera.block_sparse_attention(*inputs, pattern, causal=True),
-                         lambda: sdpa(x, y, z, is_causal=True), "SDPA", forward_bar)
+            table.faster(f"{name} forward", attention(inputs, pattern), sdpa(inputs), "SDPA", forward_bar)
+            table.faster(f"{name} causal", attention(inputs, pattern, causal=True), sdpa(inputs, is_causal=True), "SDPA",
+                         forward_bar)
             if table.wants(f"{name} backward"):
                 inputs = qkv(4096, 8, head_dim, dtype, True)
-                x, y, z = bhsd(inputs)
-                table.faster(f"{name} backward",
-                             backward_of(lambda: tessera.block_sparse_attention(*inputs, pattern), inputs),
-                             backward_of(lambda: sdpa(x, y, z), (x, y, z)), "SDPA", backward_bar)
+                table.faster(f"{name} backward", backward_of(attention(inputs, pattern), inputs),
+                             backward_of(sdpa(inputs), inputs), "SDPA", backward_bar)
 
 
 def sparse(table: Table) -> None:
     import torch
     import tessera
 
-    sdpa = torch.nn.functional.scaled_dot_product_attention
     for name, seqlen, masked in (("density .1 against dense, S=8192 H=8 D=64 fp32", 8192, False),
                                  ("density .1 against SDPA with a bool mask, S=4096 H=8 D=64 fp32", 4096, True)):
         if not table.wants(f"{name} forward") and not table.wants(f"{name} backward"):
@@ -175,11 +176,9 @@ def sparse(table: Table) -> None:
         mask = token_mask(pattern) if masked else None
         for part in ("forward", "backward"):
             inputs = qkv(seqlen, 8, 64, torch.float32, part == "backward")
-            x, y, z = bhsd(inputs)
-            ours: Call = lambda: tessera.block_sparse_attention(*inputs, pattern)  # noqa: E731
-            theirs: Call = lambda: sdpa(x, y, z, attn_mask=mask)  # noqa: E731
+            ours, theirs = attention(inputs, pattern), sdpa(inputs, attn_mask=mask)
             if part == "backward":
-                ours, theirs = backward_of(ours, inputs), backward_of(theirs, (x, y, z))
+                ours, theirs = backward_of(ours, inputs), backward_of(theirs, inputs)
             table.faster(f"{name} {part}", ours, theirs, "SDPA", 10)
 
 
@@ -206,7 +205,7 @@ def flex(table: Table) -> None:
         return
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
     for density in (0.1, 1.0):
         make = lambda: (tessera.patterns.dilated_sparse(4096, 4096, block=128, density=density)  # noqa: E731
                         if density < 1 else tessera.patterns.dense(4096, 4096, block=128))
@@ -223,11 +222,10 @@ def flex(table: Table) -> None:
             for head_dim in (64, 128):
                 name = f"density {density:g} against FlexAttention compiled, S=4096 H=8 D={head_dim} {what} forward"
                 inputs = qkv(4096, 8, head_dim, dtype)
-                x, y, z = bhsd(inputs)
                 try:
                     with torch.no_grad():
-                        table.faster(name, lambda: tessera.block_sparse_attention(*inputs, pattern),
-                                     lambda: compiled(x, y, z, block_mask=block_mask), "FlexAttention", bar)
+                        table.faster(name, attention(inputs, pattern), lambda: compiled(*inputs, block_mask=block_mask),
+                                     "FlexAttention", bar)
                 except Exception as error:  # what torch.compile throws depends on the machine's compiler
                     table.row(name, "", f"does not run here: {str(error).splitlines()[0][:80]}", None, bar)
 
@@ -240,15 +238,10 @@ def decode(table: Table) -> None:
     for dtype, what in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         if not table.wants(f"{name} {what}"):
             continue
-        q = torch.randn(1, 1, 32, 128).to(dtype)
+        q = torch.randn(1, 32, 1, 128).to(dtype)
         _, k, v = qkv(16384, 8, 128, dtype)
-        x, y, z = bhsd((q, k, v))
-        # The cache as [B, H, S, D] in memory for both.
-        k, v = y.transpose(1, 2), z.transpose(1, 2)
         pattern = tessera.patterns.dense(1, 16384, block=128)
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        table.faster(f"{name} {what}", lambda: tessera.block_sparse_attention(q, k, v, pattern),
-                     lambda: sdpa(x, y, z, enable_gqa=True), "SDPA", 6)
+        table.faster(f"{name} {what}", attention((q, k, v), pattern), sdpa((q, k, v), enable_gqa=True), "SDPA", 6)
 
 
 def memory_child() -> None:
@@ -257,16 +250,16 @@ def memory_child() -> None:
     import tessera
 
     warm = qkv(256, 8, 64, torch.float32, True)  # threads, allocator, kernels
-    small = tessera.patterns.dense(256, 256, block=128)
-    tessera.block_sparse_attention(*warm, small).sum().backward()
+    attention(warm, tessera.patterns.dense(256, 256, block=128))().sum().backward()
     pattern = tessera.patterns.dilated_sparse(MEMORY_SEQLEN, MEMORY_SEQLEN, block=128, density=MEMORY_DENSITY)
     with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
-    inputs = tuple(torch.randn(1, MEMORY_SEQLEN, 8, 64).requires_grad_() for _ in range(3))
-    out, lse = tessera.block_sparse_attention(*inputs, pattern, return_lse=True)
-    grads = torch.autograd.grad(out, inputs, torch.ones(1).expand_as(out).contiguous())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tensors = (*inputs, out, out, lse, *grads)  # out twice: its gradient is the caller's
+        before = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    q, k, v = (torch.randn(1, MEMORY_SEQLEN, 8, 64, requires_grad=True) for _ in range(3))
+    out, lse = tessera.block_sparse_attention(q, k, v, pattern, return_lse=True)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones(1).expand_as(out).contiguous())
+    with open("/proc/self/status") as file:  # not ru_maxrss: a child begins with its parent's
+        peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+    tensors = (q, k, v, out, out, lse, *grads)  # out twice: its gradient is the caller's
     print(json.dumps({"peak": peak - before, "tensors": sum(t.numel() * t.element_size() for t in tensors)}))
 
 

@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "convert.h"
 #include "executor.h"
+#include "result_memory.h"
 #include "schema.h"
 #include "tessera/attention.h"
 #include "tessera/backward.h"
@@ -111,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> weights_op(const at::Tensor& q, const at::Ten
       *to++ = i.row;
       *to++ = i.col;
     }
-    at::Tensor values = at::empty({n, w.block_q, w.block_k}, at::kFloat);
+    at::Tensor values = empty_result({n, w.block_q, w.block_k}, at::kFloat);
     std::copy(w.values.begin(), w.values.end(), values.mutable_data_ptr<float>());
     return std::make_tuple(indices, values);
   });
