@@ -123,7 +123,9 @@ TEST(Merge, MistakesAreNamed) {
   };
   EXPECT_EQ(argument([](Args&) {}), "");
   EXPECT_EQ(argument([](Args& x) { x.out.rank = 3; }), "out");
-  EXPECT_EQ(argument([](Args& x) { x.out_a.sizes[1] = 3; }), "out_a");
+  EXPECT_EQ(argument([](Args& x) { x.out_a.rank = 3; }), "out_a");
+  EXPECT_EQ(argument([](Args& x) { x.out_b.sizes[1] = 3; }), "out_b");  // not as out_a
+  EXPECT_EQ(argument([](Args& x) { x.out.sizes[1] = 3; }), "out");
   EXPECT_EQ(argument([](Args& x) { x.out_b.dtype = DType::i32; }), "out_b");
   EXPECT_EQ(argument([](Args& x) { x.lse_a.sizes[1] = 1; }), "lse_a");
   EXPECT_EQ(argument([](Args& x) { x.lse_b = {}; }), "lse_b");

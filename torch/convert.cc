@@ -27,13 +27,6 @@ DType dtype_of(const char* name, const at::Tensor& t) {
   }
 }
 
-// 1-D integers, contiguous, of the given type.
-at::Tensor integers(const char* name, const at::Tensor& t, at::ScalarType wanted) {
-  check_device(name, t);
-  if (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong) fail(name, text_of(t), "int32 or int64");
-  return t.to(wanted).contiguous();
-}
-
 template <class T>
 std::vector<T> vector_of(const at::Tensor& t) {
   const T* data = t.const_data_ptr<T>();
@@ -43,8 +36,18 @@ std::vector<T> vector_of(const at::Tensor& t) {
 }  // namespace
 
 void check_device(const char* name, const at::Tensor& t) {
+  if (t.is_nested()) fail(name, "a nested tensor", "a strided tensor (varlen takes packed sequences)");
+  if (t.is_quantized()) fail(name, "a quantized tensor", "float32, bfloat16, float16 or float64");
   if (!t.device().is_cpu()) fail(name, "a tensor on " + t.device().str(), "a tensor on cpu");
   if (t.layout() != at::kStrided) fail(name, "a sparse tensor", "a strided tensor");
+}
+
+at::Tensor integers(const char* name, const at::Tensor& t, at::ScalarType wanted) {
+  check_device(name, t);
+  if (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong) fail(name, text_of(t), "int32 or int64");
+  constexpr int64_t kMost = int64_t{1} << 36;  // an expanded view may be longer than any memory
+  if (t.numel() > kMost) fail(name, text_of(t), "at most 2^36 numbers");
+  return t.to(wanted).contiguous();
 }
 
 TensorView view_of(const char* name, const at::Tensor& t) {
@@ -132,7 +135,7 @@ PatternResult tensors_of(const BlockPattern& pattern) {
           {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
 }
 
-Options::Options(const OptionArguments& a) {
+Options::Options(const OptionArguments& a, int64_t batch) {
   options_.scale = a.scale;
   options_.causal = a.causal;
   options_.window_left = a.window_left;
@@ -142,6 +145,8 @@ Options::Options(const OptionArguments& a) {
   if (a.key_lengths.has_value()) {
     if (a.key_lengths->dim() != 1) fail("key_lengths", text_of(*a.key_lengths), "[B] int32 or int64");
     key_lengths_ = vector_of<int64_t>(integers("key_lengths", *a.key_lengths, at::kLong));
+    // To the core, none of them means all keys.
+    if (key_lengths_.empty() && batch > 0) fail("key_lengths", "0 numbers", c10::str("one a batch, B = ", batch));
     options_.key_lengths = key_lengths_;
   }
   options_.align_to_key_lengths = a.align_to_key_lengths;
@@ -163,6 +168,10 @@ Options::Options(const OptionArguments& a) {
 
 at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
   const auto options = like.options().dtype(dtype);
+  constexpr double kMostBytes = 0x1p44;
+  double bytes = static_cast<double>(c10::elementSize(dtype));
+  for (const int64_t n : sizes) bytes *= static_cast<double>(n);
+  if (bytes > kMostBytes) fail("out", c10::str("a result of ", sizes), "one of at most 2^44 bytes");
   if (like.dim() == 4 && like.stride(2) > like.stride(1)) {  // [B, H, S, D] in memory
     return empty_result({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
   }

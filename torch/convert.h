@@ -24,8 +24,11 @@ auto translate_errors(F f) -> decltype(f()) {
   }
 }
 
-// Error unless t is a strided tensor on the CPU.
+// Error unless t is an ordinary strided tensor on the CPU.
 void check_device(const char* name, const at::Tensor& t);
+
+// int32 or int64 numbers as contiguous ones of type `wanted`; Error for anything else.
+at::Tensor integers(const char* name, const at::Tensor& t, at::ScalarType wanted);
 
 // Error for devices and dtypes that the core does not know. A missing or undefined tensor becomes an undefined view.
 TensorView view_of(const char* name, const at::Tensor& t);
@@ -65,7 +68,8 @@ struct OptionArguments {
 // Owns what AttentionOptions points to.
 class Options {
  public:
-  explicit Options(const OptionArguments& a);
+  Options(const OptionArguments& a, int64_t batch);
+  Options(const OptionArguments& a, const at::Tensor& q) : Options(a, q.dim() > 0 ? q.size(0) : 0) {}
   Options(const Options&) = delete;
   Options& operator=(const Options&) = delete;
   const AttentionOptions& get() const { return options_; }
@@ -75,7 +79,8 @@ class Options {
   AttentionOptions options_;
 };
 
-// An output [B, S, H, dim] that lies in memory as `like` does: heads inside tokens, or tokens inside heads.
+// An output [B, S, H, dim] that lies in memory as `like` does: heads inside tokens, or tokens inside heads. Error where
+// no machine has such memory: results are made before the core looks at what inputs are expanded to.
 at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace tessera::ops

@@ -37,6 +37,21 @@ Dilation dilation_of(at::IntArrayRef segment_lengths, at::IntArrayRef dilation_r
   spec.stride = stride;
   spec.seed = static_cast<uint64_t>(seed);
   d.pattern = spec;
+  // What a pattern calls its options, as this operator does.
+  d.make = [](const PatternSpec& filled) {
+    try {
+      return make_pattern(filled);
+    } catch (const Error& e) {
+      const std::string& name = e.argument();
+      const char* ours = name == "window"           ? "pattern_window"
+                         : name == "dilation_rates" ? "pattern_rates"
+                         : name == "seed"           ? "pattern_seed"
+                         : name == "block_q"        ? "block"
+                                                    : nullptr;
+      if (ours == nullptr) throw;
+      throw Error(ours, ours + std::string(e.what()).substr(name.size()));
+    }
+  };
   return d;
 }
 
@@ -45,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& q, const at::Tens
   return translate_errors([&] {
     check_rank("q", q, 4, "[B, Sq, H, D]");
     check_rank("v", v, 4, "[B, Sk, Hkv, Dv], or pages [pages, block_k, Hkv, Dv]");
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
     at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
     ForwardArgs args;
@@ -57,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& q, const at::Tens
       if (page_table->scalar_type() != at::kInt) {
         fail("page_table", c10::toString(page_table->scalar_type()), "int32");
       }
-      pages = page_table->contiguous();
+      pages = integers("page_table", *page_table, at::kInt);
       args.page_table = PageTable{pages.const_data_ptr<int32_t>(), pages.size(0), pages.size(1)};
     }
     forward(args, torch_threads());
@@ -76,7 +91,7 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at:
 
 Gradients backward_op(BACKWARD_PARAMETERS, std::array<bool, 6> wanted, PATTERN_PARAMETERS, OPTION_PARAMETERS) {
   return translate_errors([&] {
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     const BackwardTensors tensors(BACKWARD_VALUE);
     BackwardArgs args;
     tensors.fill(args, options);
@@ -95,7 +110,7 @@ Gradients backward_op(BACKWARD_PARAMETERS, std::array<bool, 6> wanted, PATTERN_P
 std::tuple<at::Tensor, at::Tensor> weights_op(const at::Tensor& q, const at::Tensor& k, PATTERN_PARAMETERS,
                                               OPTION_PARAMETERS) {
   return translate_errors([&] {
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     ForwardArgs args;
     args.q = view_of("q", q);
     args.k = view_of("k", k);
@@ -121,10 +136,11 @@ std::tuple<at::Tensor, at::Tensor> weights_op(const at::Tensor& q, const at::Ten
 std::tuple<at::Tensor, at::Tensor> merge_op(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
                                             const at::Tensor& lse_b) {
   return translate_errors([&] {
+    const TensorView a = view_of("out_a", out_a), a_lse = view_of("lse_a", lse_a);
+    const TensorView b = view_of("out_b", out_b), b_lse = view_of("lse_b", lse_b);
     at::Tensor out = empty_like_layout(out_a, out_a.sizes(), out_a.scalar_type());
-    at::Tensor lse = at::empty(lse_a.sizes(), lse_a.options());
-    merge(view_of("out_a", out_a), view_of("lse_a", lse_a), view_of("out_b", out_b), view_of("lse_b", lse_b),
-          output_view("out", out), output_view("lse", lse), torch_threads());
+    at::Tensor lse = empty_like_layout(lse_a, lse_a.sizes(), lse_a.scalar_type());
+    merge(a, a_lse, b, b_lse, output_view("out", out), output_view("lse", lse), torch_threads());
     return std::make_tuple(out, lse);
   });
 }
@@ -134,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor> dilated_forward_op(const at::Tensor& q, const
   return translate_errors([&] {
     check_rank("q", q, 4, "[B, S, H, D]");
     check_rank("v", v, 4, "[B, S, Hkv, Dv]");
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
     at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
     DilatedForwardArgs args;
@@ -150,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dilated_backward_op(B
                                                                                DILATION_PARAMETERS,
                                                                                OPTION_PARAMETERS) {
   return translate_errors([&] {
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     const BackwardTensors tensors(BACKWARD_VALUE);
     DilatedBackwardArgs args;
     tensors.fill(args, options);
@@ -166,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dilated_backward_op(B
 // How many (q, k) pairs a call computes: what effective FLOP counts are made of.
 int64_t admitted_pairs_op(int64_t batch, int64_t heads, PATTERN_PARAMETERS, OPTION_PARAMETERS) {
   return translate_errors([&] {
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, batch);
     return admitted_pairs(pattern_of(PATTERN_VALUE), options.get(), batch, heads);
   });
 }
@@ -174,7 +190,7 @@ int64_t admitted_pairs_op(int64_t batch, int64_t heads, PATTERN_PARAMETERS, OPTI
 int64_t dilated_pairs_op(const at::Tensor& q, DILATION_PARAMETERS, OPTION_PARAMETERS) {
   return translate_errors([&] {
     check_rank("q", q, 4, "[B, S, H, D]");
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     return dilated_pairs(q.size(1), DILATION_VALUE, options.get(), q.size(0), q.size(2));
   });
 }
@@ -224,11 +240,15 @@ TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("dilated_backward", dilated_backward_op);
 }
 
+constexpr const char* kComputing[] = {"forward",        "backward",        "decode",          "weights", "merge",
+                                      "varlen_forward", "varlen_backward", "dilated_forward", "dilated_backward"};
+
 TORCH_LIBRARY_IMPL(tessera, CompositeExplicitAutograd, m) {
-  for (const char* name : {"forward", "backward", "decode", "weights", "merge", "varlen_forward", "varlen_backward",
-                           "dilated_forward", "dilated_backward"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
-  }
+  for (const char* name : kComputing) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
+}
+
+TORCH_LIBRARY_IMPL(tessera, NestedTensorCPU, m) {
+  for (const char* name : kComputing) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
 }
 
 }  // namespace tessera::ops

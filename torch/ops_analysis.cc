@@ -43,7 +43,7 @@ AnalysisInput input_of(const at::Tensor& q, const at::Tensor& k, const MaybeTens
 at::Tensor quality_op(const at::Tensor& q, const at::Tensor& k, const MaybeTensor& v, PATTERN_LISTS_PARAMETERS,
                       int64_t sample_rows, int64_t sample_seed, OPTION_PARAMETERS) {
   return translate_errors([&] {
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     const auto patterns = PATTERN_LISTS_VALUE;
     const auto found = quality(input_of(q, k, v, options), patterns, torch_threads(),
                                {.sample_rows = sample_rows, .seed = static_cast<uint64_t>(sample_seed)});
@@ -72,7 +72,7 @@ MassResult attention_mass_op(const at::Tensor& q, const at::Tensor& k, int64_t b
                              int64_t max_bytes, OPTION_PARAMETERS) {
   return translate_errors([&] {
     if (max_bytes < 0) fail("max_bytes", std::to_string(max_bytes), "0 or more");
-    const Options options(OPTION_VALUE);
+    const Options options(OPTION_VALUE, q);
     const MassMap m = attention_mass(input_of(q, k, {}, options), narrow(block_q), narrow(block_k), torch_threads(),
                                      static_cast<size_t>(max_bytes));
     const PatternShape& s = m.shape;

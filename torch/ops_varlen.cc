@@ -30,11 +30,8 @@ namespace {
 
 std::vector<int64_t> offsets_of(const char* name, const at::Tensor& t) {
   check_device(name, t);
-  if (t.dim() != 1 || (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong)) {
-    fail(name, std::string(c10::toString(t.scalar_type())) + " with " + std::to_string(t.dim()) + " dimensions",
-         "[N + 1] int32 or int64");
-  }
-  const at::Tensor wide = t.to(at::kLong).contiguous();
+  check_rank(name, t, 1, "[N + 1] int32 or int64");
+  const at::Tensor wide = integers(name, t, at::kLong);
   return {wide.const_data_ptr<int64_t>(), wide.const_data_ptr<int64_t>() + wide.numel()};
 }
 
@@ -62,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor> varlen_forward_op(const at::Tensor& q, const 
   return translate_errors([&] {
     check_rank("q", q, 3, "[total_q, H, D]");
     check_rank("v", v, 3, "[total_k, Hkv, Dv]");
-    const Options options(VARLEN_OPTION_VALUE);
+    const Options options(VARLEN_OPTION_VALUE, q);
     const Sequences sequences(SEQUENCES_VALUE);
     at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
     at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(lse_type(q)));
@@ -79,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_op(BA
                                                                               VARLEN_PARAMETERS,
                                                                               VARLEN_OPTION_PARAMETERS) {
   return translate_errors([&] {
-    const Options options(VARLEN_OPTION_VALUE);
+    const Options options(VARLEN_OPTION_VALUE, q);
     const Sequences sequences(SEQUENCES_VALUE);
     const BackwardTensors tensors(BACKWARD_VALUE);
     VarlenBackwardArgs args;

@@ -63,30 +63,53 @@ def _check_ranks(rank: int, **tensors: Tensor) -> None:
             raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: {rank}")
 
 
-def _check_device(q: Tensor, **others: Tensor) -> None:
-    for name, t in others.items():
-        if t.device != q.device:
-            raise ValueError(f"{name}: got a tensor on {t.device}; allowed: a tensor on {q.device}, as q")
+# Tensors that may lie on the CPU wherever q does: small numbers, read when an operator is called.
+_ON_CPU = {
+    "indptr", "indices", "bitmap_index", "bitmaps", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "page_table", "rng",
+}  # fmt: skip
+
+
+def _check_devices(op: Any, args: Sequence[Any], kwargs: dict[str, Any], first: str = "q") -> None:
+    """All tensors where ``first`` is. Else a call that mixes meta tensors with others would end here, and give memory
+    that nobody wrote."""
+    device = argument(op, first, args, kwargs).device
+    for a in op._schema.arguments:
+        value = argument(op, a.name, args, kwargs)
+        for t in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(t, Tensor) and t.device != device and not (a.name in _ON_CPU and t.device.type == "cpu"):
+                raise ValueError(f"{a.name}: got a tensor on {t.device}; allowed: a tensor on {device}, as {first}")
 
 
 def _like(t: Tensor) -> Tensor:
     return _empty_as(t, tuple(t.shape), t.dtype)
 
 
-@register_fake("tessera::forward")
-@register_fake("tessera::decode")
-@register_fake("tessera::dilated_forward")
+def _fake(*ops: Any, first: str = "q") -> Any:
+    """Registers a function as the fake one of each operator."""
+
+    def register(function: Any) -> Any:
+        for op in ops:
+
+            def fake(*args: Any, op: Any = op, **kwargs: Any) -> tuple[Tensor, ...]:
+                _check_devices(op, args, kwargs, first)
+                return function(*args, **kwargs)
+
+            register_fake(op.name())(fake)
+        return function
+
+    return register
+
+
+@_fake(forward, decode, dilated_forward)
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     _check_ranks(4, q=q, v=v)
-    _check_device(q, k=k, v=v)
     b, s, h, _ = q.shape
     return _empty_as(q, (b, s, h, v.shape[3]), q.dtype), q.new_empty((b, h, s), dtype=_lse_type(q))
 
 
-@register_fake("tessera::varlen_forward")
+@_fake(varlen_forward)
 def _varlen_forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     _check_ranks(3, q=q, v=v)
-    _check_device(q, k=k, v=v)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_type(q))
 
 
@@ -98,35 +121,36 @@ _GRADIENTS = {
 }
 
 
-def _register_backward_fake(op: Any) -> None:
+def _backward_fake(op: Any) -> Any:
     def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         gradients = []
         q = argument(op, "q", args, kwargs)
         for want, name in zip(argument(op, "wanted", args, kwargs), _GRADIENTS[op]):
             t = argument(op, name, args, kwargs)
             if not want or t is None:
-                gradients.append((q if t is None or name not in "qkv" else t).new_empty(0))
+                gradients.append((q if t is None or name not in ("q", "k", "v") else t).new_empty(0))
             else:
-                gradients.append(_like(t) if name in "qkv" else t.new_empty(t.shape))
+                gradients.append(_like(t) if name in ("q", "k", "v") else t.new_empty(t.shape))
         return tuple(gradients)
 
-    register_fake(op.name())(fake)
+    return fake
 
 
 for _op in _GRADIENTS:
-    _register_backward_fake(_op)
+    _fake(_op)(_backward_fake(_op))
 
 
-@register_fake("tessera::merge")
+@_fake(merge, first="out_a")
 def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, ...]:
     return _like(out_a), lse_a.new_empty(lse_a.shape)
 
 
-@register_fake("tessera::weights")
+@_fake(weights)
 def _weights_fake(
     q: Tensor, k: Tensor, indptr: Tensor, indices: Tensor, bitmap_index: Tensor | None, bitmaps: Tensor | None,
     shape: Sequence[int], *args: Any, **kwargs: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_ranks(4, q=q, k=k)
     # All heads and batches: a pattern that they share counts once for each.
     n = indices.shape[0] * (q.shape[0] // shape[5]) * (q.shape[2] // shape[4])
     return q.new_empty((n, 4), dtype=torch.int64), q.new_empty((n, shape[2], shape[3]), dtype=torch.float32)

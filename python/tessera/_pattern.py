@@ -54,6 +54,8 @@ def check_int(name: str, value: Any, minimum: int | None = None) -> int:
         value = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: an integer") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: got {value}; allowed: integers of 64 bits")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: got {value}; allowed: {minimum} or more")
     return value

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._pattern import BlockPattern, check_int, check_tensor
+from ._pattern import BlockPattern, check_int
 
 _decode, _forward = _ops.decode, _ops.forward
 _compiling = torch.compiler.is_compiling
@@ -88,19 +88,38 @@ def _check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         try:
             return value.__float__()  # numbers of NumPy and the like
-        except AttributeError:
+        except (AttributeError, TypeError, ValueError, RuntimeError):
             raise _type_error(name, value, "a number") from None
     return cast(float, value)  # or a symbol of a traced graph
 
 
+def _check_bool(name: str, value: Any) -> bool:
+    if isinstance(value, (bool, torch.SymBool)):
+        return cast(bool, value)
+    if str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", None) == 0:
+        return bool(value)  # of NumPy and the like
+    raise _type_error(name, value, "a bool")
+
+
 def _check_tensors(**tensors: Any) -> None:
+    """Tensors or None."""
     for name, t in tensors.items():
-        if t is not None and not isinstance(t, Tensor):
+        if t is not None:
+            _check_given(**{name: t})
+
+
+def _check_given(**tensors: Any) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
             raise _type_error(name, t, "torch.Tensor")
+        if t.is_nested:
+            raise ValueError(
+                f"{name}: got a nested tensor; allowed: a strided one (varlen_attention takes packed sequences)"
+            )
 
 
 def _check_main(q: Any, k: Any, v: Any, pattern: Any) -> None:
-    _check_tensors(q=q if q is not None else (), k=k if k is not None else (), v=v if v is not None else ())
+    _check_given(q=q, k=k, v=v)
     if not isinstance(pattern, BlockPattern):
         raise _type_error("pattern", pattern, "tessera.BlockPattern")
 
@@ -131,6 +150,20 @@ def _window(window: Any, causal: bool) -> tuple[int | None, int | None]:
         return left, right
     width = check_int("window", window, 0)
     return (width, None) if causal else (width // 2, width // 2)
+
+
+def _check_options(
+    scale: Any, causal: Any, window: Any, softcap: Any
+) -> tuple[float | None, bool, int | None, int | None, float]:
+    """scale, causal, left and right of the window, softcap: in the order of the operators."""
+    causal = _check_bool("causal", causal)
+    left, right = _window(window, causal)
+    scale = None if scale is None else _check_number("scale", scale)
+    return scale, causal, left, right, _check_number("softcap", softcap)
+
+
+def _optional_int(name: str, value: Any) -> int | None:
+    return None if value is None else check_int(name, value)
 
 
 def _rng(dropout_p: Any) -> Tensor | None:
@@ -203,16 +236,18 @@ def block_sparse_attention(
     Returns:
         out, as q but with Dv columns; 0 in rows that see no key. Or (out, lse).
     """
-    if not (
-        isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and type(pattern) is BlockPattern
-    ):
+    if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor and type(pattern) is BlockPattern):
         _check_main(q, k, v, pattern)
+    if causal is not True and causal is not False:
+        causal = _check_bool("causal", causal)
+    if return_lse is not True and return_lse is not False:
+        return_lse = _check_bool("return_lse", return_lse)
     if scale is not None and type(scale) is not float:
         scale = _check_number("scale", scale)
     if type(softcap) is not float:
         softcap = _check_number("softcap", softcap)
     left, right = (None, None) if window is None else _window(window, causal)
-    rng = None if dropout_p == 0 and dropout_p is not False else _rng(dropout_p)
+    rng = None if type(dropout_p) is float and dropout_p == 0 else _rng(dropout_p)
     if q_offset is not None or k_offset != 0:
         q_offset, k_offset = _check_offsets(q_offset, k_offset)
     biased = attn_bias is not None or block_bias is not None or sinks is not None
@@ -229,7 +264,7 @@ def block_sparse_attention(
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
     indptr, indices, bitmap_index, bitmaps, shape = pattern.op_args
     options = (
-        scale, bool(causal), left, right, q_offset, k_offset, key_lengths, False, softcap, alibi_slopes, block_bias,
+        scale, causal, left, right, q_offset, k_offset, key_lengths, False, softcap, alibi_slopes, block_bias,
         attn_bias, sinks, dropout_p, rng,
     )  # fmt: skip
     wants_grad = torch.is_grad_enabled() and (
@@ -302,18 +337,11 @@ def decode(
 
     Others and result as :func:`block_sparse_attention`.
     """
-    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor):
-        if not isinstance(pattern, BlockPattern):
-            raise _type_error("pattern", pattern, "tessera.BlockPattern")
-    else:
-        _check_tensors(
-            q=q if q is not None else (),
-            k_cache=k_cache if k_cache is not None else (),
-            v_cache=v_cache if v_cache is not None else (),
-        )
-    if scale is not None:
-        scale = _check_number("scale", scale)
-    left, right = _window(window, causal)
+    _check_given(q=q, k_cache=k_cache, v_cache=v_cache)
+    if not isinstance(pattern, BlockPattern):
+        raise _type_error("pattern", pattern, "tessera.BlockPattern")
+    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
+    return_lse = _check_bool("return_lse", return_lse)
     _check_tensors(
         key_lengths=key_lengths, page_table=page_table, alibi_slopes=alibi_slopes, sinks=sinks, block_bias=block_bias,
         attn_bias=attn_bias,
@@ -323,11 +351,16 @@ def decode(
         q = _to_bshd("q", q)
         if page_table is None:
             k_cache, v_cache = _to_bshd("k_cache", k_cache), _to_bshd("v_cache", v_cache)
-    out, lse = _decode(
-        q, k_cache, v_cache, *pattern.op_args, page_table, scale, bool(causal), left, right, None, 0, key_lengths,
-        key_lengths is not None, _check_number("softcap", softcap), alibi_slopes, block_bias, attn_bias, sinks, 0.0,
-        None,
-    )  # fmt: skip
+    try:
+        out, lse = _decode(
+            q, k_cache, v_cache, *pattern.op_args, page_table, scale, causal, left, right, None, 0, key_lengths,
+            key_lengths is not None, softcap, alibi_slopes, block_bias, attn_bias, sinks, 0.0, None,
+        )  # fmt: skip
+    except ValueError as error:
+        name, _, rest = str(error).partition(":")
+        if name not in ("k", "v"):
+            raise
+        raise ValueError(f"{name}_cache:{rest}") from None
     if swap:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -377,24 +410,18 @@ def varlen_attention(
     Returns:
         out ``[total_q, H, Dv]``, or (out, lse), lse fp32 ``[H, total_q]``.
     """
-    _check_tensors(
-        **{
-            n: () if t is None else t
-            for n, t in (("q", q), ("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
-        }
-    )
-    if isinstance(patterns, BlockPattern):
+    _check_given(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if isinstance(patterns, BlockPattern) or not isinstance(patterns, Sequence):
         raise _type_error("patterns", patterns, "a sequence of BlockPattern, one a sequence")
-    patterns = list(patterns)
     for i, p in enumerate(patterns):
         if not isinstance(p, BlockPattern):
             raise _type_error(f"patterns[{i}]", p, "tessera.BlockPattern")
     _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
-    left, right = _window(window, causal)
+    options = _check_options(scale, causal, window, softcap)
+    return_lse = _check_bool("return_lse", return_lse)
     out, lse = _ops.varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns),
-        None if scale is None else _check_number("scale", scale), bool(causal), left, right,
-        _check_number("softcap", softcap), alibi_slopes, sinks, dropout_p, _rng(dropout_p),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns), *options, alibi_slopes, sinks, dropout_p,
+        _rng(dropout_p),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -453,7 +480,7 @@ def dilated_attention(
 
     Others as :func:`block_sparse_attention`.
     """
-    _check_tensors(**{n: () if t is None else t for n, t in (("q", q), ("k", k), ("v", v))})
+    _check_given(q=q, k=k, v=v)
     _check_tensors(attn_bias=attn_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes)
     lists = []
     for name, values in (
@@ -468,16 +495,17 @@ def dilated_attention(
         raise _type_error("pattern", pattern, "the name of a pattern, or None")
     if pattern is None and density is not None:
         raise ValueError("density: got a density without a pattern; allowed: None, or pattern=name")
-    left, right = _window(window, causal)
+    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
+    return_lse = _check_bool("return_lse", return_lse)
     swap = _check_layout(layout)
     if swap:
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
     out, lse = _ops.dilated_forward(
         q, k, v, lists[0], lists[1], pattern, None if density is None else _check_number("density", density),
-        check_int("block", block), pattern_window, lists[2], global_tokens, stride,
-        check_int("pattern_seed", pattern_seed),
-        None if scale is None else _check_number("scale", scale), bool(causal), left, right, None, 0, key_lengths,
-        False, _check_number("softcap", softcap), alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
+        check_int("block", block), _optional_int("pattern_window", pattern_window), lists[2],
+        _optional_int("global_tokens", global_tokens), _optional_int("stride", stride),
+        check_int("pattern_seed", pattern_seed), scale, causal, left, right, None, 0, key_lengths, False, softcap,
+        alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
     )  # fmt: skip
     if swap:
         out = out.transpose(1, 2)
@@ -487,12 +515,7 @@ def dilated_attention(
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "bshd") -> tuple[Tensor, Tensor]:
     """Joins partial results over disjoint sets of keys, with gradients. out: ``[B, S, H, Dv]`` (or ``[B, H, S, Dv]``),
     lse: fp32 ``[B, H, S]``. A side with lse -inf contributes nothing; both -inf gives 0 and -inf."""
-    _check_tensors(
-        **{
-            n: () if t is None else t
-            for n, t in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b))
-        }
-    )
+    _check_given(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if not _check_layout(layout):
         return _ops.merge(out_a, lse_a, out_b, lse_b)
     out, lse = _ops.merge(_to_bshd("out_a", out_a), lse_a, _to_bshd("out_b", out_b), lse_b)
@@ -519,19 +542,18 @@ def attention_weights(
 ) -> AttentionWeights:
     """Normalised weights of the kept blocks only, before dropout; no gradients. Arguments as
     :func:`block_sparse_attention`. ValueError if they would need more than 16 GiB."""
-    check_tensor("q", q), check_tensor("k", k)
+    _check_given(q=q, k=k)
     if not isinstance(pattern, BlockPattern):
         raise _type_error("pattern", pattern, "tessera.BlockPattern")
     _check_tensors(
         attn_bias=attn_bias, block_bias=block_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks
     )
-    left, right = _window(window, causal)
+    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
     if _check_layout(layout):
         q, k = _to_bshd("q", q), _to_bshd("k", k)
     indices, values = _ops.weights(
-        q, k, *pattern.op_args, None if scale is None else _check_number("scale", scale), bool(causal), left, right,
-        *_check_offsets(q_offset, k_offset), key_lengths, False, _check_number("softcap", softcap), alibi_slopes,
-        block_bias, attn_bias, sinks, 0.0, None,
+        q, k, *pattern.op_args, scale, causal, left, right, *_check_offsets(q_offset, k_offset), key_lengths, False,
+        softcap, alibi_slopes, block_bias, attn_bias, sinks, 0.0, None,
     )  # fmt: skip
     return AttentionWeights(
         indices, values, (pattern.block_q, pattern.block_k), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])

@@ -110,15 +110,15 @@ void merge_rows(const TensorView& out_a, const TensorView& lse_a, const TensorVi
 
 void merge(TensorView out_a, TensorView lse_a, TensorView out_b, TensorView lse_b, MutableTensorView out,
            MutableTensorView lse, Executor& executor) {
-  if (out.rank != 4) fail("out", fmt::format("rank {}", out.rank), "[B, S, H, Dv]");
-  const int64_t b = out.sizes[0], s = out.sizes[1], h = out.sizes[2], d = out.sizes[3];
-  const std::pair<const char*, const TensorView> outs[] = {{"out", out}, {"out_a", out_a}, {"out_b", out_b}};
+  if (out_a.rank != 4) fail("out_a", fmt::format("rank {}", out_a.rank), "[B, S, H, Dv]");
+  const int64_t b = out_a.sizes[0], s = out_a.sizes[1], h = out_a.sizes[2], d = out_a.sizes[3];
+  const std::pair<const char*, const TensorView> outs[] = {{"out_a", out_a}, {"out_b", out_b}, {"out", out}};
   for (const auto& [name, t] : outs) {
     check(name, t, {b, s, h, d}, "[B, S, H, Dv]");
     if (!is_floating(t.dtype)) fail(name, name_of(t.dtype), "fp32, bf16, fp16 or fp64");
     if (t.sizes[3] > 1 && t.strides[3] != 1) fail(name, fmt::format("last stride {}", t.strides[3]), "last stride 1");
   }
-  const std::pair<const char*, const TensorView> lses[] = {{"lse", lse}, {"lse_a", lse_a}, {"lse_b", lse_b}};
+  const std::pair<const char*, const TensorView> lses[] = {{"lse_a", lse_a}, {"lse_b", lse_b}, {"lse", lse}};
   bool wide = out.dtype == DType::f64 || out_a.dtype == DType::f64 || out_b.dtype == DType::f64;
   for (const auto& [name, t] : lses) {
     check(name, t, {b, h, s}, "[B, H, S]");

@@ -42,10 +42,10 @@ void resolve_tensors(const ForwardArgs& args, Problem& p) {
   if (p.head_dim < 1 || p.head_dim > kMaxHeadDim) {
     fail("q", fmt::format("head_dim {}", p.head_dim), fmt::format("1..{}", kMaxHeadDim));
   }
+  if (k.sizes[3] != p.head_dim) fail("k", fmt::format("head_dim {}", k.sizes[3]), fmt::format("{}, as q", p.head_dim));
   if (p.head_dim_v < 1 || p.head_dim_v > kMaxHeadDim) {
     fail("v", fmt::format("head_dim {}", p.head_dim_v), fmt::format("1..{}", kMaxHeadDim));
   }
-  if (k.sizes[3] != p.head_dim) fail("k", fmt::format("head_dim {}", k.sizes[3]), fmt::format("{}, as q", p.head_dim));
   const bool grouped = p.kv_heads == 0 ? p.heads == 0 : p.heads % p.kv_heads == 0;
   if (!grouped) {
     fail("k", fmt::format("{} kv heads for {} query heads", p.kv_heads, p.heads), "a divisor of the query heads");
