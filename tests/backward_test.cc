@@ -1,5 +1,5 @@
 // backward() on every ISA of this machine and in every dtype against the fp64 reference: the adversarial list of
-// attention_forward_test.cc for gradients, one test a hostility, with the smallest sizes at which it meets a tile edge.
+// attention_forward_test.cc for gradients, one test a hostility.
 // Random combinations are in check_test.cc. Memory that no pair touches is NaN or Inf in all of them, in dout and dlse
 // as well, and gradients that no pair has a part in must be exactly 0.
 #include <gtest/gtest.h>
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "adversarial_cases.h"
 #include "attention_inputs.h"
 #include "check/verdict.h"
 #include "tessera/backward.h"
@@ -45,15 +46,14 @@ void expect_right(CaseConfig config) {
 
 // Every second shape gets gradients in the dtype of the inputs, and every third a gradient of lse.
 CaseConfig small(int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim = 32) {
-  CaseConfig c;
-  c.seed = static_cast<uint64_t>(seqlen_q * 1000003 + seqlen_k * 1009 + head_dim);
-  c.seqlen_q = seqlen_q;
-  c.seqlen_k = seqlen_k;
-  c.head_dim = c.head_dim_v = head_dim;
-  c.density = 1;
+  CaseConfig c = dense_case(seqlen_q, seqlen_k, head_dim);
   c.gradient_dtype = c.seed % 2 ? DType::bf16 : DType::f32;  // bf16: the dtype of the inputs
   c.dlse = c.seed % 3 == 0;
   return c;
+}
+
+void expect_right(const CaseList& list) {
+  for (const CaseConfig& config : list) expect_right(config);
 }
 
 // Forward and backward of one contiguous call.
@@ -111,70 +111,15 @@ TEST(Backward, DecodeLengths) {  // forward takes its decode schedule up to 16 q
   }
 }
 
-TEST(Backward, LengthsAroundABlock) {
-  for (const int64_t block : {16, 64, 128}) {
-    for (const int64_t n : {block - 1, block, block + 1}) {
-      CaseConfig c = small(n, n + (block < 128 ? block : 0), 24);
-      c.block_q = c.block_k = static_cast<int>(block);
-      expect_right(c);
-      c.causal = true;
-      expect_right(c);
-    }
-  }
-}
+TEST(Backward, LengthsAroundABlock) { expect_right(lengths_around_a_block(small)); }
 
-TEST(Backward, BlockSizesThatDiffer) {
-  for (const auto& [block_q, block_k] : {std::pair{16, 256}, {256, 16}, {48, 112}, {112, 80}}) {
-    CaseConfig c = small(150, 170);
-    c.block_q = block_q;
-    c.block_k = block_k;
-    c.density = 0.6;
-    c.causal = true;
-    expect_right(c);
-    c.source = check::PatternSource::random_bitmaps;
-    expect_right(c);
-  }
-}
+TEST(Backward, BlockSizesThatDiffer) { expect_right(block_sizes_that_differ(small)); }
 
-TEST(Backward, HeadDims) {
-  for (const int64_t d : {1, 2, 3, 7, 17, 31, 33, 65, 80, 96, 127, 129, 192, 256, 257, 320}) {
-    CaseConfig c = small(19, 66, d);
-    expect_right(c);
-    c.head_dim_v = d % 5 * 30 + 1;
-    expect_right(c);
-  }
-}
+TEST(Backward, HeadDims) { expect_right(head_dims(small)); }
 
-TEST(Backward, GroupsOfHeads) {
-  for (const auto& [heads, kv_heads] : {std::pair{8, 1}, {8, 2}, {3, 3}, {5, 1}}) {
-    CaseConfig c = small(40, 50, 16);
-    c.batch = 2;
-    c.heads = heads;
-    c.kv_heads = kv_heads;
-    expect_right(c);
-    c.pattern_per_head = c.pattern_per_batch = true;
-    c.density = 0.5;
-    expect_right(c);
-  }
-}
+TEST(Backward, GroupsOfHeads) { expect_right(groups_of_heads(small)); }
 
-TEST(Backward, MasksOfEveryKind) {
-  for (const auto& [left, right] : {std::pair{0, 0}, {10, 200}, {200, 10}, {70, 70}}) {
-    CaseConfig c = small(130, 150);
-    c.window_left = left;
-    c.window_right = right;
-    expect_right(c);
-    c.key_lengths = true;
-    c.batch = 3;
-    expect_right(c);
-  }
-  for (const int64_t offset : {-200, -60, -1, 0, 1, 77, 300}) {  // rows without keys, full tiles, everything
-    CaseConfig c = small(130, 150);
-    c.causal = true;
-    c.q_offset = offset;
-    expect_right(c);
-  }
-}
+TEST(Backward, MasksOfEveryKind) { expect_right(masks_of_every_kind(small)); }
 
 TEST(Backward, RowsThatSeeNothing) {
   for (const int64_t q : {5, 150}) {
@@ -291,25 +236,7 @@ TEST(Backward, Logits) {
   }
 }
 
-TEST(Backward, EachOptionAlone) {
-  for (const int64_t q : {7, 90}) {
-    for (int option = 0; option < 8; ++option) {
-      CaseConfig c = small(q, 110, 40);
-      c.batch = 2;
-      c.heads = 2;
-      c.density = 0.7;
-      c.softcap = option == 0 ? 2.0 : 0.0;
-      c.alibi = option == 1 || option == 2;
-      c.alibi_per_batch = option == 2;
-      c.block_bias = option == 3;
-      c.attn_bias = option == 4 || option == 5;
-      c.bias_minus_infinity = option == 5;
-      c.sinks = option == 6;
-      c.dropout = option == 7 ? 0.4 : 0.0;
-      expect_right(c);
-    }
-  }
-}
+TEST(Backward, EachOptionAlone) { expect_right(each_option_alone(small)); }
 
 TEST(Backward, BiasGradientsOfEveryShape) {  // sums over batches, heads, queries and keys, in each dtype
   for (uint64_t seed = 0; seed < 16; ++seed) {

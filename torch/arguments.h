@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <string>
+#include <tuple>
 
 #include "convert.h"
 
@@ -16,6 +17,12 @@ inline at::ScalarType lse_type(const at::Tensor& q) {
 
 inline void check_rank(const char* name, const at::Tensor& t, int64_t rank, const char* dims) {
   if (t.dim() != rank) fail(name, std::to_string(t.dim()) + " dimensions", dims);
+}
+
+// out [B, Sq, H, Dv], lying as q does, and lse [B, H, Sq].
+inline std::tuple<at::Tensor, at::Tensor> results_of(const at::Tensor& q, const at::Tensor& v) {
+  return {empty_like_layout(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type()),
+          at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)))};
 }
 
 template <class Args>

@@ -61,7 +61,8 @@ at::Tensor bias_of(const MultiheadArguments& a, int64_t batch, int64_t rows, int
   if (a.attn_mask.defined()) {
     const at::Tensor mask = additive("attn_mask", a.attn_mask, dtype);
     const at::IntArrayRef sizes = mask.sizes();
-    TORCH_CHECK_VALUE(sizes == at::IntArrayRef({rows, keys}) || sizes == at::IntArrayRef({batch * a.num_heads, rows, keys}),
+    TORCH_CHECK_VALUE(sizes == at::IntArrayRef({rows, keys}) ||
+                          sizes == at::IntArrayRef({batch * a.num_heads, rows, keys}),
                       "attn_mask: ", sizes, "; allowed: [", rows, ", ", keys, "] or [", batch * a.num_heads, ", ", rows,
                       ", ", keys, "]");
     bias = mask.dim() == 2 ? mask.view({1, 1, rows, keys}) : mask.reshape({batch, a.num_heads, rows, keys});

@@ -61,8 +61,7 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& q, const at::Tens
     check_rank("q", q, 4, "[B, Sq, H, D]");
     check_rank("v", v, 4, "[B, Sk, Hkv, Dv], or pages [pages, block_k, Hkv, Dv]");
     const Options options(OPTION_VALUE, q);
-    at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
-    at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
+    auto [out, lse] = results_of(q, v);
     ForwardArgs args;
     fill_forward(args, q, k, v, out, lse, options);
     args.pattern = pattern_of(PATTERN_VALUE);
@@ -83,8 +82,8 @@ std::tuple<at::Tensor, at::Tensor> decode_op(const at::Tensor& q, const at::Tens
 std::tuple<at::Tensor, at::Tensor> forward_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                               PATTERN_PARAMETERS, OPTION_PARAMETERS) {
   return decode_op(q, k, v, indptr, indices, bitmap_index, bitmaps, pattern_shape, {}, scale, causal, window_left,
-                   window_right, q_offset, k_offset, key_lengths, align_to_key_lengths, softcap, alibi_slopes, block_bias,
-                   attn_bias, sinks, dropout_p, rng);
+                   window_right, q_offset, k_offset, key_lengths, align_to_key_lengths, softcap, alibi_slopes,
+                   block_bias, attn_bias, sinks, dropout_p, rng);
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -151,8 +150,7 @@ std::tuple<at::Tensor, at::Tensor> dilated_forward_op(const at::Tensor& q, const
     check_rank("q", q, 4, "[B, S, H, D]");
     check_rank("v", v, 4, "[B, S, Hkv, Dv]");
     const Options options(OPTION_VALUE, q);
-    at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
-    at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
+    auto [out, lse] = results_of(q, v);
     DilatedForwardArgs args;
     fill_forward(args, q, k, v, out, lse, options);
     args.dilation = DILATION_VALUE;
