@@ -6,6 +6,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "convert.h"
 
@@ -16,6 +17,7 @@ inline at::ScalarType lse_type(const at::Tensor& q) {
 }
 
 inline void check_rank(const char* name, const at::Tensor& t, int64_t rank, const char* dims) {
+  check_device(name, t);
   if (t.dim() != rank) fail(name, std::to_string(t.dim()) + " dimensions", dims);
 }
 
@@ -42,10 +44,13 @@ class BackwardTensors {
   BackwardTensors(const at::Tensor& dout, const MaybeTensor& dlse, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse)
       : q_(q), k_(k), v_(v), out_(out), lse_(lse) {
-    check_device("dout", dout);
+    using Named = std::pair<const char*, const at::Tensor*>;
+    for (const auto& [name, t] : {Named{"dout", &dout}, {"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}}) {
+      check_device(name, *t);
+    }
     if (dlse.has_value()) check_device("dlse", *dlse);
     // The core wants the head dim contiguous, and dlse as lse; autograd may hand in anything.
-    dout_ = dout.dim() > 0 && dout.stride(-1) != 1 ? dout.contiguous() : dout;
+    dout_ = dout.dim() > 0 && dout.stride(-1) != 1 && dout.sizes() == out.sizes() ? dout.contiguous() : dout;
     if (dlse.has_value()) dlse_ = dlse->to(lse.scalar_type());
   }
 
@@ -76,6 +81,7 @@ inline at::Tensor gradient_of(const char* name, const at::Tensor& t, bool wanted
 inline at::Tensor gradient_of(const char* name, const MaybeTensor& t, bool wanted, MutableTensorView& view,
                               const at::Tensor& q) {
   if (!wanted || !t.has_value()) return at::empty({0}, q.options());
+  check_result(name, t->sizes(), t->scalar_type());
   at::Tensor g = at::empty(t->sizes(), t->options());
   view = output_view(name, g);
   return g;

@@ -36,6 +36,7 @@ std::vector<T> vector_of(const at::Tensor& t) {
 }  // namespace
 
 void check_device(const char* name, const at::Tensor& t) {
+  if (!t.defined()) fail(name, "no tensor", "a strided tensor on cpu");
   if (t.is_nested()) fail(name, "a nested tensor", "a strided tensor (varlen takes packed sequences)");
   if (t.is_quantized()) fail(name, "a quantized tensor", "float32, bfloat16, float16 or float64");
   if (!t.device().is_cpu()) fail(name, "a tensor on " + t.device().str(), "a tensor on cpu");
@@ -166,12 +167,16 @@ Options::Options(const OptionArguments& a, int64_t batch) {
   }
 }
 
-at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
-  const auto options = like.options().dtype(dtype);
-  constexpr double kMostBytes = 0x1p44;
+void check_result(const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
+  constexpr double kMostBytes = 0x1p42;
   double bytes = static_cast<double>(c10::elementSize(dtype));
   for (const int64_t n : sizes) bytes *= static_cast<double>(n);
-  if (bytes > kMostBytes) fail("out", c10::str("a result of ", sizes), "one of at most 2^44 bytes");
+  if (bytes > kMostBytes) fail(name, c10::str("a result of ", sizes), "one of at most 2^42 bytes");
+}
+
+at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+  const auto options = like.options().dtype(dtype);
+  check_result("out", sizes, dtype);
   if (like.dim() == 4 && like.stride(2) > like.stride(1)) {  // [B, H, S, D] in memory
     return empty_result({sizes[0], sizes[2], sizes[1], sizes[3]}, options).transpose(1, 2);
   }

@@ -79,8 +79,10 @@ class Options {
   AttentionOptions options_;
 };
 
-// An output [B, S, H, dim] that lies in memory as `like` does: heads inside tokens, or tokens inside heads. Error where
-// no machine has such memory: results are made before the core looks at what inputs are expanded to.
+// Error for results beyond any memory: they are made before the core looks at what inputs are expanded to.
+void check_result(const char* name, at::IntArrayRef sizes, at::ScalarType dtype);
+
+// An output [B, S, H, dim] that lies in memory as `like` does: heads inside tokens, or tokens inside heads.
 at::Tensor empty_like_layout(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace tessera::ops

@@ -238,15 +238,16 @@ TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("dilated_backward", dilated_backward_op);
 }
 
-constexpr const char* kComputing[] = {"forward",        "backward",        "decode",          "weights", "merge",
-                                      "varlen_forward", "varlen_backward", "dilated_forward", "dilated_backward"};
+constexpr const char* kOperators[] = {"forward",        "backward",        "decode",          "weights", "merge",
+                                      "varlen_forward", "varlen_backward", "dilated_forward", "dilated_backward",
+                                      "admitted_pairs", "dilated_pairs"};
 
 TORCH_LIBRARY_IMPL(tessera, CompositeExplicitAutograd, m) {
-  for (const char* name : kComputing) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
+  for (const char* name : kOperators) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
 }
 
 TORCH_LIBRARY_IMPL(tessera, NestedTensorCPU, m) {
-  for (const char* name : kComputing) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
+  for (const char* name : kOperators) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());
 }
 
 }  // namespace tessera::ops

@@ -29,7 +29,6 @@ namespace tessera::ops {
 namespace {
 
 std::vector<int64_t> offsets_of(const char* name, const at::Tensor& t) {
-  check_device(name, t);
   check_rank(name, t, 1, "[N + 1] int32 or int64");
   const at::Tensor wide = integers(name, t, at::kLong);
   return {wide.const_data_ptr<int64_t>(), wide.const_data_ptr<int64_t>() + wide.numel()};
