@@ -220,7 +220,7 @@ def test_varlen_equals_each_sequence(dtype):
 def test_dilated_over_one_segment_is_block_sparse_attention():
     # One (w, r) of rate 1 over everything; and rate 2, where head h attends among rows h % 2, h % 2 + 2, ...
     q, k, v = (t.requires_grad_() for t in make(batch=2, seqlen_q=96, seqlen_k=96, kv_heads=4))
-    bias = torch.randn(2, 4, 96, 96, requires_grad=True)
+    bias = torch.randn(2, 4, 96, 96).masked_fill(torch.rand(2, 4, 96, 96) < 0.2, -torch.inf).requires_grad_()
     inputs, grad = (q, k, v, bias), torch.randn(2, 96, 4, 32)
     p = patterns.dense(96)
 
