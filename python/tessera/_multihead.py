@@ -90,19 +90,20 @@ def _(
 def _named(config: PatternConfig, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
     """The pattern of a config from the process's cache."""
     compiling = torch.compiler.is_compiling()
+    heads = heads if config.heads_differ else 1
     key = None if compiling else (config.key(), seqlen_q, seqlen_k, causal, heads)
     if key is not None and (found := patterns.cache.shared(key)) is not None:
         return found
     kind, block, options = config.spec()
     options["causal"] = causal or kind == "causal"
-    options["heads"] = heads if config.heads_differ else 1
+    options["heads"] = heads
     if key is not None:
         if not config.enable_caching:
             return patterns.make(kind, seqlen_q, seqlen_k, block=block, **options)
         return patterns.cache.share(key, kind, seqlen_q, seqlen_k, block=block, **options)
     block_q, block_k = block if isinstance(block, tuple) else (block, block)
     indptr, indices = _named_tensors(kind, seqlen_q, seqlen_k, block_q, block_k, **options)
-    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, options["heads"], 1))
+    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, heads, 1))
 
 
 def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:

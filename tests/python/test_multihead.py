@@ -685,7 +685,8 @@ def test_a_named_pattern_is_made_once_for_all_modules(monkeypatch):
     now = patterns.cache.stats()
     assert now.misses == before.misses + 1 and now.hits == before.hits + 3 and now.bytes > before.bytes
     a, b = (pattern_for(m.pattern, L, L, False, H) for m in modules)
-    assert a is b and a == patterns.dilated_sparse(L, block=32, density=0.1)
+    assert a is b and a is pattern_for(modules[0].pattern, L, L, False, 2 * H)  # heads share it
+    assert a == patterns.dilated_sparse(L, block=32, density=0.1)
 
 
 def test_a_changed_config_counts_at_once():
