@@ -4,8 +4,8 @@ and FLOP counts. Autograd and autocast are in the library itself, so that C++ ca
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ _LIBRARY = "libtessera_torch.so"
 
 def _load() -> str:
     # The one place that reads the environment: developers point it to a library in a build folder.
-    path = os.environ.get("TESSERA_TORCH_LIBRARY") or str(Path(__file__).with_name(_LIBRARY))
+    path = os.environ.get("TESSERA_TORCH_LIBRARY")
+    if not path:
+        # Beside this file; of an editable installation, whose package has two folders, in the other one.
+        places = [os.path.join(folder, _LIBRARY) for folder in sys.modules[__package__].__path__]
+        path = next(filter(os.path.isfile, places), places[0])
     if not os.path.isfile(path):
         raise ImportError(
             f"tessera: got no operator library at {path}; allowed: {_LIBRARY} beside the package (pip install), or its "
