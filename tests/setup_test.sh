@@ -75,4 +75,18 @@ said=$(PATH="$scratch/bin" bash -c 'root=$1; . "$2/tools/setup.sh"; need_package
   { echo "went on without new-c"; exit 1; }
 expect said "$said" "tessera: not root and no sudo; please install: apt-get install new-c"
 
+# A virtual environment that is gone leaves the cache of a build folder, comments included, and the operators with it;
+# what else is remembered stays. One that is there is left alone.
+tree=$scratch/tree
+mkdir -p "$tree/build/venv/torch"
+printf '%s\n' '//where' "Torch_DIR:PATH=$tree/build/venv/torch" '' 'TESSERA_BUILD_TORCH:BOOL=ON' '//warnings' \
+  'TESSERA_WERROR:BOOL=ON' >"$tree/CMakeCache.txt"
+forget() { bash -c 'root=$1; . "$2/tools/setup.sh"; forget_venv "$1"' _ "$tree" "$source_dir"; }
+cp "$tree/CMakeCache.txt" "$scratch/before"
+! forget || { echo "forgot a virtual environment that is there"; exit 1; }
+cmp "$scratch/before" "$tree/CMakeCache.txt"
+rm -r "$tree/build/venv"
+forget || { echo "did not forget a virtual environment that is gone"; exit 1; }
+expect cache "$(cat "$tree/CMakeCache.txt")" $'\n//warnings\nTESSERA_WERROR:BOOL=ON'
+
 echo "set-up asks for what is missing and for nothing else"

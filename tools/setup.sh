@@ -87,16 +87,34 @@ cache_has() {
   done
 }
 
+# Takes out of the cache of a build folder what it knows of a build/venv whose files are gone, and the operators with
+# it: who wants them says so again. False when there is no such thing.
+forget_venv() {
+  local cache=$1/CMakeCache.txt path known stale=
+  known=$(awk -v venv="=$root/build/venv/" 'i = index($0, venv) { print substr($0, i + 1) }' "$cache" | sort -u)
+  while read -r path; do
+    [ -z "$path" ] || [ -e "${path%%;*}" ] || stale=1
+  done <<<"$known"
+  [ -n "$stale" ] || return 1
+  awk -v venv="$root/build/venv/" '
+    /^\/\// { about = about $0 "\n"; next }
+    !index($0, venv) && !/^TESSERA_BUILD_TORCH:/ { printf "%s%s\n", about, $0 }
+    { about = "" }' "$cache" >"$cache.new"
+  mv "$cache.new" "$cache"
+}
+
 # configure PRESET [-DOPTION=VALUE...]: when an option is not yet so; afterwards ninja itself sees what has changed,
 # except in the presets.
 configure() {
   local preset=$1 build="$root/build/$1"
   shift
-  if grep -qsFx "CMAKE_HOME_DIRECTORY:INTERNAL=$root" "$build/CMakeCache.txt"; then
-    [ ! "$build/build.ninja" -nt "$root/CMakePresets.json" ] || [ -e "$build/.configuring" ] ||
-      ! cache_has "$build" "$@" || return 0
-  else
+  if ! grep -qsFx "CMAKE_HOME_DIRECTORY:INTERNAL=$root" "$build/CMakeCache.txt"; then
     rm -rf "$build"  # of a source folder that has moved, if of any
+  elif forget_venv "$build"; then
+    :
+  elif [ "$build/build.ninja" -nt "$root/CMakePresets.json" ] && [ ! -e "$build/.configuring" ] &&
+    cache_has "$build" "$@"; then
+    return 0
   fi
   say "configuring build/$preset"
   mkdir -p "$build"
