@@ -1,6 +1,6 @@
 # The wheel, as scikit-build-core builds it (pyproject.toml): only the operators, against the torch of the Python that
 # asks, wherever that one finds it.
-if(NOT Torch_DIR)
+if(NOT DEFINED CACHE{Torch_DIR})
   execute_process(
     COMMAND ${Python3_EXECUTABLE} -c "import importlib.util as u, os
 print(os.path.dirname(u.find_spec('torch').origin) + '/share/cmake/Torch', end='')"
@@ -8,7 +8,16 @@ print(os.path.dirname(u.find_spec('torch').origin) + '/share/cmake/Torch', end='
   if(failed)
     message(FATAL_ERROR "torch is not installed for ${Python3_EXECUTABLE}")
   endif()
-  set(Torch_DIR ${Torch_DIR} CACHE PATH "Where TorchConfig.cmake is")
+endif()
+
+# The build folder is kept for the next time; what its cache knows of another torch is not.
+if(NOT Torch_DIR STREQUAL TESSERA_TORCH_BEFORE)
+  get_cmake_property(remembered CACHE_VARIABLES)
+  list(FILTER remembered INCLUDE REGEX "^(Caffe2_|TORCH|c10_)")
+  foreach(name IN LISTS remembered)
+    unset(${name} CACHE)
+  endforeach()
+  set(TESSERA_TORCH_BEFORE ${Torch_DIR} CACHE INTERNAL "The torch that this folder was configured for")
 endif()
 
 # With TESSERA_BUILT_IN=FOLDER they come from a build folder that is configured already, and nothing is compiled twice.
