@@ -19,12 +19,25 @@ using ops::PatternTensors;
 // Operators by their schemas in ops.cc. SymInt where those say so.
 #define PATTERN_TYPES \
   const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, c10::SymIntArrayRef
+using MaybeInt = std::optional<int64_t>;
 #define OPTION_TYPES                                                                                               \
   std::optional<double>, bool, std::optional<int64_t>, std::optional<int64_t>, std::optional<c10::SymInt>,         \
       c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,   \
       const MaybeTensor&, double, const MaybeTensor&
 using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                    PATTERN_TYPES, OPTION_TYPES);
+using Decode = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                  PATTERN_TYPES, const MaybeTensor&, OPTION_TYPES);
+using Dilated = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
+    std::optional<c10::string_view>, std::optional<double>, int64_t, MaybeInt, at::IntArrayRef, MaybeInt, MaybeInt,
+    int64_t, OPTION_TYPES);
+using Varlen = std::tuple<at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList,
+    at::TensorList, at::TensorList, at::TensorList, c10::SymIntArrayRef, std::optional<double>, bool, MaybeInt,
+    MaybeInt, double, const MaybeTensor&, const MaybeTensor&, double, const MaybeTensor&);
+using Merge = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                 const at::Tensor&);
 using Weights = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, PATTERN_TYPES, OPTION_TYPES);
 
 template <class Signature>
@@ -32,15 +45,22 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Calls op with `lead`, then pattern and options in the order of the schemas.
+// Calls op with `lead`, then the options in the order of the schemas.
 template <class Op, class... Lead>
-auto call(const Op& op, const PatternTensors& p, const OptionArguments& o, const Lead&... lead) {
+auto call(const Op& op, const OptionArguments& o, const Lead&... lead) {
   std::optional<c10::SymInt> q_offset;
   if (o.q_offset) q_offset = c10::SymInt(*o.q_offset);
-  return op.call(lead..., p.indptr, p.indices, p.bitmap_index, p.bitmaps, c10::fromIntArrayRefSlow(p.shape), o.scale,
-                 o.causal, o.window_left, o.window_right, q_offset, c10::SymInt(o.k_offset), o.key_lengths,
-                 o.align_to_key_lengths, o.softcap, o.alibi_slopes, o.block_bias, o.attn_bias, o.sinks, o.dropout_p,
-                 o.rng);
+  return op.call(lead..., o.scale, o.causal, o.window_left, o.window_right, q_offset, c10::SymInt(o.k_offset),
+                 o.key_lengths, o.align_to_key_lengths, o.softcap, o.alibi_slopes, o.block_bias, o.attn_bias, o.sinks,
+                 o.dropout_p, o.rng);
+}
+
+c10::SymIntArrayRef symbols(const std::vector<int64_t>& numbers) { return c10::fromIntArrayRefSlow(numbers); }
+
+// Options of one call: its dropout has a seed.
+OptionArguments drawn(OptionArguments o) {
+  if (o.dropout_p > 0 && !o.rng.has_value()) o.rng = at::empty({2}, at::kLong).random_();
+  return o;
 }
 
 MaybeTensor maybe(const at::Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
@@ -96,47 +116,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> project_in(const at::Tensor& quer
   return {F::linear(query, wq, bq), F::linear(key, wk, bk), F::linear(value, wv, bv)};
 }
 
-}  // namespace
-
-PatternTensors pattern_tensors(const BlockPattern& pattern) {
-  auto [indptr, indices, bitmap_index, bitmaps, shape] = ops::tensors_of(pattern);
-  PatternTensors tensors{indptr, indices, {}, {}, std::move(shape)};
-  if (bitmaps.size(0) > 0) {
-    tensors.bitmap_index = bitmap_index;
-    tensors.bitmaps = bitmaps;
-  }
-  return tensors;
-}
-
-std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
-                                                          const at::Tensor& v, const PatternTensors& pattern,
-                                                          const OptionArguments& options) {
-  OptionArguments o = options;
-  if (o.dropout_p > 0 && !o.rng.has_value()) o.rng = at::empty({2}, at::kLong).random_();
-  static const auto op = find_op<Forward>("tessera::forward");
-  return call(op, pattern, o, q, k, v);
-}
-
-at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const PatternTensors& pattern,
-                             const OptionArguments& options) {
-  const at::NoGradGuard no_grad;
-  OptionArguments o = options;
-  o.dropout_p = 0;
-  static const auto op = find_op<Weights>("tessera::weights");
-  const at::Tensor query = q.detach(), key = k.detach();
-  auto [indices, values] = call(op, pattern, o, query, key);
-  const int64_t block_q = values.size(1), block_k = values.size(2);
-  const int64_t batch = q.size(0), heads = q.size(2), seqlen_q = q.size(1), seqlen_k = k.size(1);
-  const int64_t rows = (seqlen_q + block_q - 1) / block_q, cols = (seqlen_k + block_k - 1) / block_k;
-  at::Tensor dense = at::zeros({batch, heads, rows, block_q, cols, block_k}, values.options());
-  const auto at_column = [&](int64_t i) { return std::optional<at::Tensor>(indices.select(1, i)); };
-  dense.permute({0, 1, 2, 4, 3, 5}).index_put_({at_column(0), at_column(1), at_column(2), at_column(3)}, values);
-  return dense.view({batch, heads, rows * block_q, cols * block_k}).slice(2, 0, seqlen_q).slice(3, 0, seqlen_k);
-}
-
-std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
-                                                        const at::Tensor& value, const PatternTensors& pattern,
-                                                        const MultiheadArguments& a) {
+// Projections, masks, extra keys and weights around `attend`: (q, k, v, options) -> (out, lse); `weigh`: (q, k, options)
+// -> weights [N, H, L, S].
+template <class Attend, class Weigh>
+std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                              const MultiheadArguments& a, const Attend& attend, const Weigh& weigh) {
   const int64_t heads = a.num_heads;
   auto [q, k, v] = project_in(query, key, value, a);
   const auto split = [&](const at::Tensor& t) {  // [S, N, E] -> [N, S, H, D], a view
@@ -153,7 +137,7 @@ std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query,
   options.dropout_p = a.dropout_p;
   // A key of zeros has score 0 and adds nothing but to the denominator: a sink.
   if (a.add_zero_attn) options.sinks = at::zeros({heads}, q.options().dtype(at::kFloat));
-  auto [out, lse] = block_sparse_attention(q, k, v, pattern, options);  // [N, L, H, D], [N, H, L]
+  auto [out, lse] = attend(q, k, v, options);  // [N, L, H, D], [N, H, L]
 
   at::Tensor added;  // [N, H, L]: weight of the key that is bias_k
   if (a.bias_k.defined()) {
@@ -171,7 +155,7 @@ std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query,
   if (!a.need_weights) return {output, at::Tensor()};
 
   const at::NoGradGuard no_grad;
-  at::Tensor weights = attention_weights(q, k, pattern, options);
+  at::Tensor weights = weigh(q, k, options);
   if (added.defined()) {
     weights = weights * (1 - added).unsqueeze(-1);
     weights = at::cat({weights, added.unsqueeze(-1)}, -1);
@@ -179,6 +163,125 @@ std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query,
   if (a.add_zero_attn) weights = at::cat({weights, 1 - weights.sum(-1, true)}, -1);
   weights = weights.to(q.scalar_type());
   return {output, a.average_attn_weights ? weights.mean(1) : weights};
+}
+
+}  // namespace
+
+PatternTensors pattern_tensors(const BlockPattern& pattern) {
+  auto [indptr, indices, bitmap_index, bitmaps, shape] = ops::tensors_of(pattern);
+  PatternTensors tensors{indptr, indices, {}, {}, std::move(shape)};
+  if (bitmaps.size(0) > 0) {
+    tensors.bitmap_index = bitmap_index;
+    tensors.bitmaps = bitmaps;
+  }
+  return tensors;
+}
+
+std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
+                                                          const at::Tensor& v, const PatternTensors& pattern,
+                                                          const OptionArguments& options) {
+  static const auto op = find_op<Forward>("tessera::forward");
+  return call(op, drawn(options), q, k, v, pattern.indptr, pattern.indices, pattern.bitmap_index, pattern.bitmaps,
+              symbols(pattern.shape));
+}
+
+std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                     const Dilation& dilation, const OptionArguments& options) {
+  TORCH_CHECK_VALUE(!dilation.make, "dilation.make: got a function; allowed: none (an operator takes the spec)");
+  const PatternSpec spec = dilation.pattern.value_or(PatternSpec{});
+  TORCH_CHECK_VALUE(spec.block_q == spec.block_k, "dilation.pattern: got blocks of ", spec.block_q, " x ", spec.block_k,
+                    "; allowed: square ones");
+  std::optional<c10::string_view> kind;
+  const std::string name(name_of(spec.kind));
+  if (dilation.pattern) kind = name;
+  const std::vector<int64_t> lengths(dilation.segment_lengths.begin(), dilation.segment_lengths.end());
+  const std::vector<int64_t> rates(dilation.dilation_rates.begin(), dilation.dilation_rates.end());
+  static const auto op = find_op<Dilated>("tessera::dilated_forward");
+  return call(op, drawn(options), q, k, v, symbols(lengths), symbols(rates), kind, spec.density,
+              static_cast<int64_t>(spec.block_q), MaybeInt(spec.window), at::IntArrayRef(spec.dilation_rates),
+              MaybeInt(spec.global_tokens), MaybeInt(spec.stride), static_cast<int64_t>(spec.seed));
+}
+
+std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                                    const std::vector<PatternTensors>& patterns,
+                                                    const OptionArguments& options) {
+  TORCH_CHECK_VALUE(!options.q_offset && options.k_offset == 0 && !options.key_lengths && !options.block_bias &&
+                        !options.attn_bias && !options.align_to_key_lengths,
+                    "options: got positions, key_lengths or a bias; allowed: none of them with packed sequences");
+  std::vector<at::Tensor> indptr, indices, bitmap_index, bitmaps;
+  std::vector<int64_t> shapes;
+  for (const PatternTensors& p : patterns) {
+    indptr.push_back(p.indptr);
+    indices.push_back(p.indices);
+    bitmap_index.push_back(p.bitmap_index.value_or(at::empty({0}, at::kInt)));
+    bitmaps.push_back(p.bitmaps.value_or(at::empty({0}, at::kLong)));
+    shapes.insert(shapes.end(), p.shape.begin(), p.shape.end());
+  }
+  const OptionArguments o = drawn(options);
+  static const auto op = find_op<Varlen>("tessera::varlen_forward");
+  return op.call(q, k, v, cu_seqlens_q, cu_seqlens_k, indptr, indices, bitmap_index, bitmaps, symbols(shapes), o.scale,
+                 o.causal, o.window_left, o.window_right, o.softcap, o.alibi_slopes, o.sinks, o.dropout_p, o.rng);
+}
+
+std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                          const PatternTensors& pattern, const OptionArguments& options,
+                                          const at::Tensor& page_table) {
+  OptionArguments o = drawn(options);
+  o.align_to_key_lengths = o.key_lengths.has_value();
+  static const auto op = find_op<Decode>("tessera::decode");
+  return call(op, o, q, k, v, pattern.indptr, pattern.indices, pattern.bitmap_index, pattern.bitmaps,
+              symbols(pattern.shape), maybe(page_table));
+}
+
+std::tuple<at::Tensor, at::Tensor> merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
+                                         const at::Tensor& lse_b) {
+  static const auto op = find_op<Merge>("tessera::merge");
+  return op.call(out_a, lse_a, out_b, lse_b);
+}
+
+at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const PatternTensors& pattern,
+                             const OptionArguments& options) {
+  const at::NoGradGuard no_grad;
+  OptionArguments o = options;
+  o.dropout_p = 0;
+  static const auto op = find_op<Weights>("tessera::weights");
+  const at::Tensor query = q.detach(), key = k.detach();
+  auto [indices, values] = call(op, o, query, key, pattern.indptr, pattern.indices, pattern.bitmap_index,
+                                pattern.bitmaps, symbols(pattern.shape));
+  const int64_t block_q = values.size(1), block_k = values.size(2);
+  const int64_t batch = q.size(0), heads = q.size(2), seqlen_q = q.size(1), seqlen_k = k.size(1);
+  const int64_t rows = (seqlen_q + block_q - 1) / block_q, cols = (seqlen_k + block_k - 1) / block_k;
+  at::Tensor dense = at::zeros({batch, heads, rows, block_q, cols, block_k}, values.options());
+  const auto at_column = [&](int64_t i) { return std::optional<at::Tensor>(indices.select(1, i)); };
+  dense.permute({0, 1, 2, 4, 3, 5}).index_put_({at_column(0), at_column(1), at_column(2), at_column(3)}, values);
+  return dense.view({batch, heads, rows * block_q, cols * block_k}).slice(2, 0, seqlen_q).slice(3, 0, seqlen_k);
+}
+
+std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
+                                                        const at::Tensor& value, const PatternTensors& pattern,
+                                                        const MultiheadArguments& arguments) {
+  return multi_head(
+      query, key, value, arguments,
+      [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionArguments& o) {
+        return block_sparse_attention(q, k, v, pattern, o);
+      },
+      [&](const at::Tensor& q, const at::Tensor& k, const OptionArguments& o) {
+        return attention_weights(q, k, pattern, o);
+      });
+}
+
+std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
+                                                        const at::Tensor& value, const Dilation& dilation,
+                                                        const MultiheadArguments& arguments) {
+  TORCH_CHECK_VALUE(!arguments.need_weights, "need_weights: got true; allowed: false over segments");
+  TORCH_CHECK_VALUE(!arguments.add_zero_attn, "add_zero_attn: got true; allowed: false over segments");
+  return multi_head(
+      query, key, value, arguments,
+      [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionArguments& o) {
+        return dilated_attention(q, k, v, dilation, o);
+      },
+      [](const at::Tensor&, const at::Tensor&, const OptionArguments&) { return at::Tensor(); });
 }
 
 }  // namespace tessera::nn::functional

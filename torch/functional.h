@@ -10,8 +10,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
+#include <vector>
 
 #include "convert.h"
+#include "tessera/dilated.h"
 
 namespace tessera::nn::functional {
 
@@ -26,6 +28,32 @@ ops::PatternTensors pattern_tensors(const BlockPattern& pattern);
 std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
                                                           const at::Tensor& v, const ops::PatternTensors& pattern,
                                                           const ops::OptionArguments& options = {});
+
+// LongNet: q [B, S, H, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv] -> out and lse as above. What tessera/dilated.h says of
+// Dilation and of the options holds; its pattern has square blocks, and dilation.make must be empty. Differentiable: q,
+// k, v, options.attn_bias.
+std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                     const Dilation& dilation,
+                                                     const ops::OptionArguments& options = {});
+
+// Packed sequences: q [total_q, H, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv], offsets int32 or int64 [N + 1], one
+// pattern a sequence -> out [total_q, H, Dv], lse [H, total_q]. Options: scale, causal, window_left, window_right,
+// softcap, alibi_slopes, sinks, dropout_p and rng; ValueError for others. Differentiable: q, k, v, options.sinks.
+std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                                    const std::vector<ops::PatternTensors>& patterns,
+                                                    const ops::OptionArguments& options = {});
+
+// New queries q [B, Sq, H, D] over a cache, without gradient. Cache: k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], or pages
+// [pages, block_k, Hkv, D] and Dv with page_table int32 [B, ceil(Sk / block_k)]; the pattern is of (Sq, Sk), Sk the
+// capacity. With options.key_lengths (valid keys, the new ones included) the queries stand at the end of those.
+std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                          const ops::PatternTensors& pattern, const ops::OptionArguments& options = {},
+                                          const at::Tensor& page_table = {});
+
+// Joins partial results over disjoint keys: out [B, S, H, Dv], lse [B, H, S]; -inf contributes nothing. Differentiable.
+std::tuple<at::Tensor, at::Tensor> merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
+                                         const at::Tensor& lse_b);
 
 // Normalised weights, before dropout and without gradient, spread out to [B, H, Sq, Sk]: for looking at short
 // sequences. The operator tessera::weights gives the kept blocks only.
@@ -54,6 +82,11 @@ struct MultiheadArguments {
 // [N, L, S + extra keys] (or [N, num_heads, L, ...] when not averaged), before dropout and without gradient.
 std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
                                                         const at::Tensor& value, const ops::PatternTensors& pattern,
+                                                        const MultiheadArguments& arguments);
+
+// The same over LongNet segments; L = S. ValueError for need_weights and add_zero_attn.
+std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,
+                                                        const at::Tensor& value, const Dilation& dilation,
                                                         const MultiheadArguments& arguments);
 
 }  // namespace tessera::nn::functional

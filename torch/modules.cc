@@ -31,6 +31,16 @@ void check_rank(const char* name, const at::Tensor& t, int64_t rank, const char*
 
 bool is_causal(const PatternSpec& spec) { return spec.causal || spec.kind == PatternKind::causal; }
 
+// The pattern inside segments; all pairs of a segment need none.
+Dilation dilation_of(const std::vector<int64_t>& segment_lengths, const std::vector<int64_t>& dilation_rates,
+                     const PatternSpec& pattern) {
+  Dilation dilation;
+  dilation.segment_lengths = segment_lengths;
+  dilation.dilation_rates = dilation_rates;
+  if (pattern.kind != PatternKind::dense && pattern.kind != PatternKind::causal) dilation.pattern = pattern;
+  return dilation;
+}
+
 }  // namespace
 
 BlockSparseAttentionImpl::BlockSparseAttentionImpl(BlockSparseAttentionOptions options_)
@@ -39,7 +49,11 @@ BlockSparseAttentionImpl::BlockSparseAttentionImpl(BlockSparseAttentionOptions o
 void BlockSparseAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "tessera::nn::BlockSparseAttention(pattern=" << name_of(options.pattern.kind)
          << ", block=" << options.pattern.block_q << "x" << options.pattern.block_k
-         << ", causal=" << std::boolalpha << is_causal(options.pattern) << ")";
+         << ", causal=" << std::boolalpha << is_causal(options.pattern);
+  if (!options.segment_lengths.empty()) {
+    stream << ", segment_lengths=" << options.segment_lengths << ", dilation_rates=" << options.dilation_rates;
+  }
+  stream << ")";
 }
 
 at::Tensor BlockSparseAttentionImpl::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -54,12 +68,20 @@ at::Tensor BlockSparseAttentionImpl::forward(const at::Tensor& q, const at::Tens
   o.softcap = options.softcap;
   o.dropout_p = is_training() ? options.dropout : 0;
   if (key_lengths.defined()) o.key_lengths = key_lengths;
+  if (!options.segment_lengths.empty() || !options.dilation_rates.empty()) {
+    const Dilation dilation = dilation_of(options.segment_lengths, options.dilation_rates, options.pattern);
+    return std::get<0>(functional::dilated_attention(q, k, v, dilation, o));
+  }
   return std::get<0>(functional::block_sparse_attention(q, k, v, pattern_.get(q.size(1), k.size(1)), o));
 }
 
 MultiheadAttentionImpl::MultiheadAttentionImpl(const torch::nn::MultiheadAttentionOptions& options_,
-                                               const PatternSpec& pattern)
-    : options(options_), pattern_(pattern) {
+                                               const PatternSpec& pattern, std::vector<int64_t> segment_lengths_,
+                                               std::vector<int64_t> dilation_rates_)
+    : options(options_),
+      segment_lengths(std::move(segment_lengths_)),
+      dilation_rates(std::move(dilation_rates_)),
+      pattern_(pattern) {
   MultiheadAttentionImpl::reset();
 }
 
@@ -116,6 +138,10 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(const at::Ten
   a.causal = is_causal(pattern_.spec());
   a.need_weights = need_weights;
   a.average_attn_weights = average_attn_weights;
+  if (!segment_lengths.empty() || !dilation_rates.empty()) {
+    const Dilation dilation = dilation_of(segment_lengths, dilation_rates, pattern_.spec());
+    return functional::multi_head_attention(query, key, value, dilation, a);
+  }
   return functional::multi_head_attention(query, key, value, pattern_.get(query.size(0), key.size(0)), a);
 }
 

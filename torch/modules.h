@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "functional.h"
 #include "tessera/patterns.h"
@@ -42,9 +43,12 @@ struct BlockSparseAttentionOptions {
   std::optional<int64_t> window_left, window_right;  // tokens
   double softcap = 0;
   double dropout = 0;  // in training
+  // LongNet: the pattern lies inside these dilated segments (tessera/dilated.h). Without them: over the sequence.
+  std::vector<int64_t> segment_lengths, dilation_rates;
 };
 
-// Attention without projections: q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> [B, Sq, H, Dv].
+// Attention without projections: q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> [B, Sq, H, Dv]. Over segments
+// Sq = Sk.
 class BlockSparseAttentionImpl : public torch::nn::Cloneable<BlockSparseAttentionImpl> {
  public:
   explicit BlockSparseAttentionImpl(BlockSparseAttentionOptions options = {});
@@ -65,13 +69,14 @@ class BlockSparseAttentionImpl : public torch::nn::Cloneable<BlockSparseAttentio
 TORCH_MODULE(BlockSparseAttention);
 
 // torch::nn::MultiheadAttention over a pattern: the same options, parameters (names, shapes, initial values) and
-// arguments; sequence first. The default pattern is dense. Weights come back without gradient and before dropout.
+// arguments; sequence first. The default pattern is dense. Weights come back without gradient and before dropout. With
+// segments the pattern lies inside them, L = S, and need_weights must be false.
 class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImpl> {
  public:
   MultiheadAttentionImpl(int64_t embed_dim, int64_t num_heads, const PatternSpec& pattern = {})
       : MultiheadAttentionImpl(torch::nn::MultiheadAttentionOptions(embed_dim, num_heads), pattern) {}
-  explicit MultiheadAttentionImpl(const torch::nn::MultiheadAttentionOptions& options,
-                                  const PatternSpec& pattern = {});
+  explicit MultiheadAttentionImpl(const torch::nn::MultiheadAttentionOptions& options, const PatternSpec& pattern = {},
+                                  std::vector<int64_t> segment_lengths = {}, std::vector<int64_t> dilation_rates = {});
   void reset() override;
   // query [L, N, E], key [S, N, kdim], value [S, N, vdim]; masks: functional.h. -> output [L, N, E], weights
   // [N, L, S] (undefined unless wanted; with add_bias_kv and add_zero_attn one more key each).
@@ -80,6 +85,7 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
                                              const at::Tensor& attn_mask = {}, bool average_attn_weights = true);
 
   torch::nn::MultiheadAttentionOptions options;
+  std::vector<int64_t> segment_lengths, dilation_rates;
   at::Tensor in_proj_weight, in_proj_bias, bias_k, bias_v;
   at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;
   torch::nn::Linear out_proj = nullptr;

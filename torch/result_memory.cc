@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-#include "core/huge_pages.h"
+#include "tessera/huge_pages.h"
 
 namespace tessera::ops {
 

@@ -7,8 +7,8 @@
 #include <new>
 #include <string>
 
-#include "core/huge_pages.h"
 #include "tessera/error.h"
+#include "tessera/huge_pages.h"
 
 namespace tessera {
 

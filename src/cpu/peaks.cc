@@ -5,9 +5,9 @@
 #include <memory>
 #include <vector>
 
-#include "core/huge_pages.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "tessera/huge_pages.h"
 
 namespace tessera::cpu {
 

@@ -5,9 +5,9 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include "core/huge_pages.h"
 #include "io/tensor_bytes.h"
 #include "tessera/error.h"
+#include "tessera/huge_pages.h"
 #include "tessera/io.h"
 
 namespace tessera {

@@ -170,6 +170,139 @@ TEST(BlockSparseAttention, PatternFollowsTheLengths) {
   EXPECT_TRUE(attention->parameters().empty());
 }
 
+// ---- LongNet's segments, packed sequences, caches ----
+
+const std::vector<int64_t> kSegments{16, 40}, kRates{1, 3};
+
+// What one softmax over the multiset of all admitted keys adds to the scores: the log of how often, [H, S, S].
+at::Tensor log_of_times_admitted(int64_t heads, int64_t seqlen) {
+  at::Tensor times = at::zeros({heads, seqlen, seqlen}, kDouble);
+  const at::Tensor position = at::arange(seqlen);
+  for (size_t i = 0; i < kSegments.size(); ++i) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const at::Tensor segment = position.floor_divide(kSegments[i]);
+      const at::Tensor kept = position.remainder(kSegments[i]).remainder(kRates[i]) == h % kRates[i];
+      const at::Tensor both = kept.unsqueeze(0).logical_and(kept.unsqueeze(1));
+      times[h] += both.logical_and(segment.unsqueeze(0) == segment.unsqueeze(1)).to(at::kDouble);
+    }
+  }
+  return times.log();
+}
+
+TEST(Functional, DilatedAttentionIsOneSoftmaxOverItsKeys) {
+  at::manual_seed(8);
+  const auto tensor = [] { return at::randn({2, 50, 4, 8}, kDouble).requires_grad_(); };
+  at::Tensor q = tensor(), k = tensor(), v = tensor();
+  at::Tensor bias = at::randn({2, 1, 50, 50}, kDouble).requires_grad_();
+  Dilation dilation;
+  dilation.segment_lengths = kSegments;
+  dilation.dilation_rates = kRates;
+  ops::OptionArguments options;
+  options.attn_bias = bias;
+  const auto [out, lse] = F::dilated_attention(q, k, v, dilation, options);
+  const at::Tensor added = bias + log_of_times_admitted(4, 50);
+  const at::Tensor scores = at::matmul(q.transpose(1, 2), k.permute({0, 2, 3, 1})) / std::sqrt(8.0) + added;
+  const at::Tensor expected = at::matmul(at::softmax(scores, -1), v.transpose(1, 2)).transpose(1, 2);
+  expect_close(out, expected, 1e-12, "out");
+  expect_close(lse, at::logsumexp(scores, -1), 1e-12, "lse");
+  const at::Tensor seed = at::randn(out.sizes(), kDouble);
+  const std::vector<at::Tensor> inputs{q, k, v, bias};
+  const auto got = torch::autograd::grad({out}, inputs, {seed});
+  const auto wanted = torch::autograd::grad({expected}, inputs, {seed});
+  for (size_t i = 0; i < inputs.size(); ++i) expect_close(got[i], wanted[i], 1e-11, "gradient");
+
+  dilation.pattern = sparse_spec();
+  dilation.pattern->block_k = 32;
+  EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
+  // One segment of all tokens: the pattern as it is.
+  const std::vector<int64_t> all{50}, one{1};
+  dilation.segment_lengths = all;
+  dilation.dilation_rates = one;
+  dilation.pattern->block_k = 16;
+  const auto pattern = F::pattern_tensors(pattern_for(sparse_spec(), 50, 50));
+  expect_close(std::get<0>(F::dilated_attention(q, k, v, dilation, options)),
+               std::get<0>(F::block_sparse_attention(q, k, v, pattern, options)), 1e-12, "pattern in a segment");
+  dilation.make = [](const PatternSpec& spec) { return make_pattern(spec); };
+  EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
+}
+
+TEST(Functional, PackedSequencesAreTheSequencesOneByOne) {
+  at::manual_seed(9);
+  const std::vector<int64_t> lengths{30, 0, 50};
+  const at::Tensor offsets = at::tensor({0, 30, 30, 80});
+  const auto tensor = [](int64_t heads, int64_t dim) { return at::randn({80, heads, dim}, kDouble).requires_grad_(); };
+  at::Tensor q = tensor(4, 8), k = tensor(2, 8), v = tensor(2, 12);
+  std::vector<ops::PatternTensors> patterns;
+  for (const int64_t n : lengths) patterns.push_back(F::pattern_tensors(pattern_for(sparse_spec(), n, n)));
+  ops::OptionArguments options;
+  options.causal = true;
+  const auto [out, lse] = F::varlen_attention(q, k, v, offsets, offsets, patterns, options);
+  std::vector<at::Tensor> parts;
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    const int64_t begin = offsets[i].item<int64_t>();
+    const auto part = [&](const at::Tensor& t) { return t.slice(0, begin, begin + lengths[i]).unsqueeze(0); };
+    parts.push_back(std::get<0>(F::block_sparse_attention(part(q), part(k), part(v), patterns[i], options))[0]);
+  }
+  const at::Tensor expected = at::cat(parts);
+  expect_close(out, expected, 1e-12, "out");
+  EXPECT_EQ(lse.sizes(), at::IntArrayRef({4, 80}));
+  const auto got = torch::autograd::grad({out.sum()}, {q, k, v});
+  const auto wanted = torch::autograd::grad({expected.sum()}, {q, k, v});
+  for (size_t i = 0; i < 3; ++i) expect_close(got[i], wanted[i], 1e-11, "gradient");
+  options.key_lengths = at::tensor({30, 0, 50});
+  EXPECT_THROW(F::varlen_attention(q, k, v, offsets, offsets, patterns, options), c10::ValueError);
+}
+
+TEST(Functional, DecodeFromPagesAndJoinedParts) {
+  at::manual_seed(10);
+  const at::Tensor q = at::randn({2, 1, 4, 8}), k = at::randn({2, 64, 2, 8}), v = at::randn({2, 64, 2, 8});
+  PatternSpec spec;
+  spec.block_q = spec.block_k = 16;
+  const auto pattern = F::pattern_tensors(pattern_for(spec, 1, 64));
+  ops::OptionArguments options;
+  options.causal = true;
+  options.key_lengths = at::tensor({64, 37});
+  const auto [out, lse] = F::decode(q, k, v, pattern, options);
+  for (int64_t b = 0; b < 2; ++b) {
+    const int64_t n = b == 0 ? 64 : 37;
+    const auto part = [&](const at::Tensor& t) { return t.slice(0, b, b + 1).slice(1, 0, n).transpose(1, 2); };
+    const at::Tensor expected = at::scaled_dot_product_attention(q.slice(0, b, b + 1).transpose(1, 2), part(k), part(v),
+                                                                 {}, 0, false, std::nullopt, true);
+    expect_close(out.slice(0, b, b + 1), expected.transpose(1, 2), 1e-5, "out");
+  }
+  const at::Tensor table = at::tensor({3, 1, 0, 2, 7, 6, 4, 5}, at::kInt).view({2, 4});
+  const auto pages = [&](const at::Tensor& t) {
+    at::Tensor memory = at::empty({8, 16, 2, 8});
+    memory.index_put_({table.flatten().to(at::kLong)}, t.view({8, 16, 2, 8}));
+    return memory;
+  };
+  EXPECT_TRUE(at::equal(std::get<0>(F::decode(q, pages(k), pages(v), pattern, options, table)), out));
+
+  const auto half = F::pattern_tensors(pattern_for(spec, 1, 32));
+  const auto part = [&](int64_t begin) {
+    return F::block_sparse_attention(q, k.slice(1, begin, begin + 32), v.slice(1, begin, begin + 32), half);
+  };
+  const auto [out_a, lse_a] = part(0);
+  const auto [out_b, lse_b] = part(32);
+  const auto [joined, joined_lse] = F::merge(out_a, lse_a, out_b, lse_b);
+  const auto [whole, whole_lse] = F::block_sparse_attention(q, k, v, pattern);
+  expect_close(joined, whole, 1e-5, "joined");
+  expect_close(joined_lse, whole_lse, 1e-5, "lse");
+}
+
+TEST(BlockSparseAttention, SegmentsAreLongNets) {
+  at::manual_seed(11);
+  BlockSparseAttentionOptions options;
+  options.segment_lengths = kSegments;
+  options.dilation_rates = kRates;
+  BlockSparseAttention attention(options);
+  const at::Tensor q = at::randn({2, 50, 4, 8}, kDouble);
+  const at::Tensor bhsd = q.transpose(1, 2);
+  const at::Tensor expected = at::scaled_dot_product_attention(bhsd, bhsd, bhsd, log_of_times_admitted(4, 50));
+  expect_close(attention->forward(q, q, q), expected.transpose(1, 2), 1e-11, "out");
+  EXPECT_THROW(attention->forward(q, q.slice(1, 0, 40), q.slice(1, 0, 40)), c10::ValueError);
+}
+
 // ---- MultiheadAttention: against torch's module with the same parameters ----
 
 struct MultiheadCase {
@@ -241,6 +374,26 @@ TEST(MultiheadAttention, DensePatternInSingleEqualsTorch) {
   const auto [got, none] = ours->forward(x, x, x, {}, false);
   expect_close(got, expected, 1e-5, "output");
   EXPECT_FALSE(none.defined());
+}
+
+TEST(MultiheadAttention, SegmentsAreLongNets) {
+  at::manual_seed(12);
+  const torch::nn::MultiheadAttentionOptions options(24, 3);
+  MultiheadAttention dense(options);
+  dense->to(at::kDouble);
+  MultiheadAttention ours(options, PatternSpec{}, kSegments, kRates);
+  ours->to(at::kDouble);
+  {
+    const at::NoGradGuard no_grad;
+    for (auto& item : ours->named_parameters()) item.value().copy_(dense->named_parameters()[item.key()]);
+  }
+  const at::Tensor x = at::randn({50, 2, 24}, kDouble);
+  const at::Tensor mask = log_of_times_admitted(3, 50).repeat({2, 1, 1});
+  const at::Tensor expected = std::get<0>(dense->forward(x, x, x, {}, false, mask));
+  expect_close(std::get<0>(ours->forward(x, x, x, {}, false)), expected, 1e-11, "output");
+  const auto copy = std::dynamic_pointer_cast<MultiheadAttentionImpl>(ours->clone());
+  expect_close(std::get<0>(copy->forward(x, x, x, {}, false)), expected, 1e-11, "output of a copy");
+  EXPECT_THROW(ours->forward(x, x, x), c10::ValueError);  // weights
 }
 
 TEST(MultiheadAttention, StartsLikeTorchsAndCanBeCloned) {
