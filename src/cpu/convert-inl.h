@@ -156,6 +156,43 @@ HWY_INLINE void FourLanesToRows(const float* in, int64_t width, int64_t n, float
   }
 }
 
+// Lane j of v[i] and lane i of v[j] change places. Any 32-bit elements.
+HWY_INLINE void Transpose(Vec (&v)[kLanes]) {
+  const Floats d;
+  const hn::Repartition<double, Floats> d2;
+  // 4 x 4 inside every block of 128 bits,
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const auto a = hn::BitCast(d2, hn::InterleaveLower(d, v[i], v[i + 1]));
+    const auto b = hn::BitCast(d2, hn::InterleaveLower(d, v[i + 2], v[i + 3]));
+    const auto c = hn::BitCast(d2, hn::InterleaveUpper(d, v[i], v[i + 1]));
+    const auto e = hn::BitCast(d2, hn::InterleaveUpper(d, v[i + 2], v[i + 3]));
+    v[i] = hn::BitCast(d, hn::InterleaveLower(d2, a, b));
+    v[i + 1] = hn::BitCast(d, hn::InterleaveUpper(d2, a, b));
+    v[i + 2] = hn::BitCast(d, hn::InterleaveLower(d2, c, e));
+    v[i + 3] = hn::BitCast(d, hn::InterleaveUpper(d2, c, e));
+  }
+  // then the blocks.
+#if HWY_MAX_BYTES == 64
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec a = hn::ConcatLowerLower(d, v[i + 8], v[i]), b = hn::ConcatLowerLower(d, v[i + 12], v[i + 4]);
+    const Vec c = hn::ConcatUpperUpper(d, v[i + 8], v[i]), e = hn::ConcatUpperUpper(d, v[i + 12], v[i + 4]);
+    v[i] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(b), a);
+    v[i + 4] = hn::OddEvenBlocks(b, hn::SwapAdjacentBlocks(a));
+    v[i + 8] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(e), c);
+    v[i + 12] = hn::OddEvenBlocks(e, hn::SwapAdjacentBlocks(c));
+  }
+#elif HWY_MAX_BYTES == 32
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec a = v[i], b = v[i + 4];
+    v[i] = hn::ConcatLowerLower(d, b, a);
+    v[i + 4] = hn::ConcatUpperUpper(d, b, a);
+  }
+#endif
+}
+
 #if TESSERA_BF16_DOT
 // Rows a and b of n bf16 as pairs (a[i], b[i]); b may be null: zeros.
 HWY_INLINE void InterleaveRows(const bfloat16* a, const bfloat16* b, int64_t n, uint32_t* out) {

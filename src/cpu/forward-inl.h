@@ -12,6 +12,7 @@
 #endif
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <type_traits>
 
@@ -30,6 +31,7 @@ class RowKernel {
   using Element = typename P::Element;
   using Staged = typename Stager<T>::Staged;
   static constexpr bool kPairs = P::kElementsPerStep == 2;
+  static constexpr uint32_t kBothSigns = 0x80008000u;  // of a pair
 
   struct Panel {
     int64_t q = 0;     // first query
@@ -54,7 +56,6 @@ class RowKernel {
     q_begin_ = row_ * shape.block_q;
     q_end_ = std::min(q_begin_ + shape.block_q, p.seqlen_q);
     steps_ = (p.head_dim + P::kElementsPerStep - 1) / P::kElementsPerStep;
-    padded_ = hwy::RoundUpTo(std::max<int64_t>({p.head_dim, p.head_dim_v, 1}), 16);
     const int64_t queries = hwy::RoundUpTo(shape.block_q, kLanes);
     const int64_t chunk = std::min<int64_t>(kChunk, hwy::RoundUpTo(std::max<int64_t>(p.seqlen_k, 1), 2));
     queries_t_ = scratch.take<Element>(steps_ * queries);
@@ -63,7 +64,6 @@ class RowKernel {
     sums_ = scratch.take<float>(queries);
     used_ = kPairs ? scratch.take<float>(queries) : sums_;
     scores_ = scratch.take<float>(chunk * kMaxPanel);
-    rows_ = scratch.take<float>(4 * padded_);
     factor_ = kPairs ? static_cast<float>(std::abs(p.scale) * kLog2eDouble) : 1.0f;
   }
 
@@ -126,10 +126,7 @@ class RowKernel {
       panel.sum = sums_ + offset;
       panel.used = used_ + offset;
       offset += width;
-      for (int64_t r = 0; r < width; r += 4) {
-        for (int64_t i = 0; i < 4; ++i) LoadQuery(panel, r + i, scale, rows_ + i * padded_);
-        FourRowsToLanes(rows_, padded_, steps_, reinterpret_cast<float*>(panel.qt) + r, width);
-      }
+      for (int64_t r = 0; r < width; r += kLanes) LoadQueries(panel, r, width, scale);
       std::fill_n(panel.out, p_.head_dim_v * width, 0.0f);
       std::fill_n(panel.reference, width, kNoScore);
       std::fill_n(panel.sum, width, 0.0f);
@@ -137,26 +134,47 @@ class RowKernel {
     }
   }
 
-  void LoadQuery(const Panel& panel, int64_t r, float scale, float* row) const {
-    if (r >= panel.rows) {
-      std::fill_n(row, steps_, 0.0f);
-      return;
+  // Queries r .. r + kLanes - 1 of a panel into its lanes of that number; those past the end are 0.
+  void LoadQueries(const Panel& panel, int64_t r, int64_t width, float scale) const {
+    const Floats d;
+    const T* rows[kLanes];
+    const int64_t count = std::min<int64_t>(kLanes, panel.rows - r);
+    for (int64_t n = 0; n < kLanes; ++n) {
+      rows[n] = reinterpret_cast<const T*>(p_.q.at(b_, panel.q + r + std::min(n, count - 1), h_, sizeof(T)));
     }
-    const T* q = reinterpret_cast<const T*>(p_.q.at(b_, panel.q + r, h_, sizeof(T)));
+    float* to = reinterpret_cast<float*>(panel.qt) + r;
+    int64_t i = 0;
+    for (; (i + kLanes) * P::kElementsPerStep <= p_.head_dim; i += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) v[n] = QuerySteps(rows[n], i, scale);
+      for (int64_t n = count; n < kLanes; ++n) v[n] = hn::Zero(d);
+      Transpose(v);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) hn::Store(v[n], d, to + (i + n) * width);
+    }
+    for (; i < steps_; ++i) {
+      for (int64_t n = 0; n < kLanes; ++n) to[i * width + n] = n < count ? QueryStep(rows[n], i, scale) : 0.0f;
+    }
+  }
+
+  // Steps i .. i + kLanes - 1 of a query.
+  Vec QuerySteps(const T* q, int64_t i, float scale) const {
+    const Floats d;
     if constexpr (kPairs) {
-      row[steps_ - 1] = 0;  // an odd head dim ends in half a pair
-      std::memcpy(row, q, p_.head_dim * sizeof(T));
-      if (p_.scale < 0) {
-        uint32_t* bits = reinterpret_cast<uint32_t*>(row);
-        for (int64_t i = 0; i < steps_; ++i) bits[i] ^= 0x80008000u;
-      }
+      const Vec pairs = hn::LoadU(d, reinterpret_cast<const float*>(q) + i);
+      return p_.scale < 0 ? hn::Xor(pairs, hn::BitCast(d, hn::Set(Uints(), kBothSigns))) : pairs;
     } else {
-      const Floats d;
-      int64_t i = 0;
-      for (; i + kLanes <= p_.head_dim; i += kLanes) {
-        hn::StoreU(hn::Mul(LoadFloats(q + i), hn::Set(d, scale)), d, row + i);
-      }
-      for (; i < p_.head_dim; ++i) row[i] = ToFloat(q[i]) * scale;
+      return hn::Mul(LoadFloats(q + i), hn::Set(d, scale));
+    }
+  }
+  float QueryStep(const T* q, int64_t i, float scale) const {
+    if constexpr (kPairs) {
+      uint32_t bits = q[2 * i].bits;
+      if (2 * i + 1 < p_.head_dim) bits |= uint32_t{q[2 * i + 1].bits} << 16;  // an odd head dim ends in half a pair
+      return std::bit_cast<float>(p_.scale < 0 ? bits ^ kBothSigns : bits);
+    } else {
+      return ToFloat(q[i]) * scale;
     }
   }
 
@@ -291,29 +309,33 @@ class RowKernel {
       const int64_t width = panel.vecs * kLanes;
       HWY_ALIGN float factor[kMaxPanel];
       for (int64_t r = 0; r < width; ++r) factor[r] = Finish(panel, r) * keep;
-      const Floats d;
-      for (int64_t c = 0; c < p_.head_dim_v; ++c) {
-        for (int64_t r = 0; r < width; r += kLanes) {
-          // An empty row is 0 whatever NaN met its unused lanes.
-          const Vec f = hn::Load(d, factor + r);
-          float* o = panel.out + c * width + r;
-          hn::Store(hn::IfThenZeroElse(hn::Eq(f, hn::Zero(d)), hn::Mul(hn::Load(d, o), f)), d, o);
-        }
-      }
-      for (int64_t r = 0; r < panel.rows; r += 4) {
-        if constexpr (std::is_same_v<T, float>) {
-          if (r + 4 <= panel.rows) {
-            float* out = reinterpret_cast<float*>(p_.out.at(b_, panel.q + r, h_, sizeof(T)));
-            FourLanesToRows(panel.out + r, width, p_.head_dim_v, out, p_.out.seq);
-            continue;
-          }
-        }
-        FourLanesToRows(panel.out + r, width, p_.head_dim_v, rows_, padded_);
-        for (int64_t n = 0; n < std::min<int64_t>(4, panel.rows - r); ++n) {
-          T* out = reinterpret_cast<T*>(p_.out.at(b_, panel.q + r + n, h_, sizeof(T)));
-          RowFromFloat(rows_ + n * padded_, p_.head_dim_v, out);
-        }
-      }
+      for (int64_t r = 0; r < panel.rows; r += kLanes) StoreQueries(panel, r, width, hn::Load(Floats(), factor + r));
+    }
+  }
+
+  // Lanes r .. r + kLanes - 1 of a panel, times their factors, into the rows of out. An empty row, with factor 0, is 0
+  // whatever NaN met its unused lanes.
+  void StoreQueries(const Panel& panel, int64_t r, int64_t width, Vec factor) const {
+    const Floats d;
+    const int64_t count = std::min<int64_t>(kLanes, panel.rows - r);
+    T* rows[kLanes];
+    for (int64_t n = 0; n < count; ++n) rows[n] = reinterpret_cast<T*>(p_.out.at(b_, panel.q + r + n, h_, sizeof(T)));
+    const auto empty = hn::Eq(factor, hn::Zero(d));
+    const auto finished = [&](int64_t c) {
+      return hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, panel.out + c * width + r), factor));
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= p_.head_dim_v; c += kLanes) {
+      Vec v[kLanes];
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) v[n] = finished(c + n);
+      Transpose(v);
+      for (int64_t n = 0; n < count; ++n) StoreFloats(v[n], rows[n] + c);
+    }
+    HWY_ALIGN float lanes[kLanes];
+    for (; c < p_.head_dim_v; ++c) {
+      hn::Store(finished(c), d, lanes);
+      for (int64_t n = 0; n < count; ++n) FromFloat(lanes[n], rows[n] + c);
     }
   }
 
@@ -331,7 +353,6 @@ class RowKernel {
   const int64_t row_;
   int64_t q_begin_ = 0, q_end_ = 0;
   int64_t steps_ = 0;   // elements of a q or k row as the product reads it
-  int64_t padded_ = 0;  // floats of a scratch row
   float factor_ = 1;    // of raw scores, to log2 units
   Stager<T> stager_;
   Panel panels_[256 / kLanes];
@@ -342,7 +363,6 @@ class RowKernel {
   float* sums_ = nullptr;
   float* used_ = nullptr;
   float* scores_ = nullptr;
-  float* rows_ = nullptr;
 };
 
 }  // namespace tessera::cpu::TESSERA_KERNELS
