@@ -133,9 +133,9 @@ def overhead(table: Table, program: str | None) -> None:
                        "--layout", "bshd", "--threads", str(torch.get_num_threads()), "--format", "json"]
             command += [word for key, value in size.items() for word in (f"--{key}", str(value))]
             ours, core = [], []
-            for _ in range(5):  # the machine changes with time: in turns here as well
+            for _ in range(10):  # the machine changes with time: in turns here as well
                 core.append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout)[0]["seconds"])
-                ours += take_turns(call, seconds=0.5)
+                ours += take_turns(call, seconds=0.3)
             a, b = min(ours), min(core)
             table.row(name, text(a), f"the core alone {text(b)}", a / b, bar, less=True)
     name = "smallest call, S=64 H=1 D=64"
