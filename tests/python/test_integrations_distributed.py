@@ -74,7 +74,8 @@ def _rank(rank: int, folder: str) -> None:
         dist.barrier()  # nobody leaves while another one still talks
     finally:
         dist.destroy_process_group()
-    # Without the interpreter's end: about one in a hundred was aborted there by a thread of torch's that still ran.
+    # Without the interpreter's end: seldom a rank was aborted ("terminate called without an active exception"),
+    # presumably there and by a thread of torch's that still ran.
     os._exit(0)
 
 
