@@ -185,12 +185,36 @@ std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, c
               symbols(pattern.shape));
 }
 
+namespace {
+
+// What of a spec the operator takes; lengths are filled in by the core.
+PatternSpec taken(const PatternSpec& spec, bool causal) {
+  PatternSpec t;
+  t.kind = spec.kind;
+  t.seqlen_q = spec.seqlen_q;
+  t.seqlen_k = spec.seqlen_k;
+  t.block_q = t.block_k = spec.block_q;
+  t.causal = causal && spec.causal;
+  t.density = spec.density;
+  t.window = spec.window;
+  t.dilation_rates = spec.dilation_rates;
+  t.global_tokens = spec.global_tokens;
+  t.stride = spec.stride;
+  t.seed = spec.seed;
+  return t;
+}
+
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                      const Dilation& dilation, const OptionArguments& options) {
   TORCH_CHECK_VALUE(!dilation.make, "dilation.make: got a function; allowed: none (an operator takes the spec)");
   const PatternSpec spec = dilation.pattern.value_or(PatternSpec{});
   TORCH_CHECK_VALUE(spec.block_q == spec.block_k, "dilation.pattern: got blocks of ", spec.block_q, " x ", spec.block_k,
                     "; allowed: square ones");
+  TORCH_CHECK_VALUE(spec == taken(spec, options.causal),
+                    "dilation.pattern: got heads, causal without options.causal, segment_lengths, ranks or hierarchical "
+                    "densities; allowed: kind, block, density, window, dilation_rates, global_tokens, stride, seed");
   std::optional<c10::string_view> kind;
   const std::string name(name_of(spec.kind));
   if (dilation.pattern) kind = name;

@@ -30,8 +30,9 @@ std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, c
                                                           const ops::OptionArguments& options = {});
 
 // LongNet: q [B, S, H, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv] -> out and lse as above. What tessera/dilated.h says of
-// Dilation and of the options holds; its pattern has square blocks, and dilation.make must be empty. Differentiable: q,
-// k, v, options.attn_bias.
+// Dilation and of the options holds, but: the pattern inside has square blocks and one head and is causal where
+// options.causal is; no hierarchical or dilated_segments pattern; dilation.make must be empty. ValueError otherwise.
+// Differentiable: q, k, v, options.attn_bias.
 std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                      const Dilation& dilation,
                                                      const ops::OptionArguments& options = {});

@@ -222,6 +222,13 @@ TEST(Functional, DilatedAttentionIsOneSoftmaxOverItsKeys) {
   const auto pattern = F::pattern_tensors(pattern_for(sparse_spec(), 50, 50));
   expect_close(std::get<0>(F::dilated_attention(q, k, v, dilation, options)),
                std::get<0>(F::block_sparse_attention(q, k, v, pattern, options)), 1e-12, "pattern in a segment");
+  dilation.pattern->heads = 4;  // the operator takes no such number: not dropped in silence
+  EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
+  dilation.pattern->heads = 1;
+  dilation.pattern->causal = true;
+  EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
+  options.causal = true;
+  EXPECT_NO_THROW(F::dilated_attention(q, k, v, dilation, options));
   dilation.make = [](const PatternSpec& spec) { return make_pattern(spec); };
   EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
 }
