@@ -195,11 +195,11 @@ class ColumnKernel {
       const int64_t stride = p_.pattern.shape.block_k, steps = Pair::Steps(chunk.rows());
       if (g_.dv.data != nullptr) {
         AddOut<P, NV>(pair_.weights() + panel.first, stride, steps, pair_.dout_steps(chunk.begin), p_.head_dim_v,
-                      p_.head_dim_v, dv_ + panel.first * p_.head_dim_v);
+                      p_.head_dim_v, true, dv_ + panel.first * p_.head_dim_v);
       }
       if (g_.dk.data != nullptr) {
         AddOut<P, NV>(pair_.dscores() + panel.first, stride, steps, pair_.q_steps(chunk.begin), p_.head_dim,
-                      p_.head_dim, dk_ + panel.first * p_.head_dim);
+                      p_.head_dim, true, dk_ + panel.first * p_.head_dim);
       }
     });
     if (g_.dq.data == nullptr || pair_.hostile()) return;

@@ -196,18 +196,28 @@ HWY_INLINE void Transpose(Vec (&v)[kLanes]) {
 #if TESSERA_BF16_DOT
 // Rows a and b of n bf16 as pairs (a[i], b[i]); b may be null: zeros.
 HWY_INLINE void InterleaveRows(const bfloat16* a, const bfloat16* b, int64_t n, uint32_t* out) {
-  const Uints du;
-  const HalfBits dh;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    auto pair = hn::PromoteTo(du, hn::LoadU(dh, reinterpret_cast<const uint16_t*>(a + i)));
-    if (b) {
-      const auto upper = hn::PromoteTo(du, hn::LoadU(dh, reinterpret_cast<const uint16_t*>(b + i)));
-      pair = hn::Or(pair, hn::ShiftLeft<16>(upper));
-    }
-    hn::StoreU(pair, du, out + i);
+  alignas(64) static constexpr uint16_t kPairs[2][32] = {
+      {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __m512i first = _mm512_load_si512(kPairs[0]), second = _mm512_load_si512(kPairs[1]);
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const __mmask32 some = n - i >= 2 * kLanes ? ~0u : (1u << (n - i)) - 1;
+    const __m512i low = _mm512_maskz_loadu_epi16(some, a + i);
+    const __m512i high = _mm512_maskz_loadu_epi16(b ? some : 0, b + i);
+    _mm512_mask_storeu_epi32(out + i, some & 0xffff, _mm512_permutex2var_epi16(low, first, high));
+    _mm512_mask_storeu_epi32(out + i + kLanes, some >> 16, _mm512_permutex2var_epi16(low, second, high));
   }
-  for (; i < n; ++i) out[i] = a[i].bits | (b ? uint32_t{b[i].bits} << 16 : 0u);
+}
+
+// Two vectors of fp32 to bf16 pairs (a in the lower halves), round to nearest even; subnormals become 0.
+HWY_INLINE __m512i PairToBf16(Vec a, Vec b) {
+  alignas(64) static constexpr uint16_t kHalves[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kHalves), both);
 }
 #endif
 

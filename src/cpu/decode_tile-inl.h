@@ -307,7 +307,7 @@ HWY_NOINLINE void PairWeightsOfLanes(float* scores, int64_t n, int64_t width, fl
   const __m512i order = _mm512_load_si512(pairs);
   for (int64_t v = 0; v < width; v += kLanes) {
     const Vec bias = WeightBias(hn::Load(d, reference + v));
-    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d), used0 = hn::Zero(d);
+    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d), used0 = hn::Zero(d), used1 = hn::Zero(d);
     float* to = scores + v;
     const auto pair = [&](int64_t i) HWY_ATTR {
       const Vec a = Weight<true>(hn::Load(d, scores + i), f, bias);
@@ -319,17 +319,18 @@ HWY_NOINLINE void PairWeightsOfLanes(float* scores, int64_t n, int64_t width, fl
     int64_t i = v;
     for (; i + 3 * width < n; i += 4 * width, to += 2 * width) {
       const __m512i x = pair(i), y = pair(i + 2 * width);
-      used0 = hn::Add(used0, hn::Add(SumOfPair(x), SumOfPair(y)));
+      used0 = AddPairs(used0, x);
+      used1 = AddPairs(used1, y);
       _mm512_store_si512(to, x);
       _mm512_store_si512(to + width, y);
     }
     for (; i < n; i += 2 * width, to += width) {
       const __m512i x = pair(i);
-      used0 = hn::Add(used0, SumOfPair(x));
+      used0 = AddPairs(used0, x);
       _mm512_store_si512(to, x);
     }
     hn::Store(hn::Add(sum0, sum1), d, sum + v);
-    hn::Store(used0, d, used + v);
+    hn::Store(hn::Add(used0, used1), d, used + v);
   }
 }
 #endif

@@ -38,7 +38,8 @@ class RowKernel {
     int64_t rows = 0;  // queries, at most kMaxPanel
     int vecs = 0;
     Element* qt = nullptr;      // [steps][W]
-    float* out = nullptr;       // [Dv][W]
+    float* out = nullptr;       // [Dv][W]; holds nothing yet while `fresh`
+    bool fresh = true;
     float* reference = nullptr; // [W]
     float* sum = nullptr;       // [W]
     float* used = nullptr;      // [W] sum of the weights as V met them: rounded to bf16, or the same array as sum
@@ -127,7 +128,7 @@ class RowKernel {
       panel.used = used_ + offset;
       offset += width;
       for (int64_t r = 0; r < width; r += kLanes) LoadQueries(panel, r, width, scale);
-      std::fill_n(panel.out, p_.head_dim_v * width, 0.0f);
+      panel.fresh = true;
       std::fill_n(panel.reference, width, kNoScore);
       std::fill_n(panel.sum, width, 0.0f);
       std::fill_n(panel.used, width, 0.0f);
@@ -181,7 +182,7 @@ class RowKernel {
   void RunChunk(const Chunk& chunk, const Staged& staged) {
     const Segment& segment = chunk.segments[0];
     for (int i = 0; i < num_panels_; ++i) {
-      const Panel& panel = panels_[i];
+      Panel& panel = panels_[i];
       if (!chunk.alone) {
         RunPanel(panel, chunk, segment, staged);
         continue;
@@ -203,7 +204,7 @@ class RowKernel {
     }
   }
 
-  void RunPanel(const Panel& panel, const Chunk& chunk, const Segment& segment, const Staged& staged) {
+  void RunPanel(Panel& panel, const Chunk& chunk, const Segment& segment, const Staged& staged) {
     switch (panel.vecs) {
       case 1: PanelChunk<1>(panel, chunk, segment, staged); break;
       case 2: PanelChunk<2>(panel, chunk, segment, staged); break;
@@ -218,13 +219,13 @@ class RowKernel {
 
   // `segment` is what this panel sees of the chunk where the chunk is alone.
   template <int NV>
-  void PanelChunk(const Panel& panel, const Chunk& chunk, const Segment& segment, const Staged& staged) {
+  void PanelChunk(Panel& panel, const Chunk& chunk, const Segment& segment, const Staged& staged) {
     const int64_t keys = chunk.alone ? segment.keys : chunk.keys;
     HWY_ALIGN float max[NV * kLanes];
     std::fill_n(max, NV * kLanes, kNegInf);
     Scores<P, NV>(panel.qt, steps_, staged.k, staged.k_stride, keys, scores_, max, stager_);
     if (HWY_LIKELY(!chunk.alone)) {
-      RaiseReference<NV>(max, factor_, panel.reference, panel.sum, panel.used, panel.out, p_.head_dim_v);
+      Raise<NV>(panel, max, factor_);
 #if TESSERA_BF16_DOT
       if constexpr (kPairs) WeightsToBf16<NV, true>(scores_, keys, factor_, panel.reference, panel.sum, panel.used);
 #endif
@@ -234,13 +235,20 @@ class RowKernel {
     }
     AddOut<P, NV>(reinterpret_cast<const Element*>(scores_), NV * kLanes,
                   (keys + P::kElementsPerStep - 1) / P::kElementsPerStep, staged.v, staged.v_stride, p_.head_dim_v,
-                  panel.out);
+                  !panel.fresh, panel.out);
+    panel.fresh = false;
+  }
+
+  template <int NV>
+  void Raise(const Panel& panel, const float* max, float factor) const {
+    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.used, panel.out,
+                       panel.fresh ? 0 : p_.head_dim_v);
   }
 
   // The long way from scores to weights: modifiers, masks, dropout. False when out is already done: V holds NaN or
   // Inf, and a masked weight of 0 must not meet them.
   template <int NV>
-  bool ModifiedWeights(const Panel& panel, const Segment& segment, bool masked, float* max) {
+  bool ModifiedWeights(Panel& panel, const Segment& segment, bool masked, float* max) {
     const int64_t keys = segment.keys;
     const PanelPlace place{b_, h_, panel.q, segment.k, panel.rows, keys, segment.entry};
     const PatternShape& shape = p_.pattern.shape;
@@ -257,7 +265,7 @@ class RowKernel {
       MaskPanel<NV>(bits, keys, kNegInf, scores_);
     }
     ColumnMax<NV>(scores_, keys, max);
-    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.used, panel.out, p_.head_dim_v);
+    Raise<NV>(panel, max, factor);
     if constexpr (kPairs) {
       Weights<NV, true>(scores_, keys, factor, panel.reference, panel.sum);
       RoundWeights<NV>(scores_, keys, panel.used);
@@ -266,6 +274,8 @@ class RowKernel {
     }
     if (p_.dropout.p > 0) DropWeights<NV>(p_, place, scores_);
     if (masked && ValuesNonFinite(segment.k, keys)) {
+      if (panel.fresh) std::fill_n(panel.out, p_.head_dim_v * NV * kLanes, 0.0f);
+      panel.fresh = false;
       AddOutMasked<NV>(bits, segment.k, keys, panel.out);
       return false;
     }
@@ -325,6 +335,19 @@ class RowKernel {
       return hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, panel.out + c * width + r), factor));
     };
     int64_t c = 0;
+#if TESSERA_BF16_DOT
+    if constexpr (kPairs) {  // two values an element: half as many shuffles, and whole cache lines
+      for (; c + 2 * kLanes <= p_.head_dim_v; c += 2 * kLanes) {
+        Vec v[kLanes];
+#pragma GCC unroll 16
+        for (int n = 0; n < kLanes; ++n) {
+          v[n] = Vec{_mm512_castsi512_ps(PairToBf16(finished(c + 2 * n), finished(c + 2 * n + 1)))};
+        }
+        Transpose(v);
+        for (int64_t n = 0; n < count; ++n) hn::StoreU(v[n], d, reinterpret_cast<float*>(rows[n] + c));
+      }
+    }
+#endif
     for (; c + kLanes <= p_.head_dim_v; c += kLanes) {
       Vec v[kLanes];
 #pragma GCC unroll 16

@@ -11,6 +11,7 @@
 
 #include <limits>
 
+#include "cpu/convert-inl.h"
 #include "cpu/vecmath-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -97,19 +98,10 @@ void ColumnMax(const float* scores, int64_t keys, float* max) {
 }
 
 #if TESSERA_BF16_DOT
-// Two vectors of fp32 to bf16 pairs (a in the lower halves), round to nearest even.
-HWY_INLINE __m512i PairToBf16(Vec a, Vec b) {
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw);
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
-}
-// The two halves of pairs as fp32, added.
-HWY_INLINE Vec SumOfPair(__m512i pair) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  return Vec{_mm512_add_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)),
-                           _mm512_castsi512_ps(_mm512_and_si512(pair, upper)))};
+// sum + both bf16 of each pair, by the instruction that multiplies them with V: the same subnormals count as 0.
+HWY_INLINE Vec AddPairs(Vec sum, __m512i pairs) {
+  const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+  return Vec{_mm512_dpbf16_ps(sum.raw, (__m512bh)pairs, (__m512bh)ones)};
 }
 
 // Weights as pairs of keys [ceil(keys / 2)][W], written over the scores (row i of pairs lies on row i <= 2i of
@@ -125,7 +117,7 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
     const Vec m = kWeigh ? WeightBias(hn::Load(d, reference + v * kLanes)) : hn::Zero(d);
     const float* s = scores + v * kLanes;
     float* pairs = scores + v * kLanes;
-    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d), used0 = hn::Zero(d);
+    Vec sum0 = hn::Zero(d), sum1 = hn::Zero(d), used0 = hn::Zero(d), used1 = hn::Zero(d);
     int64_t i = 0;
     for (; i + 4 <= keys; i += 4, s += 4 * W, pairs += 2 * W) {
       Vec a = hn::Load(d, s), b = hn::Load(d, s + W), c = hn::Load(d, s + 2 * W), e = hn::Load(d, s + 3 * W);
@@ -138,7 +130,10 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
         sum1 = hn::Add(sum1, hn::Add(b, e));
       }
       const __m512i first = PairToBf16(a, b), second = PairToBf16(c, e);
-      if constexpr (kWeigh) used0 = hn::Add(used0, hn::Add(SumOfPair(first), SumOfPair(second)));
+      if constexpr (kWeigh) {
+        used0 = AddPairs(used0, first);
+        used1 = AddPairs(used1, second);
+      }
       _mm512_store_si512(pairs, first);
       _mm512_store_si512(pairs + W, second);
     }
@@ -150,12 +145,12 @@ HWY_NOINLINE void WeightsToBf16(float* scores, int64_t keys, float factor, const
         sum0 = hn::Add(sum0, hn::Add(a, b));
       }
       const __m512i pair = PairToBf16(a, b);
-      if constexpr (kWeigh) used0 = hn::Add(used0, SumOfPair(pair));
+      if constexpr (kWeigh) used0 = AddPairs(used0, pair);
       _mm512_store_si512(pairs, pair);
     }
     if constexpr (kWeigh) {
       hn::Store(hn::Add(hn::Load(d, sum + v * kLanes), hn::Add(sum0, sum1)), d, sum + v * kLanes);
-      hn::Store(hn::Add(hn::Load(d, used + v * kLanes), used0), d, used + v * kLanes);
+      hn::Store(hn::Add(hn::Load(d, used + v * kLanes), hn::Add(used0, used1)), d, used + v * kLanes);
     }
   }
 }

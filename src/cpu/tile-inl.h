@@ -96,10 +96,10 @@ HWY_NOINLINE void RowTile(const typename P::Element* HWY_RESTRICT a, int64_t a_s
   }
 }
 
-// out [R][W] += columns of a x b, over `steps` rows of both.
+// out [R][W] = columns of a x b, over `steps` rows of both, added to what out holds if `add`.
 template <class P, int R, int NV>
 HWY_NOINLINE void ColumnTile(const typename P::Element* HWY_RESTRICT a, int64_t a_stride,
-                             const typename P::Element* HWY_RESTRICT b, int64_t b_stride, int64_t steps,
+                             const typename P::Element* HWY_RESTRICT b, int64_t b_stride, int64_t steps, bool add,
                              float* HWY_RESTRICT out) {
   const Floats d;
   constexpr int W = NV * kLanes;
@@ -107,7 +107,7 @@ HWY_NOINLINE void ColumnTile(const typename P::Element* HWY_RESTRICT a, int64_t 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[r][v] = hn::Load(d, out + r * W + v * kLanes);
+    for (int v = 0; v < NV; ++v) acc[r][v] = add ? hn::Load(d, out + r * W + v * kLanes) : hn::Zero(d);
   Accumulate<P, R, NV>(a, 1, a_stride, b, b_stride, steps, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -142,13 +142,14 @@ void Scores(const typename P::Element* q, int64_t steps, const typename P::Eleme
   });
 }
 
-// out [dims][W] += columns of v x weights (vectors, b_stride apart), over `steps` keys (or pairs of keys).
+// out [dims][W] = columns of v x weights (vectors, `stride` apart), over `steps` keys (or pairs of keys), added to what
+// out holds if `add`.
 template <class P, int NV>
 void AddOut(const typename P::Element* weights, int64_t stride, int64_t steps, const typename P::Element* v,
-            int64_t v_stride, int64_t dims, float* out) {
+            int64_t v_stride, int64_t dims, bool add, float* out) {
   constexpr int W = NV * kLanes;
   ForTiles(dims, [&](auto rows, int64_t i) {
-    ColumnTile<P, rows(), NV>(v + i, v_stride, weights, stride, steps, out + i * W);
+    ColumnTile<P, rows(), NV>(v + i, v_stride, weights, stride, steps, add, out + i * W);
   });
 }
 
