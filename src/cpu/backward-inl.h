@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "cpu/pair-inl.h"
+#include "cpu/panel-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace tessera::cpu::TESSERA_KERNELS {
@@ -77,7 +78,7 @@ class ColumnKernel {
     dk_ = scratch.take<float>(p_.head_dim * block_k);
     dv_ = scratch.take<float>(p_.head_dim_v * block_k);
     dq_ = scratch.take<float>(block_q * pair_.padded());
-    rows_ = scratch.take<float>(6 * row_);
+    rows_ = scratch.take<float>((kLanes + 2) * row_);
   }
 
   void Run() {
@@ -295,15 +296,16 @@ class ColumnKernel {
     const int64_t block_k = p_.pattern.shape.block_k, k_begin = unit_.col * block_k;
     const int64_t rows = std::min<int64_t>(block_k, p_.seqlen_k - k_begin);
     const int64_t seen = unit_.begin < unit_.end ? pair_.keys() : 0;
-    float* zeros = rows_ + 4 * row_;
+    float* zeros = rows_ + kLanes * row_;
     std::fill_n(zeros, dims, 0.0f);
-    for (int64_t k = 0; k < rows; k += 4) {
+    const Vec one = hn::Set(Floats(), 1.0f);
+    for (int64_t k = 0; k < rows; k += kLanes) {
       if (k < seen) {
         const int64_t first = k / kMaxPanel * kMaxPanel;
         const int64_t width = std::min<int64_t>(kMaxPanel, hwy::RoundUpTo(seen - first, kLanes));
-        FourLanesToRows(panels + first * dims + k - first, width, dims, rows_, row_);
+        LanesToRows(panels + first * dims + k - first, width, dims, one, seen - k, rows_, row_);
       }
-      for (int64_t n = 0; n < std::min<int64_t>(4, rows - k); ++n) {
+      for (int64_t n = 0; n < std::min<int64_t>(kLanes, rows - k); ++n) {
         StoreKey(k + n < seen ? rows_ + n * row_ : zeros, dims, factor, to, k_begin + k + n,
                  sums ? sums + (k + n) * dims : nullptr);
       }
@@ -318,8 +320,8 @@ class ColumnKernel {
     }
     T* out = reinterpret_cast<T*>(to.at(unit_.b, k, unit_.kv_head, sizeof(T)));
     if (unit_.parts == 1) {
-      PutRow(row, dims, factor, false, rows_ + 5 * row_);
-      RowFromFloat(rows_ + 5 * row_, dims, out);
+      PutRow(row, dims, factor, false, rows_ + (kLanes + 1) * row_);
+      RowFromFloat(rows_ + (kLanes + 1) * row_, dims, out);
       return;
     }
     PutRow(row, dims, factor, add, sums);
@@ -336,7 +338,7 @@ class ColumnKernel {
   float* dk_ = nullptr;    // panels [D][W]
   float* dv_ = nullptr;    // panels [Dv][W]
   float* dq_ = nullptr;    // [queries][padded]
-  float* rows_ = nullptr;  // [6][row]: four of dK or dV, zeros, one to be rounded
+  float* rows_ = nullptr;  // [kLanes + 2][row]: some of dK or dV, zeros, one to be rounded
 };
 
 // Does query q of block row i see a key of this pattern? lse cannot tell where it is joined over more than that.

@@ -1,4 +1,4 @@
-// Rows of storage types to fp32 and back, and the small transposes between memory's layout and panels.
+// Rows of storage types to fp32 and back.
 #if defined(TESSERA_CPU_CONVERT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TESSERA_CPU_CONVERT_INL_H_
 #undef TESSERA_CPU_CONVERT_INL_H_
@@ -116,81 +116,6 @@ HWY_INLINE bool AnyNonFinite(const T* p, int64_t n) {
   bool any = !hn::AllFalse(d, bad);
   for (; i < n; ++i) any = any || !(std::abs(ToFloat(p[i])) < std::numeric_limits<float>::infinity());
   return any;
-}
-
-using Four = hn::FixedTag<float, 4>;
-
-// 4 x 4 floats: rows at `in` (stride in_stride) become columns at `out`. Works for any 32-bit elements.
-HWY_INLINE void Transpose4x4(const float* HWY_RESTRICT in, int64_t in_stride, float* HWY_RESTRICT out,
-                             int64_t out_stride) {
-  const Four d;
-  const hn::FixedTag<double, 2> d2;
-  const auto r0 = hn::LoadU(d, in), r1 = hn::LoadU(d, in + in_stride);
-  const auto r2 = hn::LoadU(d, in + 2 * in_stride), r3 = hn::LoadU(d, in + 3 * in_stride);
-  const auto a = hn::BitCast(d2, hn::InterleaveLower(d, r0, r1));
-  const auto b = hn::BitCast(d2, hn::InterleaveLower(d, r2, r3));
-  const auto c = hn::BitCast(d2, hn::InterleaveUpper(d, r0, r1));
-  const auto e = hn::BitCast(d2, hn::InterleaveUpper(d, r2, r3));
-  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d2, a, b)), d, out);
-  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d2, a, b)), d, out + out_stride);
-  hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d2, c, e)), d, out + 2 * out_stride);
-  hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d2, c, e)), d, out + 3 * out_stride);
-}
-
-// Four rows of n 32-bit elements into four lanes of a panel: out[i * width + r] = in[r * in_stride + i].
-// `in` is readable up to the next multiple of 4 beyond n.
-HWY_INLINE void FourRowsToLanes(const float* in, int64_t in_stride, int64_t n, float* out, int64_t width) {
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) Transpose4x4(in + i, in_stride, out + i * width, width);
-  for (; i < n; ++i) {
-    for (int r = 0; r < 4; ++r) out[i * width + r] = in[r * in_stride + i];
-  }
-}
-
-// Four lanes of a panel [n][width] into four rows of n floats.
-HWY_INLINE void FourLanesToRows(const float* in, int64_t width, int64_t n, float* out, int64_t out_stride) {
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) Transpose4x4(in + i * width, width, out + i, out_stride);
-  for (; i < n; ++i) {
-    for (int r = 0; r < 4; ++r) out[r * out_stride + i] = in[i * width + r];
-  }
-}
-
-// Lane j of v[i] and lane i of v[j] change places. Any 32-bit elements.
-HWY_INLINE void Transpose(Vec (&v)[kLanes]) {
-  const Floats d;
-  const hn::Repartition<double, Floats> d2;
-  // 4 x 4 inside every block of 128 bits,
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes; i += 4) {
-    const auto a = hn::BitCast(d2, hn::InterleaveLower(d, v[i], v[i + 1]));
-    const auto b = hn::BitCast(d2, hn::InterleaveLower(d, v[i + 2], v[i + 3]));
-    const auto c = hn::BitCast(d2, hn::InterleaveUpper(d, v[i], v[i + 1]));
-    const auto e = hn::BitCast(d2, hn::InterleaveUpper(d, v[i + 2], v[i + 3]));
-    v[i] = hn::BitCast(d, hn::InterleaveLower(d2, a, b));
-    v[i + 1] = hn::BitCast(d, hn::InterleaveUpper(d2, a, b));
-    v[i + 2] = hn::BitCast(d, hn::InterleaveLower(d2, c, e));
-    v[i + 3] = hn::BitCast(d, hn::InterleaveUpper(d2, c, e));
-  }
-  // then the blocks.
-#if HWY_MAX_BYTES == 64
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vec a = hn::ConcatLowerLower(d, v[i + 8], v[i]), b = hn::ConcatLowerLower(d, v[i + 12], v[i + 4]);
-    const Vec c = hn::ConcatUpperUpper(d, v[i + 8], v[i]), e = hn::ConcatUpperUpper(d, v[i + 12], v[i + 4]);
-    v[i] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(b), a);
-    v[i + 4] = hn::OddEvenBlocks(b, hn::SwapAdjacentBlocks(a));
-    v[i + 8] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(e), c);
-    v[i + 12] = hn::OddEvenBlocks(e, hn::SwapAdjacentBlocks(c));
-  }
-#elif HWY_MAX_BYTES == 32
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vec a = v[i], b = v[i + 4];
-    v[i] = hn::ConcatLowerLower(d, b, a);
-    v[i + 4] = hn::ConcatUpperUpper(d, b, a);
-  }
-#endif
 }
 
 #if TESSERA_BF16_DOT

@@ -89,6 +89,8 @@ HWY_INLINE void TouchRow(const char* row, int64_t bytes) {
   for (; bytes > 0; bytes -= 64, p += 64) touch(0);
 }
 
+using Four = hn::FixedTag<float, 4>;
+
 // The sum of a vector's 128-bit blocks.
 HWY_INLINE hn::Vec<Four> SumOfBlocks(Four, hn::Vec<Four> v) { return v; }
 template <class D>

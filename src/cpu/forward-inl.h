@@ -12,12 +12,12 @@
 #endif
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <type_traits>
 
 #include "cpu/chunk-inl.h"
 #include "cpu/modify-inl.h"
+#include "cpu/panel-inl.h"
 #include "cpu/row_end.h"
 #include "cpu/scratch.h"
 #include "cpu/tile-inl.h"
@@ -31,7 +31,6 @@ class RowKernel {
   using Element = typename P::Element;
   using Staged = typename Stager<T>::Staged;
   static constexpr bool kPairs = P::kElementsPerStep == 2;
-  static constexpr uint32_t kBothSigns = 0x80008000u;  // of a pair
 
   struct Panel {
     int64_t q = 0;     // first query
@@ -127,55 +126,14 @@ class RowKernel {
       panel.sum = sums_ + offset;
       panel.used = used_ + offset;
       offset += width;
-      for (int64_t r = 0; r < width; r += kLanes) LoadQueries(panel, r, width, scale);
+      for (int64_t r = 0; r < width; r += kLanes) {
+        RowsToLanes<P::kElementsPerStep>(At<const T>(p_.q, panel.q + r), p_.q.seq, panel.rows - r, p_.head_dim, scale,
+                                         reinterpret_cast<float*>(panel.qt) + r, width);
+      }
       panel.fresh = true;
       std::fill_n(panel.reference, width, kNoScore);
       std::fill_n(panel.sum, width, 0.0f);
       std::fill_n(panel.used, width, 0.0f);
-    }
-  }
-
-  // Queries r .. r + kLanes - 1 of a panel into its lanes of that number; those past the end are 0.
-  void LoadQueries(const Panel& panel, int64_t r, int64_t width, float scale) const {
-    const Floats d;
-    const T* rows[kLanes];
-    const int64_t count = std::min<int64_t>(kLanes, panel.rows - r);
-    for (int64_t n = 0; n < kLanes; ++n) {
-      rows[n] = reinterpret_cast<const T*>(p_.q.at(b_, panel.q + r + std::min(n, count - 1), h_, sizeof(T)));
-    }
-    float* to = reinterpret_cast<float*>(panel.qt) + r;
-    int64_t i = 0;
-    for (; (i + kLanes) * P::kElementsPerStep <= p_.head_dim; i += kLanes) {
-      Vec v[kLanes];
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) v[n] = QuerySteps(rows[n], i, scale);
-      for (int64_t n = count; n < kLanes; ++n) v[n] = hn::Zero(d);
-      Transpose(v);
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) hn::Store(v[n], d, to + (i + n) * width);
-    }
-    for (; i < steps_; ++i) {
-      for (int64_t n = 0; n < kLanes; ++n) to[i * width + n] = n < count ? QueryStep(rows[n], i, scale) : 0.0f;
-    }
-  }
-
-  // Steps i .. i + kLanes - 1 of a query.
-  Vec QuerySteps(const T* q, int64_t i, float scale) const {
-    const Floats d;
-    if constexpr (kPairs) {
-      const Vec pairs = hn::LoadU(d, reinterpret_cast<const float*>(q) + i);
-      return p_.scale < 0 ? hn::Xor(pairs, hn::BitCast(d, hn::Set(Uints(), kBothSigns))) : pairs;
-    } else {
-      return hn::Mul(LoadFloats(q + i), hn::Set(d, scale));
-    }
-  }
-  float QueryStep(const T* q, int64_t i, float scale) const {
-    if constexpr (kPairs) {
-      uint32_t bits = q[2 * i].bits;
-      if (2 * i + 1 < p_.head_dim) bits |= uint32_t{q[2 * i + 1].bits} << 16;  // an odd head dim ends in half a pair
-      return std::bit_cast<float>(p_.scale < 0 ? bits ^ kBothSigns : bits);
-    } else {
-      return ToFloat(q[i]) * scale;
     }
   }
 
@@ -312,6 +270,7 @@ class RowKernel {
     }
   }
 
+  // Empty rows have factor 0.
   void StorePanels() {
     const float keep = static_cast<float>(1.0 / (1.0 - p_.dropout.p));
     for (int i = 0; i < num_panels_; ++i) {
@@ -319,47 +278,16 @@ class RowKernel {
       const int64_t width = panel.vecs * kLanes;
       HWY_ALIGN float factor[kMaxPanel];
       for (int64_t r = 0; r < width; ++r) factor[r] = Finish(panel, r) * keep;
-      for (int64_t r = 0; r < panel.rows; r += kLanes) StoreQueries(panel, r, width, hn::Load(Floats(), factor + r));
+      for (int64_t r = 0; r < panel.rows; r += kLanes) {
+        LanesToRows(panel.out + r, width, p_.head_dim_v, hn::Load(Floats(), factor + r), panel.rows - r,
+                    At<T>(p_.out, panel.q + r), p_.out.seq);
+      }
     }
   }
 
-  // Lanes r .. r + kLanes - 1 of a panel, times their factors, into the rows of out. An empty row, with factor 0, is 0
-  // whatever NaN met its unused lanes.
-  void StoreQueries(const Panel& panel, int64_t r, int64_t width, Vec factor) const {
-    const Floats d;
-    const int64_t count = std::min<int64_t>(kLanes, panel.rows - r);
-    T* rows[kLanes];
-    for (int64_t n = 0; n < count; ++n) rows[n] = reinterpret_cast<T*>(p_.out.at(b_, panel.q + r + n, h_, sizeof(T)));
-    const auto empty = hn::Eq(factor, hn::Zero(d));
-    const auto finished = [&](int64_t c) {
-      return hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, panel.out + c * width + r), factor));
-    };
-    int64_t c = 0;
-#if TESSERA_BF16_DOT
-    if constexpr (kPairs) {  // two values an element: half as many shuffles, and whole cache lines
-      for (; c + 2 * kLanes <= p_.head_dim_v; c += 2 * kLanes) {
-        Vec v[kLanes];
-#pragma GCC unroll 16
-        for (int n = 0; n < kLanes; ++n) {
-          v[n] = Vec{_mm512_castsi512_ps(PairToBf16(finished(c + 2 * n), finished(c + 2 * n + 1)))};
-        }
-        Transpose(v);
-        for (int64_t n = 0; n < count; ++n) hn::StoreU(v[n], d, reinterpret_cast<float*>(rows[n] + c));
-      }
-    }
-#endif
-    for (; c + kLanes <= p_.head_dim_v; c += kLanes) {
-      Vec v[kLanes];
-#pragma GCC unroll 16
-      for (int n = 0; n < kLanes; ++n) v[n] = finished(c + n);
-      Transpose(v);
-      for (int64_t n = 0; n < count; ++n) StoreFloats(v[n], rows[n] + c);
-    }
-    HWY_ALIGN float lanes[kLanes];
-    for (; c < p_.head_dim_v; ++c) {
-      hn::Store(finished(c), d, lanes);
-      for (int64_t n = 0; n < count; ++n) FromFloat(lanes[n], rows[n] + c);
-    }
+  template <class E>
+  E* At(const Strided& tensor, int64_t q) const {
+    return reinterpret_cast<E*>(tensor.at(b_, q, h_, sizeof(T)));
   }
 
   // Writes lse of a query and returns what its out must be multiplied by: 1 / denominator.

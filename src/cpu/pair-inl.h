@@ -22,6 +22,7 @@
 #include "cpu/backward_state.h"
 #include "cpu/chunk-inl.h"
 #include "cpu/modify-inl.h"
+#include "cpu/panel-inl.h"
 #include "cpu/pair_weights-inl.h"
 #include "cpu/scratch.h"
 #include "cpu/tile-inl.h"
@@ -57,8 +58,7 @@ class BlockPair {
   BlockPair(const BackwardState& state, Scratch& scratch)
       : state_(state), p_(state.problem->forward), block_q_(p_.pattern.shape.block_q),
         block_k_(p_.pattern.shape.block_k), steps_((p_.head_dim + kStep - 1) / kStep),
-        steps_v_((p_.head_dim_v + kStep - 1) / kStep), padded_(hwy::RoundUpTo(p_.head_dim, kLanes)),
-        row_(hwy::RoundUpTo(std::max(p_.head_dim, p_.head_dim_v), 16)) {
+        steps_v_((p_.head_dim_v + kStep - 1) / kStep), padded_(hwy::RoundUpTo(p_.head_dim, kLanes)) {
     // fp32 queries carry scale * log2(e); bf16 ones keep their bits.
     q_scale_ = kPairs ? 1.0f : static_cast<float>(p_.scale * kLog2eDouble);
     factor_ = kPairs ? static_cast<float>(p_.scale * kLog2eDouble) : 1.0f;
@@ -77,7 +77,6 @@ class BlockPair {
     weights_ = scratch.take<float>(kQueryChunk * block_k_);
     dscores_ = scratch.take<float>(kQueryChunk * block_k_);
     admitted_ = scratch.take<uint64_t>(kQueryChunk * kMaxPanels);
-    rows_ = scratch.take<float>(4 * row_);
   }
 
   // Block column j of a kv head: K transposed and by rows, V transposed. Keys that nobody may see are zeros.
@@ -102,8 +101,8 @@ class BlockPair {
       if constexpr (!kPairs) RowToFloat(row, p_.head_dim, to);
       std::fill(to + p_.head_dim, to + padded_, Element{0});
     }
-    Transpose(k, p_.k.seq, p_.head_dim, steps_, keys_t_);
-    Transpose(VRow(0), p_.v.seq, p_.head_dim_v, steps_v_, values_t_);
+    ToPanels(k, p_.k.seq, p_.head_dim, steps_, keys_t_);
+    ToPanels(VRow(0), p_.v.seq, p_.head_dim_v, steps_v_, values_t_);
   }
 
   // Block row i of head h.
@@ -283,23 +282,12 @@ class BlockPair {
   }
 
   // Rows of n elements into panels [steps][width], zeros past the last key.
-  void Transpose(const T* from, int64_t stride, int64_t n, int64_t steps, Element* to) {
+  void ToPanels(const T* from, int64_t stride, int64_t n, int64_t steps, Element* to) const {
     for (int i = 0; i < panels_; ++i) {
       float* panel = reinterpret_cast<float*>(to + steps * panel_[i].first);
-      for (int64_t r = 0; r < panel_[i].width(); r += 4) {
-        for (int64_t m = 0; m < 4; ++m) {
-          const int64_t k = panel_[i].first + r + m;
-          float* row = rows_ + m * row_;
-          if (k >= keys_) {
-            std::fill_n(row, steps, 0.0f);
-          } else if constexpr (kPairs) {
-            row[steps - 1] = 0;  // an odd head dim ends in half a pair
-            std::memcpy(row, from + k * stride, n * sizeof(T));
-          } else {
-            RowToFloat(from + k * stride, n, row);
-          }
-        }
-        FourRowsToLanes(rows_, row_, steps, panel + r, panel_[i].width());
+      for (int64_t r = 0; r < panel_[i].width(); r += kLanes) {
+        const int64_t k = panel_[i].first + r;
+        RowsToLanes<kStep>(from + k * stride, stride, keys_ - k, n, 1.0f, panel + r, panel_[i].width());
       }
     }
   }
@@ -355,7 +343,6 @@ class BlockPair {
   const int64_t block_q_, block_k_;
   const int64_t steps_, steps_v_;  // elements of a q (k) and a dout (v) row as the products read it
   const int64_t padded_;           // floats of a row of dq in scratch
-  const int64_t row_;              // floats of a scratch row
   float q_scale_ = 1, factor_ = 1;
   int64_t b_ = 0, h_ = 0, kv_head_ = 0, entry_ = 0;
   int64_t q_begin_ = 0, queries_ = 0, k_begin_ = 0, keys_ = 0;
@@ -380,7 +367,6 @@ class BlockPair {
   float* weights_ = nullptr;         // [kQueryChunk][block_k]
   float* dscores_ = nullptr;
   uint64_t* admitted_ = nullptr;     // [kQueryChunk][panels]
-  float* rows_ = nullptr;
 };
 
 }  // namespace tessera::cpu::TESSERA_KERNELS
