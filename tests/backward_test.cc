@@ -282,6 +282,11 @@ TEST(Backward, GradientsThatAreNotWanted) {
     c.dk = wanted & 2;
     c.dv = wanted & 4;
     expect_right(c);
+    c.causal = c.attn_bias = c.sinks = true;
+    c.softcap = 2;
+    expect_right(c);
+    c.visible_nan = true;
+    expect_right(c);
   }
 }
 

@@ -29,6 +29,10 @@ struct BackwardProblem {
   float* dsinks = nullptr;  // of head h: dsinks[h * dsinks_head]; summed over batches (and packed sequences)
   int64_t dsinks_head = 0;
 
+  // What is wanted decides what is computed: the sums over columns at all, and dscores in them.
+  bool wants_dscores() const { return dq.data != nullptr || dk.data != nullptr || dblock_bias != nullptr; }
+  bool wants_columns() const { return wants_dscores() || dv.data != nullptr; }
+
   float lse(int64_t b, int64_t h, int64_t q) const {  // of fp32 problems
     return reinterpret_cast<const float*>(
         forward.lse)[b * forward.lse_batch + h * forward.lse_head + q * forward.lse_seq];

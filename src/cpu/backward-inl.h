@@ -188,7 +188,7 @@ class ColumnKernel {
     if (chunk.empty()) return;
     pair_.ForPanels(chunk, [&](auto vecs, const KeyPanel& panel) {
       constexpr int NV = vecs();
-      pair_.template Cell<NV>(chunk, panel, true, fetcher_);
+      pair_.template Cell<NV>(chunk, panel, g_.wants_dscores() ? Dscores::of_scores : Dscores::none, fetcher_);
       if (pair_.hostile()) {
         AddAdmitted<NV>(chunk, panel, dq);
         return;
@@ -463,7 +463,7 @@ class AttnBiasKernel {
     for (int64_t begin = 0; begin < pair_.queries(); begin += kQueryChunk) {
       const ChunkRange chunk = pair_.Chunk(begin);
       pair_.ForPanels(chunk, [&](auto vecs, const KeyPanel& panel) {
-        pair_.template Cell<vecs()>(chunk, panel, false, nothing);
+        pair_.template Cell<vecs()>(chunk, panel, Dscores::of_bias, nothing);
         const int64_t keys = std::min(panel.width(), pair_.keys() - panel.first);
         for (int64_t r = 0; r < chunk.rows(); ++r) {
           const float* dscores = pair_.dscore_floats() + r * block_k + panel.first;

@@ -59,7 +59,7 @@ class Plan {
     for (int64_t b = 0; b < p_.batch; ++b) {
       const MaskGeometry mask = p_.mask(b);
       for (int64_t h = 0; h < p_.heads; ++h) plan_rows(mask, b, h);
-      for (int64_t h = 0; h < p_.kv_heads; ++h) plan_columns(mask, b, h);
+      for (int64_t h = 0; h < p_.kv_heads && g.wants_columns(); ++h) plan_columns(mask, b, h);
     }
     bytes_ += units_.size() * sizeof(ColumnUnit) + turns_.size() * sizeof(Turn);
   }

@@ -47,6 +47,9 @@ struct KeyPanel {
   int64_t width() const { return int64_t{vecs} * kLanes; }
 };
 
+// dscores: the gradient of the scores before softcap, that of what the biases join, after it, or what the memory held.
+enum class Dscores : uint8_t { of_scores, of_bias, none };
+
 template <class T>
 class BlockPair {
  public:
@@ -165,9 +168,9 @@ class BlockPair {
     return c;
   }
 
-  // P and dscores of a chunk's cell. `slope`: dscores go through softcap; without, they are the gradient of the bias.
+  // P and dscores of a chunk's cell.
   template <int NV, class Between>
-  void Cell(const ChunkRange& chunk, const KeyPanel& panel, bool slope, Between& between) {
+  void Cell(const ChunkRange& chunk, const KeyPanel& panel, Dscores wanted, Between& between) {
     const int64_t rows = chunk.rows();
     float* weights = weights_ + panel.first;
     float* dscores = dscores_ + panel.first;
@@ -181,13 +184,15 @@ class BlockPair {
                                  nullptr);
       between.Some();
     });
-    ForTiles(rows, [&](auto n, int64_t r) {
-      RowTile<P, n(), NV, false>(dout + r * steps_v_, steps_v_, values, width, steps_v_, dscores + r * block_k_,
-                                 block_k_, nullptr);
-      between.Some();
-    });
+    if (wanted != Dscores::none) {
+      ForTiles(rows, [&](auto n, int64_t r) {
+        RowTile<P, n(), NV, false>(dout + r * steps_v_, steps_v_, values, width, steps_v_, dscores + r * block_k_,
+                                   block_k_, nullptr);
+        between.Some();
+      });
+    }
     const bool plain = !modified_ && !hostile_ && Plain(chunk, panel);
-    if (!plain) Modify(chunk, panel, slope);
+    if (!plain) Modify(chunk, panel, wanted);
 #if TESSERA_BF16_DOT
     if constexpr (kPairs) {
       const PairsOut out{weight_pairs_ + panel.first, dscore_pairs_ + panel.first, dscore_rows_ + panel.first / 2};
@@ -321,7 +326,7 @@ class BlockPair {
   }
 
   // The long way for a cell: products in weights_ and dscores_ become P and dscores there, row by row.
-  void Modify(const ChunkRange& chunk, const KeyPanel& panel, bool slope) {
+  void Modify(const ChunkRange& chunk, const KeyPanel& panel, Dscores wanted) {
     const ScoreModifier modifier(p_, b_, h_, entry_, factor_);
     const int64_t width = panel.width();
     HWY_ALIGN float extra[kMaxPanel];
@@ -332,7 +337,7 @@ class BlockPair {
       if (p_.attn_bias) modifier.LoadBias(q, k, std::min(width, keys_ - panel.first), width, extra);
       if (p_.dropout.p > 0) modifier.LoadKeep(q, k, width, keep);
       const RowPlace place{q, k, width, admitted, lse2_[chunk.begin + r], delta_[chunk.begin + r]};
-      const uint64_t seen = modifier.Row(place, extra, keep, slope, weights_ + r * block_k_ + panel.first,
+      const uint64_t seen = modifier.Row(place, extra, keep, wanted == Dscores::of_scores, weights_ + r * block_k_ + panel.first,
                                          dscores_ + r * block_k_ + panel.first, bias_sum_);
       admitted_[r * kMaxPanels + panel.first / kMaxPanel] = seen;
     }
