@@ -21,17 +21,6 @@ double smallest_step(DType dtype) {  // half of it: the error of rounding a numb
   return dtype == DType::f64 ? 0 : std::numeric_limits<float>::min();
 }
 
-// Strides of a contiguous tensor of these sizes; 0 where the size is 1, so that sums of a broadcast dimension meet.
-std::array<int64_t, 4> contiguous(const TensorView& t) {
-  std::array<int64_t, 4> strides{};
-  int64_t stride = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    strides[i] = t.sizes[i] == 1 ? 0 : stride;
-    stride *= t.sizes[i];
-  }
-  return strides;
-}
-
 // One problem of a case, with gradients that go to the truth's arrays.
 class Part {
  public:
@@ -97,10 +86,10 @@ class Part {
     bp.dv = rows(kDv, p_.seqlen_k, p_.kv_heads, p_.head_dim_v);
     std::vector<float> dblock_bias(value(kDBlockBias) ? truth_.values[kDBlockBias].value.size() : 0);
     bp.dblock_bias = dblock_bias.empty() ? nullptr : dblock_bias.data();
-    const auto bias = contiguous(test_.gradient(kDBlockBias).view);
+    const auto bias = summed_strides(test_.gradient(kDBlockBias).view);
     bp.dbias_batch = bias[0], bp.dbias_head = bias[1], bp.dbias_entry = bias[2];
     bp.dattn_bias = reinterpret_cast<char*>(value(kDAttnBias));
-    const auto attn = contiguous(test_.gradient(kDAttnBias).view);
+    const auto attn = summed_strides(test_.gradient(kDAttnBias).view);
     std::copy(attn.begin(), attn.end(), bp.dattn_bias_stride);
     std::vector<float> dsinks(value(kDSinks) ? p_.heads : 0), dsinks_bound(dsinks.size());
     bp.dsinks = dsinks.empty() ? nullptr : dsinks.data();
@@ -135,7 +124,8 @@ class Part {
     touch(kDq, (b * p_.seqlen_q + q) * p_.heads + h);
     touch(kDk, (b * p_.seqlen_k + k) * p_.kv_heads + h / p_.group());
     touch(kDv, (b * p_.seqlen_k + k) * p_.kv_heads + h / p_.group());
-    const auto bias = contiguous(test_.gradient(kDBlockBias).view), attn = contiguous(test_.gradient(kDAttnBias).view);
+    const auto bias = summed_strides(test_.gradient(kDBlockBias).view);
+    const auto attn = summed_strides(test_.gradient(kDAttnBias).view);
     touch(kDBlockBias, b * bias[0] + h * bias[1] + entry * bias[2]);
     touch(kDAttnBias, b * attn[0] + h * attn[1] + q * attn[2] + k * attn[3]);
     touch(kDSinks, h);
@@ -160,6 +150,16 @@ int64_t blocks_summed(const Case& test, int g) {
 }
 
 }  // namespace
+
+std::array<int64_t, 4> summed_strides(const TensorView& t) {
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (int i = t.rank - 1; i >= 0; --i) {
+    strides[i] = t.sizes[i] == 1 ? 0 : stride;
+    stride *= t.sizes[i];
+  }
+  return strides;
+}
 
 GradientTruth::GradientTruth(const Case& test, Executor& executor, bool by_bound) {
   const CaseConfig& c = test.config();

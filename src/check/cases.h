@@ -79,6 +79,9 @@ std::string describe(const CaseConfig& config);
 enum Gradient { kDq, kDk, kDv, kDBlockBias, kDAttnBias, kDSinks, kGradients };
 constexpr std::array<const char*, kGradients> kGradientNames{"dq", "dk", "dv", "dblock_bias", "dattn_bias", "dsinks"};
 
+// Strides of a contiguous tensor of these sizes; 0 where the size is 1, so that sums of a broadcast dimension meet.
+std::array<int64_t, 4> summed_strides(const TensorView& t);
+
 // Rows first, first + rate, ... of one dilated segment, for one head of one batch.
 struct Segment {
   int64_t group, batch, head;  // group: which (w, r)

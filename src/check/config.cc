@@ -70,7 +70,7 @@ void choose_backward(Random& r, CaseConfig& c) {
   c.dlse = r.chance(0.4);
   if (r.chance(0.25)) c.dq = r.chance(0.5), c.dk = r.chance(0.5), c.dv = r.chance(0.5);
   c.dblock_bias = r.chance(0.8);
-  c.dattn_bias = c.path != CheckPath::dilated && r.chance(0.8);
+  c.dattn_bias = r.chance(0.8);
   c.dsinks = r.chance(0.8);
   c.dattn_bias_fp32 = r.chance(0.5);
   c.nan_in_dout = c.visible_nan && c.path != CheckPath::paged && r.chance(0.3);

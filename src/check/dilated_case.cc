@@ -123,6 +123,7 @@ void Case::make_dilated_backward() {
   a.dq = gradients_[kDq].view;
   a.dk = gradients_[kDk].view;
   a.dv = gradients_[kDv].view;
+  a.dattn_bias = gradients_[kDAttnBias].view;
   a.accumulate = config_.accumulate;
   a.dilation = dilated_.dilation;
   a.options = options_;

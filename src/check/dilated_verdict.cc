@@ -20,16 +20,20 @@ TensorView in_fp32(const TensorView& from, std::vector<float>& to) {
 // Of the gradients that the rule `plain` judges.
 void reference(const Case& test, DilatedBackwardArgs args, Executor& executor, bool plain, GradientTruth& truth) {
   args.accumulate = false;
-  MutableTensorView* views[] = {&args.dq, &args.dk, &args.dv};
   GradientBounds bounds;
-  float** to[] = {&bounds.dq, &bounds.dk, &bounds.dv};
-  for (const int g : {kDq, kDk, kDv}) {
+  const struct {
+    Gradient gradient;
+    MutableTensorView* view;
+    float** bound;
+  } wanted[] = {{kDq, &args.dq, &bounds.dq}, {kDk, &args.dk, &bounds.dk}, {kDv, &args.dv, &bounds.dv},
+                {kDAttnBias, &args.dattn_bias, &bounds.dattn_bias}};
+  for (const auto& [g, view, bound] : wanted) {
     GradientTruth::Values& v = truth.values[g];
-    *views[g] = {};
+    *view = {};
     if (v.value.empty() || v.plain != plain) continue;
     const auto& n = test.gradient(g).view.sizes;
-    *views[g] = make_view(static_cast<void*>(v.value.data()), DType::f64, {n[0], n[1], n[2], n[3]});
-    *to[g] = v.bound.data();
+    *view = make_view(static_cast<void*>(v.value.data()), DType::f64, {n[0], n[1], n[2], n[3]});
+    *bound = v.bound.data();
   }
   reference_dilated_backward(args, executor, bounds);
 }
@@ -37,6 +41,8 @@ void reference(const Case& test, DilatedBackwardArgs args, Executor& executor, b
 // Which rows some pair of weight above 0 takes part in.
 void touch(const Case& test, GradientTruth& truth) {
   const CaseConfig& c = test.config();
+  const auto bias = summed_strides(test.gradient(kDAttnBias).view);
+  std::vector<char>& bias_touched = truth.values[kDAttnBias].touched;
   for (size_t n = 0; n < test.segments().size(); ++n) {
     const Segment& s = test.segments()[n];
     const Problem& p = test.segment_problems()[n];
@@ -53,6 +59,9 @@ void touch(const Case& test, GradientTruth& truth) {
           mark(kDq, q, c.heads, s.head);
           mark(kDk, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
           mark(kDv, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
+          if (bias_touched.empty()) return;
+          bias_touched[s.batch * bias[0] + s.head * bias[1] + (s.first + q * s.rate) * bias[2] +
+                       (s.first + k * s.rate) * bias[3]] = 1;
         });
       }
     }
@@ -76,7 +85,7 @@ void dilated_gradient_truth(const Case& test, Executor& executor, bool bounded, 
   fp32.dout = in_fp32(args.dout, dout);
   reference(test, fp32, executor, true, truth);
   const auto at = [&](int g) { return plain_values[g].empty() ? nullptr : plain_values[g].data(); };
-  plain_dilated_gradients(test, {at(kDq), at(kDk), at(kDv)});
+  plain_dilated_gradients(test, {at(kDq), at(kDk), at(kDv), nullptr, at(kDAttnBias), nullptr});
 }
 
 }  // namespace tessera::check

@@ -116,7 +116,20 @@ class Chain {
     p.forward.lse_dtype = DType::f64;
     std::vector<double> dq(to.dq ? rows * d : 0), dk(to.dk ? rows * d : 0), dvalues(to.dv ? rows * dv : 0);
     const auto data = [](std::vector<double>& x) { return x.empty() ? nullptr : x.data(); };
-    plain_gradients(p, {data(dq), data(dk), data(dvalues)});
+    // Of attn_bias: rows, columns or both of the segment, where the whole has them.
+    const TensorView bias = test_.gradient(kDAttnBias).view;
+    const bool each_q = to.dattn_bias && bias.sizes[2] != 1, each_k = to.dattn_bias && bias.sizes[3] != 1;
+    const int64_t bias_rows = each_q ? rows : 1, bias_cols = each_k ? rows : 1;
+    std::vector<double> dbias(to.dattn_bias ? bias_rows * bias_cols : 0);
+    p.dattn_bias_size[0] = p.dattn_bias_size[1] = 1;
+    p.dattn_bias_size[2] = bias_rows;
+    p.dattn_bias_size[3] = bias_cols;
+    plain_gradients(p, {data(dq), data(dk), data(dvalues), nullptr, data(dbias), nullptr});
+    const auto stride = summed_strides(bias);
+    for (int64_t i = 0; i < static_cast<int64_t>(dbias.size()); ++i) {
+      const int64_t q = s.first + i / bias_cols * s.rate, k = s.first + i % bias_cols * s.rate;
+      to.dattn_bias[s.batch * stride[0] + s.head * stride[1] + q * stride[2] + k * stride[3]] += dbias[i];
+    }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t token = s.batch * whole_.seqlen_q + s.first + i * s.rate;
       const int64_t q = token * whole_.heads + s.head, k = token * whole_.kv_heads + s.head / whole_.group();
