@@ -49,8 +49,12 @@ struct AttentionOptions {
   bool align_to_key_lengths = false;
   double softcap = 0;         // > 0: scores become softcap * tanh(score / softcap), before biases. 0: off
   TensorView alibi_slopes;    // fp32 [H] or [B, H]: adds -slope * |query position - key position| (Press et al. 2022)
-  TensorView block_bias;      // fp32 [B or 1, H or 1, entries]: added to all scores of the kept block at that entry
-  TensorView attn_bias;       // floating, [B or 1, H or 1, Sq or 1, Sk or 1]: added to the scores, -inf allowed
+  // fp32 [B or 1, H or 1, entries]: added to all scores of the kept block at that entry of the pattern. Where the
+  // pattern differs by head or batch, entries are those of all of them, and each uses its own.
+  TensorView block_bias;
+  // Floating, [B or 1, H or 1, Sq or 1, Sk or 1]: added to the scores. -inf: not a key; finite ones below -2.35e38 count
+  // as that number (both biases), so that a row of nothing else still has weights.
+  TensorView attn_bias;
   TensorView sinks;           // fp32 [H]: a logit that joins the denominator (and lse) of each row that sees a key
   Dropout dropout;
   bool deterministic = true;  // bit-equal from run to run and for any number of threads

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "attention/problem.h"
 
@@ -32,7 +33,7 @@ class RowScores {
     if (softcap_ > 0) s = round(softcap_ * std::tanh(s / softcap_));
     if (p_.alibi) s = round(s - round(slope_ * static_cast<T>(distance(k))));
     if (block_bias_) s = round(s + static_cast<T>(block_bias_[entry * p_.bias_entry]));
-    if (p_.attn_bias) s = round(s + static_cast<T>(attn_bias(k)));
+    if (p_.attn_bias) s = round(s + attn_bias(k));
     return s;
   }
   T score(T dot, int64_t entry, int64_t k) const {
@@ -45,13 +46,15 @@ class RowScores {
     T sum = 0;
     if (p_.alibi) sum += std::abs(slope_ * static_cast<T>(distance(k)));
     if (block_bias_) sum += std::abs(static_cast<T>(block_bias_[entry * p_.bias_entry]));
-    if (p_.attn_bias) sum += std::abs(static_cast<T>(attn_bias(k)));
+    if (p_.attn_bias) sum += std::abs(attn_bias(k));
     return sum;
   }
 
  private:
-  double attn_bias(int64_t k) const {
-    return load_as_double(p_.attn_bias, p_.attn_bias_dtype, attn_bias_ + k * p_.attn_bias_stride[3]);
+  T attn_bias(int64_t k) const {
+    const double bias = load_as_double(p_.attn_bias, p_.attn_bias_dtype, attn_bias_ + k * p_.attn_bias_stride[3]);
+    constexpr double lowest = std::numeric_limits<T>::lowest();  // only -inf itself says that there is no key
+    return static_cast<T>(bias < lowest && bias != -std::numeric_limits<double>::infinity() ? lowest : bias);
   }
 
   const Problem& p_;

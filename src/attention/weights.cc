@@ -51,10 +51,10 @@ class WeightRows {
         dot_products(&q_[(q - begin) * p_.head_dim]);
         for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) {
           const int64_t slot = k - column * s.block_k;
-          const T score = scores.score(dots_[slot], entry, k);
+          const float score = in_float(scores.score(dots_[slot], entry, k));
           // NaN wins the maximum, and makes the row NaN.
           if (!(score <= max_[q - begin])) max_[q - begin] = score;
-          values[(q - begin) * s.block_k + slot] = static_cast<float>(score);
+          values[(q - begin) * s.block_k + slot] = score;
         });
       }
     }
@@ -76,6 +76,12 @@ class WeightRows {
       load_row(keys + slot * p_.k.seq * static_cast<int64_t>(size_of(p_.dtype)), p_.dtype, p_.head_dim, row_.data());
       for (int64_t d = 0; d < p_.head_dim; ++d) k_[d * block_k + slot] = row_[d];
     }
+  }
+
+  // As the result holds it until it is normalised. A finite score stays finite: -inf means that there is no key.
+  static float in_float(T score) {
+    constexpr T lowest = std::numeric_limits<float>::lowest();
+    return static_cast<float>(score < lowest && score != -std::numeric_limits<T>::infinity() ? lowest : score);
   }
 
   void dot_products(const T* query) {

@@ -269,7 +269,8 @@ class DecodeKernel {
       const int64_t h = unit_.head_begin + r / p_.seqlen_q, q = r % p_.seqlen_q;
       float* row = s + r;
       if (p_.block_bias) {
-        const float shift = kLog2e * p_.block_bias[b * p_.bias_batch + h * p_.bias_head + tile.entry * p_.bias_entry];
+        const float shift =
+            BiasInLog2(p_.block_bias[b * p_.bias_batch + h * p_.bias_head + tile.entry * p_.bias_entry]);
         for (int64_t j = 0; j < tile.keys; ++j) row[j * row_slots_] += shift;
       }
       if (p_.alibi) {
@@ -283,8 +284,7 @@ class DecodeKernel {
         const int64_t* stride = p_.attn_bias_stride;
         const int64_t base = b * stride[0] + h * stride[1] + q * stride[2] + tile.k * stride[3];
         for (int64_t j = 0; j < tile.keys; ++j) {
-          const double bias = load_as_double(p_.attn_bias, p_.attn_bias_dtype, base + j * stride[3]);
-          row[j * row_slots_] += kLog2e * static_cast<float>(bias);
+          row[j * row_slots_] += BiasInLog2(load_as_double(p_.attn_bias, p_.attn_bias_dtype, base + j * stride[3]));
         }
       }
     }

@@ -37,7 +37,7 @@ HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float 
   const float slope = p.alibi ? -kLog2e * p.alibi[place.b * p.alibi_batch + place.h * p.alibi_head] : 0.0f;
   const float shift =
       p.block_bias
-          ? kLog2e * p.block_bias[place.b * p.bias_batch + place.h * p.bias_head + place.entry * p.bias_entry]
+          ? BiasInLog2(p.block_bias[place.b * p.bias_batch + place.h * p.bias_head + place.entry * p.bias_entry])
           : 0.0f;
   const int64_t first_distance = place.q + p.diagonal(place.b) - place.k;
   for (int64_t i = 0; i < place.keys; ++i) {
@@ -61,7 +61,7 @@ HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float 
     const int64_t row = base + (place.q + r) * stride[2];
     for (int64_t i = 0; i < place.keys; ++i) {
       scores[i * W + r] +=
-          kLog2e * static_cast<float>(load_as_double(p.attn_bias, p.attn_bias_dtype, row + i * stride[3]));
+          BiasInLog2(load_as_double(p.attn_bias, p.attn_bias_dtype, row + i * stride[3]));
     }
   }
 }

@@ -112,7 +112,7 @@ class ScoreModifier {
       capped_ = static_cast<float>(p.softcap) * kLog2e;
     }
     if (p.alibi) slope_ = -kLog2e * p.alibi[b * p.alibi_batch + h * p.alibi_head];
-    if (p.block_bias) shift_ = kLog2e * p.block_bias[b * p.bias_batch + h * p.bias_head + entry * p.bias_entry];
+    if (p.block_bias) shift_ = BiasInLog2(p.block_bias[b * p.bias_batch + h * p.bias_head + entry * p.bias_entry]);
   }
 
   // attn_bias of query q and `keys` keys from k on, in log2 units; 0 up to width.
@@ -120,7 +120,7 @@ class ScoreModifier {
     const int64_t* stride = p_.attn_bias_stride;
     const int64_t base = b_ * stride[0] + h_ * stride[1] + q * stride[2] + k * stride[3];
     for (int64_t i = 0; i < keys; ++i) {
-      to[i] = kLog2e * static_cast<float>(load_as_double(p_.attn_bias, p_.attn_bias_dtype, base + i * stride[3]));
+      to[i] = BiasInLog2(load_as_double(p_.attn_bias, p_.attn_bias_dtype, base + i * stride[3]));
     }
     std::fill(to + keys, to + width, 0.0f);
   }
@@ -153,7 +153,7 @@ class ScoreModifier {
                float* dscores, Vec& bias_sum) const {
     const Floats d;
     const Vec one = hn::Set(d, 1.0f), minus_inf = hn::Set(d, kNegInf);
-    const Vec lse = WeightBias(hn::Set(d, place.lse2)), mean = hn::Set(d, place.delta);
+    const Vec lse2 = hn::Set(d, place.lse2), lse = WeightBias(lse2), mean = hn::Set(d, place.delta);
     const Vec gap = hn::Add(hn::Iota(d, 0), hn::Set(d, static_cast<float>(place.k - place.q - diagonal_)));
     uint64_t seen = 0;
     for (int64_t i = 0; i < place.width; i += kLanes) {
@@ -171,6 +171,8 @@ class ScoreModifier {
       // Not Ne: that is false for NaN on AVX, and a NaN score must spread.
       const auto absent = hn::Eq(x, minus_inf);
       const auto admitted = hn::AndNot(absent, MaskOfBits(static_cast<uint32_t>(place.admitted >> i)));
+      // No weight exceeds 1, though a score and an lse of large magnitude may be rounded apart.
+      x = AtMost(lse2, x);
       Vec p = Weight<false>(x, one, lse), dp = hn::Load(d, dscores + i), used = p;
       if (p_.dropout.p > 0) {
         const Vec kept = hn::Load(d, keep + i);

@@ -6,6 +6,8 @@
 #define TESSERA_CPU_VECMATH_INL_H_
 #endif
 
+#include <limits>
+
 #include "hwy/highway.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -22,6 +24,14 @@ inline constexpr int kLanes = HWY_MAX_BYTES / sizeof(float);
 inline constexpr float kLog2e = 1.442695041f;
 inline constexpr double kLog2eDouble = 1.4426950408889634;
 inline constexpr double kLn2 = 0.6931471805599453;
+
+// A bias in log2 units. -inf means that there is no key, and no other number may become that: masks of the lowest float
+// are common, and a row of nothing else has weights. (Their differences are lost: they all count as -2.35e38.)
+inline float BiasInLog2(double bias) {
+  constexpr double kLowest = -2.35e38;
+  if (bias < kLowest && bias != -std::numeric_limits<double>::infinity()) bias = kLowest;
+  return kLog2e * static_cast<float>(bias);
+}
 
 // The larger one, or x if it is NaN. On x86 the second operand of max comes through; NEON's maxnm would drop it.
 HWY_INLINE Vec AtLeast(Vec bound, Vec x) {
@@ -109,6 +119,15 @@ HWY_INLINE Vec Tanh(Vec x) {
   const Vec small = hn::MulAdd(hn::Mul(x, s), p, x);
   const Vec finite = hn::IfThenElse(hn::Lt(a, hn::Set(d, 0.35f)), small, large);
   return hn::IfThenElse(hn::Eq(x, x), finite, x);
+}
+
+// The smaller one, or x if it is NaN.
+HWY_INLINE Vec AtMost(Vec bound, Vec x) {
+#if HWY_TARGET == HWY_NEON
+  return Vec{vminq_f32(bound.raw, x.raw)};
+#else
+  return hn::Min(bound, x);
+#endif
 }
 
 // Lane masks for the low kLanes bits of `bits`.
