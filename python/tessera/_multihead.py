@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,10 @@ def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPat
     if pattern is None or isinstance(pattern, (BlockPattern, PatternConfig)):
         return pattern
     if isinstance(pattern, (str, Mapping)):
-        return PatternConfig.of(pattern)
+        try:
+            return PatternConfig.of(pattern)
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"pattern: {e}") from None
     if callable(pattern):
         return pattern
     raise TypeError(
@@ -52,14 +56,18 @@ def is_dense(source: Any) -> bool:
 
 
 def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
-    """Every pair; for who traces from tensor operations, so that lengths may be symbols and tensors fake."""
-    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+    """Every pair. For compilers an operator, so that no length range is split where the number of blocks becomes 1; for
+    who else traces tensor operations, so that tensors may be fake."""
+    shape = (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1)
+    if torch.compiler.is_compiling():
+        return _unflatten((*_named_tensors("dense", *shape[:4], False, 1), None, None), shape)
+    if not torch._C._len_torch_dispatch_stack():
         key = ("dense", seqlen_q, seqlen_k)
         return patterns.cache.shared(key) or patterns.cache.share(key, "dense", seqlen_q, seqlen_k, block=_DENSE_BLOCK)
     rows, cols = -(-seqlen_q // _DENSE_BLOCK), -(-seqlen_k // _DENSE_BLOCK)
     indptr = torch.arange(rows + 1, dtype=torch.int32) * cols
     indices = torch.arange(cols, dtype=torch.int32).repeat(rows)
-    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1))
+    return _unflatten((indptr, indices, None, None), shape)
 
 
 @torch.library.custom_op("tessera::named_pattern", mutates_args=())
@@ -108,6 +116,15 @@ def _named(config: PatternConfig, seqlen_q: int, seqlen_k: int, causal: bool, he
 
 def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
     """The pattern of these lengths; named ones come from the process's cache."""
+    tracing = torch._C._get_tracing_state()
+    if tracing is not None:
+        # A graph of torch.jit.trace cannot make patterns: that of the traced lengths becomes a constant of it.
+        seqlen_q, seqlen_k = int(seqlen_q), int(seqlen_k)
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return pattern_for(source, seqlen_q, seqlen_k, causal, heads)
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     if source is None:
         return dense_pattern(seqlen_q, seqlen_k)
     if isinstance(source, PatternConfig):
@@ -219,12 +236,23 @@ def _project(
     return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), packed.chunk(3), biases))  # type: ignore
 
 
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _exact(device: str) -> AbstractContextManager[Any]:
+    """Autocast would round the operands of products."""
+    return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
+
+
 def dense_weights(
-    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, keep: Tensor | None, bias: Tensor | None,
+    q: Tensor, k: Tensor, lse: Tensor, share: Tensor | None, *, scale: float, keep: Tensor | None, bias: Tensor | None,
     key_lengths: Tensor | None, causal: bool, average: bool,
 ) -> Tensor:  # fmt: skip
-    """Weights before dropout, ``[N, L, S]`` averaged over heads or ``[N, H, L, S]``, with gradients: exp(score - lse),
-    one head at a time. q ``[N, L, H, D]``, k ``[N, S, H, D]``, lse ``[N, H, L]``, keep bool ``[1 or N, 1 or H, L, S]``.
+    """Weights before dropout, ``[N, L, S]`` averaged over heads or ``[N, H, L, S]``, with gradients: the softmax, in
+    fp32 at least, one head at a time. q ``[N, L, H, D]``, k ``[N, S, H, D]``; lse ``[N, H, L]``: -inf where a row sees
+    no key; share ``[N, H, L]``: the part of the whole softmax that these keys hold, None: all; keep bool ``[1 or N, 1
+    or H, L, S]``.
     """
     seqlen_q, heads, seqlen_k = q.shape[1], q.shape[2], k.shape[1]
     if causal:
@@ -233,25 +261,29 @@ def dense_weights(
     if key_lengths is not None:
         valid = torch.arange(seqlen_k, device=q.device) < key_lengths[:, None]
         keep = valid[:, None, None] if keep is None else keep & valid[:, None, None]
-    lse = lse.masked_fill(lse == _NEG_INF, 0)[..., None]
+    empty = (lse == _NEG_INF)[..., None]
 
     def of(t: Tensor, h: int) -> Tensor:
         return t[:, h if t.shape[1] > 1 else 0]
 
     def head(h: int) -> Tensor:
-        scores = (q[:, :, h] @ k[:, :, h].mT).to(lse.dtype) * scale
+        scores = (q[:, :, h].to(lse.dtype) @ k[:, :, h].mT.to(lse.dtype)) * scale
         if bias is not None:
             scores = scores + of(bias, h)
         if keep is not None:
             scores = scores.masked_fill(~of(keep, h), _NEG_INF)
-        return (scores - lse[:, h]).exp()
+        weights = scores.masked_fill(empty[:, h], 0).softmax(-1)  # of -inf alone it and its gradient would be NaN
+        if share is not None:
+            weights = weights * share[:, h, :, None]
+        return weights.masked_fill(empty[:, h], 0)
 
-    if not average:
-        return torch.stack([head(h) for h in range(heads)], 1).to(q.dtype)
-    total = head(0)
-    for h in range(1, heads):
-        total = total + head(h)
-    return (total / heads).to(q.dtype)
+    with _exact(q.device.type):
+        if not average:
+            return torch.stack([head(h) for h in range(heads)], 1).to(q.dtype)
+        total = head(0)
+        for h in range(1, heads):
+            total = total + head(h)
+        return (total / heads).to(q.dtype)
 
 
 def _block_weights(
@@ -322,6 +354,18 @@ def multi_head_attention_forward(
             f"query: got {query.shape[-1]} features; was expecting embedding dimension of {out_proj_weight.shape[1]}, "
             f"but got {query.shape[-1]}"
         )
+    for name, x, weight in zip(("key", "value"), (key, value), separate_proj_weights[1:]):
+        features = query.shape[-1] if weight is None else weight.shape[1]
+        if x.shape[-1] != features:
+            dim = "embed_dim" if weight is None else f"{name[0]}dim"
+            raise AssertedError(f"{name}: got {x.shape[-1]} features; allowed: {features}, {dim}")
+    dtype = out_proj_weight.dtype
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype != dtype and not _autocast_enabled(x.device.type):
+            raise ArgumentError(f"{name}: got {x.dtype}; allowed: {dtype}, as the parameters (or torch.autocast)")
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.device != query.device:
+            raise ArgumentError(f"{name}: got a tensor on {mask.device}; allowed: {query.device}, as query")
     if key.shape[:2] != value.shape[:2] or (in_proj_weight is not None and key.shape != value.shape):
         raise AssertedError(
             f"value: got shape {tuple(value.shape)}; key shape {key.shape} does not match value shape {value.shape}"
@@ -356,6 +400,7 @@ def multi_head_attention_forward(
         key_lengths, padding = _padding(key_padding_mask, q.dtype)
         if padding is not None:
             bias = padding if bias is None else bias + padding
+    kept_dropout = 0.0 if dropout_p == 1 else dropout_p  # 1 drops everything, which no 1 / (1 - p) makes good
     options: dict[str, Any] = {"causal": causal, "attn_bias": bias, "key_lengths": key_lengths}
     extra = _extra_keys(k, v, bias_k, bias_v, add_zero_attn)
     found: dict[str, Any] | None = None
@@ -364,21 +409,23 @@ def multi_head_attention_forward(
         # A mask that is known to be causal must not change which pattern is made.
         known = causal or (is_causal and seqlen_q == seqlen_k)
         out, part_lse, found = attend(
-            q, k, v, known, bool(need_weights), dropout_p, attn_bias=bias, key_lengths=key_lengths
+            q, k, v, known, bool(need_weights), kept_dropout, attn_bias=bias, key_lengths=key_lengths
         )
     else:
         blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
         attention: Callable[..., Any] = block_sparse_attention
         if monitor is not None and may_look(q):
             attention = partial(measured_attention, monitor)
-        out, part_lse = attention(q, k, v, blocks, dropout_p=dropout_p, return_lse=True, **options)
-    lse = part_lse
+        out, part_lse = attention(q, k, v, blocks, dropout_p=kept_dropout, return_lse=True, **options)
+    lse, more_lse = part_lse, None
     if extra is not None:
         assert part_lse is not None
         more, more_lse = block_sparse_attention(
-            q, *extra, dense_pattern(seqlen_q, extra[0].shape[1]), dropout_p=dropout_p, return_lse=True
+            q, *extra, dense_pattern(seqlen_q, extra[0].shape[1]), dropout_p=kept_dropout, return_lse=True
         )
         out, lse = merge(out, part_lse, more, more_lse)
+    if dropout_p == 1:
+        out = out * 0
 
     if not batch_first:
         out = out.transpose(0, 1)
@@ -389,20 +436,20 @@ def multi_head_attention_forward(
     if not need_weights:
         return out, None
     assert lse is not None and part_lse is not None
+    share = None if extra is None else (part_lse - lse).exp().nan_to_num(0.0)
     if need_weights == "blocks":
-        share = None if extra is None else (part_lse - lse).exp().nan_to_num(0.0)
         if found is not None:
             return out, {**found, "block_values": _scale_rows(found["block_indices"], found["block_values"], share)}
         return out, _block_weights(q, k, blocks, share, **options)
-    keep = None if is_dense(pattern) else blocks.to_token_mask()
+    keep = None if is_dense(pattern) else blocks.to_token_mask().to(q.device)
     scale = 1 / math.sqrt(q.shape[-1])
     weights = dense_weights(
-        q, k, lse, scale=scale, keep=keep, bias=bias, key_lengths=key_lengths, causal=causal,
+        q, k, part_lse, share, scale=scale, keep=keep, bias=bias, key_lengths=key_lengths, causal=causal,
         average=average_attn_weights,
     )  # fmt: skip
-    if extra is not None:
+    if extra is not None and more_lse is not None:
         last = dense_weights(
-            q, extra[0], lse, scale=scale, keep=None, bias=None, key_lengths=None, causal=False,
+            q, extra[0], more_lse, (more_lse - lse).exp(), scale=scale, keep=None, bias=None, key_lengths=None, causal=False,
             average=average_attn_weights,
         )  # fmt: skip
         weights = torch.cat([weights, last], -1)

@@ -60,7 +60,12 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
       False, ``merge_masks`` refuses). With None or ``"dense"`` dense is what is asked for, so torch's inference
       operators are taken where torch would: by those layers, and here for dense weights and strided nested tensors
       (``torch.backends.mha.set_fastpath_enabled(False)`` is torch's switch for them all).
-    - ``torch.jit.script`` takes dense attention only, and puts torch's own module in its place.
+    - ``torch.jit.script`` takes dense attention only, and puts torch's own module in its place; ``torch.jit.trace``
+      (under no_grad) makes a graph for the traced lengths. To ``torch.fx.symbolic_trace`` it is no leaf, and cannot be traced through.
+      ``torch.compile`` and ``torch.export`` take it with lengths that vary.
+    - No derivatives of derivatives, and no forward-mode ones (torch has them with ``need_weights=True``).
+    - ``is_causal=True`` beside ``add_bias_kv`` or ``add_zero_attn``: every row sees those keys (torch loses them where
+      ``need_weights=False``).
 
     ``performance_monitor`` and ``get_performance_stats()`` are those of :class:`~tessera.PerformanceMonitor`.
 
@@ -88,6 +93,8 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
         pattern: PatternSource = None,
     ) -> None:
         source = pattern_source(pattern)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: got {dropout}; allowed: 0 <= dropout <= 1")
         try:
             super().__init__(
                 embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
@@ -101,6 +108,12 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
         """A module that shares the parameters, mode and hooks of ``module``: what swaps attention in a model."""
         if not isinstance(module, nn.MultiheadAttention):
             raise TypeError(f"module: got {type(module).__name__}; allowed: torch.nn.MultiheadAttention")
+        if nn.utils.parametrize.is_parametrized(module):  # its class is one of its own, which computes the parameters
+            names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+            raise ValueError(
+                f"module: got one whose {names} is parametrized; allowed: a module without parametrizations of its own "
+                "(torch.nn.utils.parametrize.remove_parametrizations, or register them on the new module)"
+            )
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         state = {name: dict(x) if isinstance(x, dict) else x for name, x in module.__dict__.items()}
@@ -187,8 +200,11 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
                 "received 1-D query tensor (MultiheadAttention does not support NestedTensor outside of its fast path)"
             )
         batched = check_shapes(query, key, value, key_padding_mask, attn_mask, self.num_heads)
-        if not isinstance(need_weights, bool) and need_weights != "blocks":
+        if not isinstance(need_weights, str):
+            need_weights = bool(need_weights)
+        elif need_weights != "blocks":
             raise ArgumentError(f'need_weights: got {need_weights!r}; allowed: True, False or "blocks"')
+        is_causal = bool(is_causal)
         if query.is_nested or key.is_nested or value.is_nested:
             if is_dense(self._pattern) and query.layout == torch.strided and not isinstance(need_weights, str):
                 return super().forward(
@@ -232,7 +248,7 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
             query, key, value, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight,
             self.out_proj.bias, pattern=self._pattern,
             separate_proj_weights=(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), bias_k=self.bias_k,
-            bias_v=self.bias_v, add_zero_attn=self.add_zero_attn, dropout_p=self.dropout if self.training else 0.0,
+            bias_v=self.bias_v, add_zero_attn=self.add_zero_attn, dropout_p=float(self.dropout) if self.training else 0.0,
             batch_first=self.batch_first, monitor=self._measuring(), **options,
         )  # fmt: skip
 
