@@ -46,11 +46,11 @@ class Log(pl.loggers.Logger):
         pass
 
 
-def _fit(callback, model, **kwargs):
+def _fit(callback, model, epochs=1, **kwargs):
     log = Log()
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 512, 64)), batch_size=1)
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", devices=1, logger=log, callbacks=[callback], enable_progress_bar=False,
+        max_epochs=epochs, accelerator="cpu", devices=1, logger=log, callbacks=[callback], enable_progress_bar=False,
         enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1, **kwargs,
     )  # fmt: skip
     trainer.fit(model, data, data)
@@ -70,6 +70,11 @@ def test_logs_density_speedup_and_quality():
     assert last["tessera/quality"] == pytest.approx(stats["quality_score"]) and 0 < last["tessera/quality"] < 1
     assert last["tessera/attention/density"] == last["tessera/density"]
     assert all(math.isfinite(x) for x in last.values())
+
+
+def test_steps_count_over_epochs():
+    # 3 epochs of 4 batches: after batches 5 and 10, neither of which is the fifth of its epoch.
+    assert len(_fit(AttentionStats(every_n_steps=5), Model(), epochs=3, limit_val_batches=0)) == 2
 
 
 def test_a_model_without_attention_that_measures_itself():

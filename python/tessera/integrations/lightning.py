@@ -51,7 +51,8 @@ class AttentionStats(Callback):
     ``forward_ms``. What was not measured yet is not logged.
 
     Args:
-        every_n_steps: training batches between two entries of the log; the end of validation is always logged.
+        every_n_steps: training batches between two entries of the log, counted over all epochs; the end of validation is
+            always logged.
         sample_every: calls of a module between two that are compared with dense attention, which costs time; None: as
             its monitor is set.
         per_module: logs every module under its name too.
@@ -74,6 +75,7 @@ class AttentionStats(Callback):
         self.every_n_steps, self.sample_every = every_n_steps, sample_every
         self.per_module, self.prefix = per_module, prefix
         self._enabled: list[Any] = []
+        self._batches = 0  # of all epochs: batch_idx begins anew in each
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         found = monitored(pl_module)
@@ -96,7 +98,8 @@ class AttentionStats(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % self.every_n_steps == 0:
+        self._batches += 1
+        if self._batches % self.every_n_steps == 0:
             # Straight to the loggers: what log_dict holds is logged again in the steps between.
             for logger in trainer.loggers:
                 logger.log_metrics(self.stats(pl_module), step=trainer.global_step)
