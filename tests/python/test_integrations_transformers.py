@@ -119,7 +119,7 @@ def test_generation_equals(kind, side):
     assert torch.equal(_model(kind).generate(_ids(), **call), _reference(kind).generate(_ids(), **call))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 def test_generation_with_a_static_cache_equals(kind):
     # Keys past the queries exist in a static cache, and hold anything.
     call = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "disable_compile": True}

@@ -131,6 +131,11 @@ class AttentionPlan(BlockMask):
     def shape(self) -> tuple[int, ...]:
         return (self.batch_size, 1, self.q_length, self.kv_length)
 
+    @property
+    def ndim(self) -> int:
+        """What GPT-2 asks before it reshapes a mask of the caller's."""
+        return 4
+
     def __repr__(self) -> str:
         return f"AttentionPlan({self.shape}, causal={self.causal}, window={self.window}, q_offset={self.q_offset})"
 
