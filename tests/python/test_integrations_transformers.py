@@ -266,6 +266,36 @@ def test_swapping_attention_in_an_existing_model():
     assert torch.equal(model(_ids()).logits, want)
 
 
+def _unreached(kind):
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    if kind == "bloom":
+        return transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2)
+    if kind == "openai-gpt":  # neither makes masks through transformers nor looks attention up: would stay dense
+        return transformers.OpenAIGPTConfig(**sizes)
+    if kind == "xlnet":
+        return transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=1, n_head=2, d_inner=32)
+    assert kind == "gptj"
+    return transformers.GPTJConfig(**sizes, rotary_dim=8)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "openai-gpt", "xlnet", "gptj"])
+def test_models_that_would_not_call_it_are_refused(kind):
+    integration.register("tessera-sparse", "local_window", window=8, block=16)
+    integration.register()  # once more changes nothing
+    for name in ("tessera", "tessera-sparse"):
+        with pytest.raises(ValueError, match=f"^attn_implementation: got '{name}' for .*; allowed: "):
+            transformers.AutoModel.from_config(_unreached(kind), attn_implementation=name)
+    transformers.AutoModel.from_config(_unreached(kind), attn_implementation="eager")
+
+
+def test_attention_of_code_that_cannot_be_read_is_taken():
+    names = {"LlamaModel": transformers.LlamaModel}
+    exec("class Mine(LlamaModel): pass", names)
+    names["Mine"].__module__ = "nowhere"
+    model = names["Mine"]._from_config(_config("llama"), attn_implementation="tessera")
+    assert model.config._attn_implementation == "tessera"
+
+
 def test_cross_attention_takes_no_sparse_pattern():
     integration.register("tessera-sparse", "dilated_sparse", density=0.3, block=16)
     config = transformers.BartConfig(
@@ -312,6 +342,13 @@ def test_no_mask_of_tokens_is_made():
         (lambda: integration.register(block=100), ValueError, "block"),
         (lambda: integration.register(pattern=_banded, density=0.5), TypeError, "density"),
         (lambda: integration.register(dense_layers=["a"]), TypeError, "dense_layers"),
+        (lambda: integration.register(dense_layers=1), TypeError, "dense_layers: got int"),
+        (lambda: integration.register(5), TypeError, "name: got 5"),
+        (lambda: integration.register(None), TypeError, "name: got None"),
+        (lambda: integration.register("x", tessera.PatternConfig(), block=64), TypeError, "^block: got it beside"),
+        (lambda: integration.register("x", tessera.PatternConfig(), window=64), TypeError, "^window: got it beside"),
+        (lambda: integration.register("x", "random", density=0.3, causal=True), TypeError, "^causal: got True"),
+        (lambda: integration.register("x", "random", density=0.3, seqlen_k=3), TypeError, "^seqlen_k: got 3"),
         (lambda: _model("llama")(_ids(), output_attentions=True), ValueError, "output_attentions"),
     ],
 )

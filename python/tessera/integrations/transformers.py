@@ -8,12 +8,19 @@ model computes what it computes with "sdpa". With a sparse one (``register(patte
 every full-attention layer attends over the kept blocks only; layers with a sliding window of their own keep that
 window.
 
+Models whose attention does not go through transformers' ``AttentionInterface`` (Bloom, OpenAI-GPT, XLNet, ...) would
+never call it: they are a ValueError when they are made with such a name.
+
 A pattern belongs to positions of the sequence: a token sees the same blocks in prefill, in chunks of it and in
 decoding. Padding on the left counts as positions.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -34,7 +41,7 @@ def register(
     pattern: str | Any | Callable[[int, bool], BlockPattern] = "dense",
     *,
     density: float | None = None,
-    block: int = 128,
+    block: int | tuple[int, int] | None = None,
     dense_layers: Collection[int] = (),
     **options: Any,
 ) -> None:
@@ -45,14 +52,18 @@ def register(
         pattern: the name of a pattern of :mod:`tessera.patterns`; a ``PatternConfig``; or a function
             ``(seqlen, causal) -> BlockPattern`` of ``(seqlen, seqlen)``, called once a forward pass. While a cache
             grows, causal lengths are rounded up to whole blocks.
-        density, block, options: of the named pattern.
+        density, options: of the named pattern.
+        block: of the named pattern (default 128); with a function, that of its patterns.
         dense_layers: ``layer_idx`` of layers that stay dense.
 
     Raises:
-        ImportError: transformers is missing or older than 5. ValueError, TypeError: the pattern cannot be made.
+        ImportError: transformers is missing or older than 5. ValueError, TypeError: the pattern cannot be made. Later,
+        ValueError: a model is made with this name that would not call it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: got {name!r}; allowed: what attn_implementation shall say, a str")
     choice = _Choice(pattern, density, block, dense_layers, options)
 
     @torch.compiler.disable(reason="tessera: patterns and masks of a model follow values; called between graphs")
@@ -61,18 +72,62 @@ def register(
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, _make_mask_eagerly)
+    _names.add(name)
+    _refuse_models_that_would_not_call()
+
+
+_names: set[str] = set()
+
+
+def _refuse_models_that_would_not_call() -> None:
+    """transformers takes any registered name for any model, and one that does not look it up stays as it was, in
+    silence. It asks this method of every model that is made, and of each of its parts."""
+    from transformers import PreTrainedModel
+
+    ask = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(ask, "__wrapped__"):  # since an earlier call
+        return
+
+    @functools.wraps(ask)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention in _names and not _looks_up(type(self)):
+            raise ValueError(
+                f"attn_implementation: got {requested_attention!r} for {type(self).__name__}, whose attention does not "
+                'go through AttentionInterface; allowed: "eager", or for parts of a model that take it a dict such as '
+                f"{{'text_config': {requested_attention!r}}}"
+            )
+        return ask(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = checked
+
+
+def _looks_up(model: type) -> bool:
+    """Whether the file of a model looks attention up, if it has attention of its own. One that cannot be read counts as
+    if it did."""
+    try:
+        source = inspect.getsource(sys.modules[model.__module__])
+    except (KeyError, OSError, TypeError):
+        return True
+    own = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
+    return own is None or "ALL_ATTENTION_FUNCTIONS" in source or "AttentionInterface" in source
 
 
 class _Choice:
     """Which pattern a registered name stands for."""
 
-    def __init__(self, pattern: Any, density: float | None, block: int, dense_layers: Collection[int], options: dict):
+    def __init__(self, pattern: Any, density: float | None, block: Any, dense_layers: Collection[int], options: dict):
+        if isinstance(dense_layers, str) or not isinstance(dense_layers, Collection):
+            raise TypeError(f"dense_layers: got {type(dense_layers).__name__}; allowed: a collection of layer_idx")
         self.dense_layers = frozenset(check_int("dense_layers", i, 0) for i in dense_layers)
-        self.block: Any = block
+        self.block: Any = 128 if block is None else block
         self.make: Callable[[int, bool], BlockPattern] | None = None
+        for option in ("seqlen_q", "seqlen_k", "causal", "cached"):
+            if option in options:
+                raise TypeError(f"{option}: got {options[option]!r}; allowed: nothing, each call of the model decides it")
         if hasattr(pattern, "spec"):  # PatternConfig
-            if density is not None or options:
-                raise TypeError("density: got it beside a PatternConfig; allowed: inside the config")
+            for option, value in {"density": density, "block": block, **options}.items():
+                if value is not None:
+                    raise TypeError(f"{option}: got it beside a PatternConfig; allowed: inside the config")
             pattern, self.block, options = pattern.spec()
         elif density is not None:
             options = {"density": density, **options}
@@ -87,7 +142,7 @@ class _Choice:
             )
         elif pattern not in ("dense", "causal") or options:
             if pattern == "causal":
-                raise TypeError(f"{next(iter(options))}: got an option that the pattern causal does not take")
+                raise TypeError(f"{next(iter(options))}: got it with the pattern causal; allowed: none of its options")
             name: str = pattern
             self.make = lambda seqlen, causal: patterns.cache.get(
                 name, seqlen, seqlen, block=self.block, causal=causal, **options
