@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -61,14 +61,45 @@ def check_int(name: str, value: Any, minimum: int | None = None) -> int:
     return value
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """``value`` as bool, also one of a traced graph, or TypeError that names the argument."""
+    if isinstance(value, (bool, torch.SymBool)):
+        return cast(bool, value)
+    if is_bool_scalar(value):
+        return bool(value)
+    raise TypeError(f"{name}: got {type(value).__name__}; allowed: a bool")
+
+
+def is_bool_scalar(value: Any) -> bool:
+    """Whether it is a bool of NumPy or a bool tensor without dimensions."""
+    return str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", None) == 0
+
+
 def check_block(block: int | Sequence[int]) -> tuple[int, int]:
     """(block_q, block_k) of an int or a pair."""
     if isinstance(block, (tuple, list)):
         if len(block) != 2:
             raise ValueError(f"block: got {len(block)} numbers; allowed: an integer or (block_q, block_k)")
-        return check_int("block_q", block[0]), check_int("block_k", block[1])
-    size = check_int("block", block)
+        return _block_size("block_q", block[0]), _block_size("block_k", block[1])
+    size = _block_size("block", block)
     return size, size
+
+
+def _block_size(name: str, value: Any) -> int:
+    value = check_int(name, value)
+    if value % 16 or not 16 <= value <= 256:
+        raise ValueError(f"{name}: got {value}; allowed: a multiple of 16 in 16..256")
+    return value
+
+
+def check_list(name: str, values: Any, allowed: str) -> list[Any]:
+    """What an iterable holds, or TypeError that names the argument."""
+    if not isinstance(values, (str, bytes)):
+        try:
+            return list(values)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: got {type(values).__name__}; allowed: {allowed}")
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
@@ -184,9 +215,10 @@ class BlockPattern:
         batches: int = 1,
     ) -> BlockPattern:
         """The kept columns of each block row, in any order; rows of all heads of all batches one after the other."""
-        rows = [[check_int(f"lists[{i}]", j) for j in row] for i, row in enumerate(lists)]
-        for i, row in enumerate(rows):
-            row.sort()
+        rows = [
+            sorted(check_int(f"lists[{i}]", j) for j in check_list(f"lists[{i}]", row, "the block columns of a row"))
+            for i, row in enumerate(check_list("lists", lists, "block columns for each block row"))
+        ]
         ends = [0]
         for row in rows:
             ends.append(ends[-1] + len(row))
@@ -237,7 +269,7 @@ class BlockPattern:
             check_int("heads", heads),
             check_int("batches", batches),
         )
-        return BlockPattern._make(_t.pattern_from_csr(*listed, shape, bool(sort)))
+        return BlockPattern._make(_t.pattern_from_csr(*listed, shape, check_bool("sort", sort)))
 
     # ---- from other patterns
 
@@ -328,7 +360,7 @@ class BlockPattern:
 
     def statistics(self, causal: bool = False) -> PatternStatistics:
         """Densities, empty rows, load imbalance; among the admissible pairs if ``causal``."""
-        x = _t.pattern_statistics(*self.op_args, bool(causal))
+        x = _t.pattern_statistics(*self.op_args, check_bool("causal", causal))
         rows, cols, kept, partial, admissible = (int(n) for n in x[:5])
         return PatternStatistics(
             rows, cols, kept, partial, admissible, x[5], x[6], Spread(*x[7:11]), Spread(*x[11:15]), x[15], int(x[16]),
@@ -423,7 +455,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 
 
 def _stack(patterns: Sequence[BlockPattern], batches: bool) -> BlockPattern:
-    patterns = list(patterns)
+    patterns = check_list("patterns", patterns, "a sequence of BlockPattern")
     if not patterns:
         raise ValueError("patterns: got none; allowed: at least one BlockPattern")
     for p in patterns:

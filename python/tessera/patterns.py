@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ._pattern import BlockPattern, check_block, check_int
+from ._pattern import BlockPattern, check_block, check_bool, check_int
 
 _t = torch.ops.tessera
 NAMES = (
@@ -65,6 +65,8 @@ def _spec(
 ) -> list[Any]:  # fmt: skip
     if not isinstance(kind, str):
         raise TypeError(f"name: got {type(kind).__name__}; allowed: one of {', '.join(NAMES)}")
+    if kind not in NAMES:
+        raise ValueError(f"name: got {kind!r}; allowed: {', '.join(NAMES)}")
     seqlen_q = check_int("seqlen_q", seqlen_q)
     seqlen_k = seqlen_q if seqlen_k is None else check_int("seqlen_k", seqlen_k)
     block_q, block_k = check_block(block)
@@ -72,7 +74,7 @@ def _spec(
     floats = {n: _number(n, options.get(n)) for n in _FLOATS}
     unknown = set(options) - set(_INTS) - set(_FLOATS) - {"dilation_rates", "segment_lengths"}
     if unknown:
-        raise TypeError(f"{sorted(unknown)[0]}: got an option that no pattern has")
+        raise TypeError(f"{sorted(unknown)[0]}: got an option that no pattern has; allowed: those of {kind}")
     return [
         kind,
         seqlen_q,
@@ -80,7 +82,7 @@ def _spec(
         block_q,
         block_k,
         check_int("heads", heads),
-        bool(causal),
+        bool(check_bool("causal", causal)),
         floats["density"],
         ints["window"],
         _list("dilation_rates", options.get("dilation_rates")),

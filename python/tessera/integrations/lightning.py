@@ -51,8 +51,8 @@ class AttentionStats(Callback):
     ``forward_ms``. What was not measured yet is not logged.
 
     Args:
-        every_n_steps: training batches between two entries of the log, counted over all epochs; the end of validation is
-            always logged.
+        every_n_steps: training batches between two entries of the log, counted over all epochs; the end of validation
+            is always logged.
         sample_every: calls of a module between two that are compared with dense attention, which costs time; None: as
             its monitor is set.
         per_module: logs every module under its name too.

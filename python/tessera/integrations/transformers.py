@@ -123,7 +123,7 @@ class _Choice:
         self.make: Callable[[int, bool], BlockPattern] | None = None
         for option in ("seqlen_q", "seqlen_k", "causal", "cached"):
             if option in options:
-                raise TypeError(f"{option}: got {options[option]!r}; allowed: nothing, each call of the model decides it")
+                raise TypeError(f"{option}: got {options[option]!r}; allowed: nothing, each call decides it")
         if hasattr(pattern, "spec"):  # PatternConfig
             for option, value in {"density": density, "block": block, **options}.items():
                 if value is not None:
@@ -140,6 +140,8 @@ class _Choice:
                 f"pattern: got {type(pattern).__name__}; allowed: the name of a pattern, a PatternConfig, or a "
                 "function (seqlen, causal) -> BlockPattern"
             )
+        elif pattern not in patterns.NAMES:
+            raise ValueError(f"pattern: got {pattern!r}; allowed: {', '.join(patterns.NAMES)}")
         elif pattern not in ("dense", "causal") or options:
             if pattern == "causal":
                 raise TypeError(f"{next(iter(options))}: got it with the pattern causal; allowed: none of its options")
