@@ -80,6 +80,19 @@ def test_masks_that_cannot_be(mask, words):
         interop.from_block_mask(mask)
 
 
+@pytest.mark.parametrize(
+    "lengths, error, words",
+    [
+        ({"seqlen_q": "3"}, TypeError, "^seqlen_q: got str"),
+        ({"seqlen_q": 65}, ValueError, "^seqlen_q: got 65; allowed: up to 64"),
+        ({"seqlen_k": 65}, ValueError, "^seqlen_k: got 65; allowed: up to 64"),
+    ],
+)
+def test_lengths_that_the_mask_does_not_cover(lengths, error, words):
+    with pytest.raises(error, match=words):
+        interop.from_block_mask(_lists([1, 1], [[0, 1], [0, 1]]), **lengths)
+
+
 def test_no_block_mask():
     with pytest.raises(TypeError, match="mask: got Tensor"):
         interop.from_block_mask(torch.ones(2, 2))

@@ -18,6 +18,7 @@ def _mask(*lead):
     return torch.rand(*lead, 5, 4, generator=torch.Generator().manual_seed(3)) < 0.4
 
 
+CSR = torch.eye(4).to_sparse_csr()
 SIZES = {"seqlen_q": 70, "seqlen_k": 100, "block": (16, 32)}  # 5 x 4 blocks, ragged
 
 
@@ -78,6 +79,15 @@ def test_bsr_keeps_bitmaps_and_csr_says_that_it_cannot():
         (lambda: interop.from_torch(torch.eye(32).to_sparse_bsr(16), seqlen_q=16), ValueError, "allowed: 17..32"),
         (lambda: interop.from_torch(torch.eye(32).to_sparse_bsr(16), block=32), ValueError, "block: got 32"),
         (lambda: interop.from_torch(torch.eye(32).to_sparse_bsr(8)), ValueError, "block_q: got 8"),
+        (lambda: interop.from_torch(torch.eye(32).to_sparse_bsc(16)), ValueError, "layout torch.sparse_bsc"),
+        (lambda: interop.from_torch(torch.ones(4), **SIZES), ValueError, "^tensor: got 1 dimensions; allowed: 2,"),
+        (lambda: interop.from_torch(torch.ones(1, 1, 1, 5, 4), **SIZES), ValueError, "^tensor: got 5 dimensions"),
+        (lambda: interop.from_torch(CSR, seqlen_q="64", seqlen_k=64), TypeError, "^seqlen_q: got str"),
+        (lambda: interop.from_torch(torch.eye(32).to_sparse_bsr(16), seqlen_k="3"), TypeError, "^seqlen_k: got str"),
+        (lambda: interop.from_torch(CSR, seqlen_q=64, seqlen_k=64, block=0), ValueError, "^block: got 0; allowed: a"),
+        (lambda: interop.from_torch(CSR, seqlen_q=64, seqlen_k=64, block=(0, 16)), ValueError, "^block_q: got 0"),
+        (lambda: interop.to_torch(torch.eye(4)), TypeError, "^pattern: got Tensor"),
+        (lambda: interop.to_torch(patterns.dense(64), head="1"), TypeError, "^head: got str"),
         (lambda: interop.to_torch(patterns.dense(64), "csc"), ValueError, "layout: got 'csc'"),
         (lambda: interop.to_torch(patterns.dense(64), head=1), ValueError, "head: got 1"),
         (lambda: interop.from_scipy(torch.eye(2)), TypeError, "matrix: got Tensor"),

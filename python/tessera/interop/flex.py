@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._pattern import BlockPattern
+from .._pattern import BlockPattern, check_int
 from ._blocks import Entries, entries, from_entries, pack
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def from_block_mask(mask: BlockMask, *, seqlen_q: int | None = None, seqlen_k: i
 
     Args:
         mask: on any device; its block sizes must be multiples of 16 in 16..256.
-        seqlen_q, seqlen_k: default those of the mask.
+        seqlen_q, seqlen_k: default those of the mask; at most what its blocks cover.
 
     Returns:
         A pattern on the CPU with the mask's batches and heads (1 where the mask has 1).
@@ -39,13 +39,15 @@ def from_block_mask(mask: BlockMask, *, seqlen_q: int | None = None, seqlen_k: i
 
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask: got {type(mask).__name__}; allowed: torch.nn.attention.flex_attention.BlockMask")
-    seqlen_q = mask.seq_lengths[0] if seqlen_q is None else seqlen_q
-    seqlen_k = mask.seq_lengths[1] if seqlen_k is None else seqlen_k
+    seqlen_q = mask.seq_lengths[0] if seqlen_q is None else check_int("seqlen_q", seqlen_q, 0)
+    seqlen_k = mask.seq_lengths[1] if seqlen_k is None else check_int("seqlen_k", seqlen_k, 0)
     block_q, block_k = mask.BLOCK_SIZE
     counts, columns = _four_dims(mask.kv_num_blocks, 3), _four_dims(mask.kv_indices, 4)
-    batches, heads, rows, _ = columns.shape
+    batches, heads, rows, cols = columns.shape
     if rows * block_q < seqlen_q:
         raise ValueError(f"seqlen_q: got {seqlen_q}; allowed: up to {rows * block_q}, the {rows} rows of the mask")
+    if cols * block_k < seqlen_k:
+        raise ValueError(f"seqlen_k: got {seqlen_k}; allowed: up to {cols * block_k}, the {cols} columns of the mask")
     partial = _listed("kv_num_blocks", counts, columns)
     bitmaps = pack(_ask(mask.mask_mod, partial, block_q, block_k, seqlen_q, seqlen_k, mask.kv_indices.device))
     index = torch.arange(partial.row.numel())
@@ -57,8 +59,8 @@ def from_block_mask(mask: BlockMask, *, seqlen_q: int | None = None, seqlen_k: i
         index = torch.cat([index, torch.full((full.row.numel(),), -1)])
     keep = partial.row < -(-seqlen_q // block_q)  # rows of padding, where the mask has some
     keep &= partial.col < -(-seqlen_k // block_k)
-    if not bool((partial.col < columns.shape[3]).all()):
-        raise ValueError(f"kv_indices: got column {int(partial.col.max())}; allowed: 0..{columns.shape[3] - 1}")
+    if not bool((partial.col < cols).all()):
+        raise ValueError(f"kv_indices: got column {int(partial.col.max())}; allowed: 0..{cols - 1}")
     return from_entries(
         Entries(*(x[keep] for x in partial)),
         index[keep],

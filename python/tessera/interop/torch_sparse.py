@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._pattern import BlockPattern, check_block, check_tensor
+from .._pattern import BlockPattern, check_block, check_int, check_tensor
 from ._blocks import Entries, entries, from_entries, pack, token_blocks
 
 
@@ -35,18 +35,19 @@ def from_torch(
     """
     check_tensor("tensor", tensor)
     tensor = tensor.detach().cpu()
+    if tensor.layout not in (torch.strided, torch.sparse_csr, torch.sparse_coo, torch.sparse_bsr):
+        raise ValueError(f"tensor: got layout {tensor.layout}; allowed: strided, sparse_csr, sparse_bsr, sparse_coo")
+    if not 2 <= tensor.dim() <= 4:
+        raise ValueError(f"tensor: got {tensor.dim()} dimensions; allowed: 2, with heads 3, with batches too 4")
+    seqlen_q = None if seqlen_q is None else check_int("seqlen_q", seqlen_q, 0)
+    seqlen_k = None if seqlen_k is None else check_int("seqlen_k", seqlen_k, 0)
     if tensor.layout == torch.sparse_bsr:
         return _from_bsr(tensor, seqlen_q, seqlen_k, block)
     if seqlen_q is None or seqlen_k is None:
         raise ValueError("seqlen_q, seqlen_k: got None; allowed: the lengths in tokens, where the tensor is of blocks")
-    block = 128 if block is None else block
+    sizes = check_block(128 if block is None else block)
     if tensor.layout == torch.strided:
-        return BlockPattern.from_mask(tensor != 0, seqlen_q=seqlen_q, seqlen_k=seqlen_k, block=block)
-    if tensor.layout not in (torch.sparse_csr, torch.sparse_coo):
-        raise ValueError(f"tensor: got layout {tensor.layout}; allowed: strided, sparse_csr, sparse_bsr, sparse_coo")
-    if not 2 <= tensor.dim() <= 4:
-        raise ValueError(f"tensor: got {tensor.dim()} dimensions; allowed: 2, with heads 3, with batches too 4")
-    sizes = check_block(block)
+        return BlockPattern.from_mask(tensor != 0, seqlen_q=seqlen_q, seqlen_k=seqlen_k, block=sizes)
     rows, cols = -(-seqlen_q // sizes[0]), -(-seqlen_k // sizes[1])
     if tuple(tensor.shape[-2:]) != (rows, cols):
         raise ValueError(f"tensor: got {list(tensor.shape[-2:])} blocks; allowed: [{rows}, {cols}] for these lengths")
@@ -88,7 +89,7 @@ def _from_bsr(
 ) -> BlockPattern:
     values = tensor.values()
     lead = tensor.shape[:-2]
-    if len(lead) > 2 or values.dim() != len(lead) + 3:
+    if values.dim() != len(lead) + 3:
         raise ValueError(f"tensor: got {list(tensor.shape)} in BSR; allowed: [Sq, Sk], with heads or batches, heads")
     sizes = (int(values.shape[-2]), int(values.shape[-1]))
     if block is not None and check_block(block) != sizes:
@@ -126,11 +127,14 @@ def to_torch(
         layout: "csr" or "coo": blocks ``[rows, cols]``, which forgets bitmaps (ValueError where there are some);
             "bsr": token pairs ``[rows * block_q, cols * block_k]``, zero past the ends and where a bitmap says so.
             The dense form is :meth:`tessera.BlockPattern.to_mask`.
+        head, batch: which one, 0 .. heads - 1 and 0 .. batches - 1 of the pattern.
     """
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"pattern: got {type(pattern).__name__}; allowed: tessera.BlockPattern")
     if layout not in ("csr", "coo", "bsr"):
         raise ValueError(f'layout: got {layout!r}; allowed: "csr", "coo" or "bsr"')
     for name, index, end in (("head", head, pattern.heads), ("batch", batch, pattern.batches)):
-        if not 0 <= index < end:
+        if not 0 <= check_int(name, index) < end:
             raise ValueError(f"{name}: got {index}; allowed: 0..{end - 1}")
     if layout != "bsr" and pattern.bitmaps is not None:
         raise ValueError(f'layout: got {layout!r} for a pattern with partial blocks; allowed: "bsr", which keeps them')
