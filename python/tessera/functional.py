@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._pattern import BlockPattern, check_int
+from ._pattern import BlockPattern, check_bool, check_int, is_bool_scalar
 
 _decode, _forward = _ops.decode, _ops.forward
 _compiling = torch.compiler.is_compiling
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+# Of what describes the pattern inside dilated segments; None where it is not named.
+_INNER_DEFAULTS: dict[str, Any] = {"block": 128, "pattern_rates": [], "pattern_seed": 0}
 
 
 class AttentionWeights(NamedTuple):
@@ -85,20 +87,14 @@ def _type_error(name: str, value: Any, allowed: str) -> TypeError:
 
 
 def _check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    if isinstance(value, bool) or is_bool_scalar(value):
+        raise _type_error(name, value, "a number")
+    if not isinstance(value, _NUMBERS):
         try:
             return value.__float__()  # numbers of NumPy and the like
         except (AttributeError, TypeError, ValueError, RuntimeError):
             raise _type_error(name, value, "a number") from None
     return cast(float, value)  # or a symbol of a traced graph
-
-
-def _check_bool(name: str, value: Any) -> bool:
-    if isinstance(value, (bool, torch.SymBool)):
-        return cast(bool, value)
-    if str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", None) == 0:
-        return bool(value)  # of NumPy and the like
-    raise _type_error(name, value, "a bool")
 
 
 def _check_tensors(**tensors: Any) -> None:
@@ -156,7 +152,7 @@ def _check_options(
     scale: Any, causal: Any, window: Any, softcap: Any
 ) -> tuple[float | None, bool, int | None, int | None, float]:
     """scale, causal, left and right of the window, softcap: in the order of the operators."""
-    causal = _check_bool("causal", causal)
+    causal = check_bool("causal", causal)
     left, right = _window(window, causal)
     scale = None if scale is None else _check_number("scale", scale)
     return scale, causal, left, right, _check_number("softcap", softcap)
@@ -221,8 +217,9 @@ def block_sparse_attention(
         causal: admits keys at positions up to the query's. Queries end where keys end (``q_offset`` changes that).
         scale: finite; default ``1 / sqrt(D)``.
         attn_bias: floating, ``[B or 1, H or 1, Sq or 1, Sk or 1]``, added to the scores; -inf allowed; has a gradient.
-        block_bias: fp32 ``[B or 1, H or 1, pattern.num_blocks per batch and head]``, added to all scores of a kept
-            block; has a gradient.
+        block_bias: fp32 ``[B or 1, H or 1, pattern.num_blocks]``, added to all scores of a kept block; has a gradient.
+            Of a pattern with heads or batches the last dimension counts the blocks of all of them, in the order of
+            ``pattern.indices``; head h of batch b reads its own entries ``[b, h, i]`` only, the others do nothing.
         key_lengths: int32 or int64 ``[B]``, valid keys (padding after them).
         window: tokens: ``(left, right)`` admits keys at most so far before and after the query (None: no limit); an int
             stands for ``(w, None)`` if causal, else ``(w // 2, w // 2)``.
@@ -239,9 +236,9 @@ def block_sparse_attention(
     if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor and type(pattern) is BlockPattern):
         _check_main(q, k, v, pattern)
     if causal is not True and causal is not False:
-        causal = _check_bool("causal", causal)
+        causal = check_bool("causal", causal)
     if return_lse is not True and return_lse is not False:
-        return_lse = _check_bool("return_lse", return_lse)
+        return_lse = check_bool("return_lse", return_lse)
     if scale is not None and type(scale) is not float:
         scale = _check_number("scale", scale)
     if type(softcap) is not float:
@@ -341,7 +338,7 @@ def decode(
     if not isinstance(pattern, BlockPattern):
         raise _type_error("pattern", pattern, "tessera.BlockPattern")
     scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
-    return_lse = _check_bool("return_lse", return_lse)
+    return_lse = check_bool("return_lse", return_lse)
     _check_tensors(
         key_lengths=key_lengths, page_table=page_table, alibi_slopes=alibi_slopes, sinks=sinks, block_bias=block_bias,
         attn_bias=attn_bias,
@@ -403,7 +400,8 @@ def varlen_attention(
     Args:
         q: ``[total_q, H, D]``; k: ``[total_k, Hkv, D]``; v: ``[total_k, Hkv, Dv]``.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[N + 1]`` from 0.
-        patterns: N, pattern i of the lengths of sequence i; one object may stand for many. Heads 1 or H, batches 1.
+        patterns: list or tuple of N BlockPattern; pattern i has the lengths of packed sequence i. One object may stand
+            in several places. Heads 1 or H, batches 1.
 
     Others as :func:`block_sparse_attention`.
 
@@ -412,13 +410,13 @@ def varlen_attention(
     """
     _check_given(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if isinstance(patterns, BlockPattern) or not isinstance(patterns, Sequence):
-        raise _type_error("patterns", patterns, "a sequence of BlockPattern, one a sequence")
+        raise _type_error("patterns", patterns, "a list with a BlockPattern for each packed sequence")
     for i, p in enumerate(patterns):
         if not isinstance(p, BlockPattern):
             raise _type_error(f"patterns[{i}]", p, "tessera.BlockPattern")
     _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
     options = _check_options(scale, causal, window, softcap)
-    return_lse = _check_bool("return_lse", return_lse)
+    return_lse = check_bool("return_lse", return_lse)
     out, lse = _ops.varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns), *options, alibi_slopes, sinks, dropout_p,
         _rng(dropout_p),
@@ -475,7 +473,7 @@ def dilated_attention(
         segment_lengths, dilation_rates: w in tokens and r, equally many, each >= 1.
         pattern: name of a pattern inside each dilated segment (its tokens are the rows that are left), with density,
             block, pattern_window, pattern_rates, global_tokens, stride, pattern_seed as in :mod:`tessera.patterns`;
-            None: dense.
+            None: dense, and a ValueError for each of those that is given.
         attn_bias: of token pairs, ``[B or 1, H or 1, S or 1, S or 1]``; has a gradient, which takes memory of its size.
 
     Others as :func:`block_sparse_attention`.
@@ -493,19 +491,25 @@ def dilated_attention(
         lists.append([check_int(name, x) for x in values])
     if pattern is not None and not isinstance(pattern, str):
         raise _type_error("pattern", pattern, "the name of a pattern, or None")
-    if pattern is None and density is not None:
-        raise ValueError("density: got a density without a pattern; allowed: None, or pattern=name")
+    density = None if density is None else _check_number("density", density)
+    inner = {
+        "density": density, "block": check_int("block", block),
+        "pattern_window": _optional_int("pattern_window", pattern_window), "pattern_rates": lists[2],
+        "global_tokens": _optional_int("global_tokens", global_tokens), "stride": _optional_int("stride", stride),
+        "pattern_seed": check_int("pattern_seed", pattern_seed),
+    }  # fmt: skip
+    if pattern is None:
+        for name, value in inner.items():
+            if value != _INNER_DEFAULTS.get(name):
+                raise ValueError(f"{name}: got {value} without a pattern; allowed: nothing, or pattern=name")
     scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
-    return_lse = _check_bool("return_lse", return_lse)
+    return_lse = check_bool("return_lse", return_lse)
     swap = _check_layout(layout)
     if swap:
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
     out, lse = _ops.dilated_forward(
-        q, k, v, lists[0], lists[1], pattern, None if density is None else _check_number("density", density),
-        check_int("block", block), _optional_int("pattern_window", pattern_window), lists[2],
-        _optional_int("global_tokens", global_tokens), _optional_int("stride", stride),
-        check_int("pattern_seed", pattern_seed), scale, causal, left, right, None, 0, key_lengths, False, softcap,
-        alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
+        q, k, v, lists[0], lists[1], pattern, *inner.values(), scale, causal, left, right, None, 0, key_lengths, False,
+        softcap, alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
     )  # fmt: skip
     if swap:
         out = out.transpose(1, 2)
@@ -540,8 +544,9 @@ def attention_weights(
     k_offset: int = 0,
     layout: str = "bshd",
 ) -> AttentionWeights:
-    """Normalised weights of the kept blocks only, before dropout; no gradients. Arguments as
-    :func:`block_sparse_attention`. ValueError if they would need more than 16 GiB."""
+    """Normalised weights of the kept blocks only, before dropout. Arguments as :func:`block_sparse_attention`.
+    ValueError if they would need more than 16 GiB. No gradients: attn_bias, block_bias and sinks are detached; where q
+    or k require grad, so does the result, and its backward is an error."""
     _check_given(q=q, k=k)
     if not isinstance(pattern, BlockPattern):
         raise _type_error("pattern", pattern, "tessera.BlockPattern")
@@ -549,6 +554,7 @@ def attention_weights(
         attn_bias=attn_bias, block_bias=block_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks
     )
     scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
+    attn_bias, block_bias, sinks = (None if t is None else t.detach() for t in (attn_bias, block_bias, sinks))
     if _check_layout(layout):
         q, k = _to_bshd("q", q), _to_bshd("k", k)
     indices, values = _ops.weights(

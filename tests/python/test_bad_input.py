@@ -103,8 +103,8 @@ def hostile_tensors(name: str, t: torch.Tensor):
 
 NAN, HUGE = float("nan"), (2**63, -(2**70))
 NUMBERS = {
-    "scale": ("x", [1], NAN, float("inf"), 1e300, 2j, torch.ones(2)),
-    "softcap": (None, "x", NAN, -1.0, 1e300, torch.ones(2)),
+    "scale": ("x", [1], NAN, float("inf"), 1e300, 2j, torch.ones(2), True, np.bool_(True), torch.tensor(True)),
+    "softcap": (None, "x", NAN, -1.0, 1e300, torch.ones(2), True, torch.tensor(True)),
     "dropout_p": (None, "x", NAN, -0.1, 1.0, 2, torch.ones(2), True),
     "window": ("x", -1, 1.5, NAN, True, (1,), (1, 2, 3), (-1, 0), (0.5, 1), *HUGE),
     "causal": (None, "x", 1.5, [], torch.ones(2), 2j, 1),

@@ -276,6 +276,27 @@ def test_attention_weights():
     torch.testing.assert_close(full[..., :200, :200].double(), exact, atol=2e-6, rtol=1e-5)
 
 
+def test_weights_do_not_ask_for_gradients_of_biases():
+    q, k, _ = make(seqlen_q=64, seqlen_k=64)
+    biases = {"attn_bias": (1, 1, 64, 64), "block_bias": (1, 1, 4), "sinks": (4,)}
+    given = {name: torch.zeros(size, requires_grad=True) for name, size in biases.items()}
+    assert not tessera.attention_weights(q, k, patterns.dense(64, block=32), **given).block_values.requires_grad
+
+
+def test_block_bias_counts_the_blocks_of_all_heads():
+    q, k, v = make(seqlen_q=64, seqlen_k=64)
+    p = patterns.random(64, block=16, density=0.5, heads=4)
+    bias = torch.randn(1, 4, p.num_blocks)
+    each = p.num_blocks // 4
+    own = torch.zeros_like(bias)
+    for h in range(4):
+        own[:, h, h * each : (h + 1) * each] = bias[:, h, h * each : (h + 1) * each]
+    out = tessera.block_sparse_attention(q, k, v, p, block_bias=bias)
+    assert torch.equal(out, tessera.block_sparse_attention(q, k, v, p, block_bias=own))
+    with pytest.raises(ValueError, match="block_bias"):
+        tessera.block_sparse_attention(q, k, v, p, block_bias=bias[..., :each])
+
+
 Q, K, V = make(seqlen_q=64, seqlen_k=64)
 P = patterns.dense(64, block=32)
 
@@ -366,7 +387,20 @@ def test_mistakes_name_the_argument(change, error, words):
         (
             lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[1], density=0.5),
             ValueError,
-            "density: got a density without a pattern",
+            "^density: got 0.5 without a pattern",
+        ),
+        *(
+            (
+                lambda option=option: tessera.dilated_attention(
+                    Q, K, V, segment_lengths=[16], dilation_rates=[1], **option
+                ),
+                ValueError,
+                f"^{next(iter(option))}: got .* without a pattern; allowed: ",
+            )
+            for option in (
+                {"block": 64}, {"pattern_window": 4}, {"pattern_rates": [1]}, {"global_tokens": 0}, {"stride": 2},
+                {"pattern_seed": 1},
+            )
         ),
         (
             lambda: tessera.dilated_attention(Q, K, V, segment_lengths=[16], dilation_rates=[1], pattern="x"),
