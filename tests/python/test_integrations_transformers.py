@@ -334,7 +334,7 @@ def test_no_mask_of_tokens_is_made():
 @pytest.mark.parametrize(
     "call, error, words",
     [
-        (lambda: integration.register(pattern="nonsense"), AttributeError, "nonsense"),
+        (lambda: integration.register(pattern="nonsense"), ValueError, "^pattern: got 'nonsense'"),
         (lambda: integration.register(pattern="dilated_sparse"), ValueError, "density"),
         (lambda: integration.register(pattern="dilated_sparse", density=2.0), ValueError, "density"),
         (lambda: integration.register(pattern="dense", density=0.5), ValueError, "density"),
