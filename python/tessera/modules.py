@@ -425,7 +425,7 @@ class BlockSparseAttention(Monitored, nn.Module):
         result = attention(q, k, v, pattern, dropout_p=dropout_p, return_lse=return_lse, **options)
         if not need_weights:
             return result
-        weights = attention_weights(q, k, pattern, **options)
+        weights = attention_weights(q.detach(), k.detach(), pattern, **options)
         return (*result, weights) if return_lse else (result, weights)
 
     def extra_repr(self) -> str:

@@ -84,8 +84,8 @@ def _refuse_models_that_would_not_call() -> None:
     silence. It asks this method of every model that is made, and of each of its parts."""
     from transformers import PreTrainedModel
 
-    ask = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(ask, "__wrapped__"):  # since an earlier call
+    ask = getattr(PreTrainedModel, "get_correct_attn_implementation", None)
+    if ask is None or hasattr(ask, "__wrapped__"):  # of another version; or since an earlier call
         return
 
     @functools.wraps(ask)
