@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor
@@ -40,11 +41,40 @@ class Monitored:
         return monitor if monitor is not None and monitor.enabled else None
 
 
+def measurable(*tensors: Tensor) -> bool:
+    """Whether a call may be measured: nobody compiles, traces or batches it."""
+    from ._multihead import may_look  # which imports this file
+
+    return all(may_look(t) for t in tensors)
+
+
+def judged_quality(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, **options: Any
+) -> tuple[float, float] | None:
+    """(coverage, output error) of :func:`analysis.quality`; None where there is nothing to judge: no row sees a key, or
+    scores or values are NaN or infinite, which attention takes and a share of its mass cannot be said of."""
+    try:
+        found = analysis.quality(q, k, v, pattern, **options)
+    except ValueError as error:
+        if _NOT_FINITE.match(str(error)):
+            return None
+        raise
+    return (found.coverage, found.output_error) if found.rows else None
+
+
+# How the core begins these errors (src/analysis/scan.cc, quality.cc); others are mistakes of this package.
+_NOT_FINITE = re.compile(r"(q, k: got an admitted score|v: got an admitted value) that is NaN")
+
+
 def measured_attention(
     monitor: PerformanceMonitor, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, causal: bool,
     return_lse: bool = False, layout: str = "bshd", **options: Any,
 ) -> Any:  # fmt: skip
     """block_sparse_attention, measured; q, k, v as layout says."""
+    if not measurable(q, k, v):
+        return block_sparse_attention(
+            q, k, v, pattern, causal=causal, return_lse=return_lse, layout=layout, **options
+        )
     lse: list[Tensor] = []
 
     def call() -> Tensor:
@@ -57,11 +87,10 @@ def measured_attention(
     # block_bias is of the pattern's blocks, not of the true attention that they are judged against.
     truth = {name: value for name, value in options.items() if name not in ("block_bias", "dropout_p")}
 
-    def judge(out: Tensor) -> tuple[float, float]:
-        found = analysis.quality(
+    def judge(out: Tensor) -> tuple[float, float] | None:
+        return judged_quality(
             q_seen, k_seen, v_seen, pattern, causal=causal, sample_rows=monitor.sample_rows, **truth
         )
-        return found.coverage, found.output_error
 
     judged = options.get("block_bias") is None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import _dilated, analysis, functional
 from ._pattern import BlockPattern
 from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
+from ._monitored import judged_quality, measurable
 from .config import PatternConfig, SparsePatternConfig, check_density, reject
 from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
@@ -56,7 +57,7 @@ def _lengths(name: str, values: Sequence[int] | None) -> tuple[int, ...]:
 
 
 # Options of a call that are part of the true attention which patterns are judged against.
-_TRUTH = {"scale", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks", "q_offset", "k_offset"}
+_TRUTH = {"scale", "window", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks", "q_offset", "k_offset"}
 
 # Options of a pattern as dilated_attention calls them.
 _INNER = {"window": "pattern_window", "dilation_rates": "pattern_rates", "seed": "pattern_seed"}
@@ -148,7 +149,7 @@ class _Configured(nn.Module):
             lse.append(found)
             return out
 
-        if self.performance_monitor.enabled and not torch.compiler.is_compiling():
+        if self.performance_monitor.enabled and measurable(q, k, v):
             out = self.performance_monitor.run(call, q, k, v, lambda: self._facts(q, k, v, causal, options))
         else:
             out = call()
@@ -204,9 +205,8 @@ class _Configured(nn.Module):
             return CallFacts(self.density(q.shape[1], k.shape[1], q.shape[2], causal), causal, judge if plain else None)
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
 
-        def judge_pattern(out: Tensor) -> tuple[float, float]:
-            found = analysis.quality(q, k, v, pattern, causal=causal, sample_rows=rows, **options)
-            return found.coverage, found.output_error
+        def judge_pattern(out: Tensor) -> tuple[float, float] | None:
+            return judged_quality(q, k, v, pattern, causal=causal, sample_rows=rows, **options)
 
         judged = not options.keys() - _TRUTH
         return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern if judged else None)

@@ -34,21 +34,24 @@ class CallFacts:
     """What a module knows about one call.
 
     density: kept share of the admissible pairs, as achieved. causal: the call's mask. quality: output -> (coverage,
-    relative output error), measured against the true attention on sampled rows; called on sampled calls only.
+    relative output error), measured against the true attention on sampled rows, or None where that cannot be judged;
+    called on sampled calls only.
     """
 
     density: float
     causal: bool
-    quality: Callable[[Tensor], tuple[float, float]] | None = None
+    quality: Callable[[Tensor], tuple[float, float] | None] | None = None
 
 
 class _Mean:
-    """Mean, min and max of what was added; NaN if nothing was."""
+    """Mean, min and max of the finite values that were added; NaN if none was."""
 
     def __init__(self) -> None:
         self.count, self.total, self.low, self.high = 0, 0.0, math.inf, -math.inf
 
     def add(self, value: float) -> None:
+        if not math.isfinite(value):  # not measurable in this call: it must not spoil those of the others
+            return
         self.count += 1
         self.total += value
         self.low, self.high = min(self.low, value), max(self.high, value)
@@ -102,7 +105,9 @@ class PerformanceMonitor:
         self, call: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, facts: Callable[[], CallFacts]
     ) -> Tensor:
         """Makes the call and measures it. q, k, v: [B, S, H, D], what the attention itself sees. Returns call()'s
-        result. A call that raises is not counted."""
+        result. A call that raises, or has no queries or keys, is not counted."""
+        if 0 in q.shape[:3] or 0 in k.shape[:2]:
+            return call()
         with self._lock:
             sampled = self._calls % self.sample_every == 0
             self._calls += 1
@@ -132,7 +137,7 @@ class PerformanceMonitor:
             with self._lock:
                 self._speedup.add(speedup)
                 self._memory.add(max(growth.bytes, out.numel() * out.element_size()) / 2**20)
-                if judged is not None:
+                if judged is not None and all(map(math.isfinite, judged)):
                     self._quality.add(judged[0])
                     self._error.add(judged[1])
         return out
@@ -143,7 +148,9 @@ class PerformanceMonitor:
         forwards; avg/min/max_forward_time_ms; density and avg_sparsity (means over calls, as achieved);
         theoretical_speedup (1 / density); and over the sampled_forwards: avg_speedup (time of dense attention over this
         one's), avg_memory_mb (growth of resident memory during a call, the output included), quality_score (share of
-        the true attention mass that was kept) and output_error (|sparse - dense| / |dense| on the judged rows).
+        the true attention mass that was kept) and output_error (|sparse - dense| / |dense| on the judged rows). Calls
+        without queries or keys do not count, and for the last two none with NaN or infinite scores or values, or whose
+        rows see no key.
         """
         with self._lock:
             timed = self._time.count > 0

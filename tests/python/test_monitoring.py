@@ -8,10 +8,12 @@ import threading
 import time
 
 import pytest
+import tessera
 import torch
 import torch.nn.functional as F
-from tessera import monitoring
-from tessera.compat import BlockSparseRingDilatedAttention
+from tessera import BlockSparseAttention, MultiheadAttention, monitoring
+from tessera._monitored import judged_quality
+from tessera.compat import BlockSparseRingDilatedAttention, BlockSparseRingMultiheadDilatedAttention
 from tessera.monitoring import CallFacts, PerformanceMonitor, dense_seconds
 
 
@@ -164,3 +166,81 @@ def test_quality_of_segments():
     assert stats["quality_score"] == pytest.approx(float((weights * mask).sum(-1).mean()), rel=1e-4)
     dense = torch.einsum("bhqk,bkhd->bqhd", weights, v)
     assert stats["output_error"] == pytest.approx(float((out - dense).norm() / dense.norm()), rel=1e-4)
+
+
+MODULES = {
+    "pattern": lambda: BlockSparseRingDilatedAttention(density=0.3, block_size=16),
+    "segments": lambda: BlockSparseRingDilatedAttention([64, 128], [1, 2], density=0.3, block_size=16),
+    "function's": lambda: BlockSparseAttention({"density": 0.3, "block_size": 16}),
+}
+MULTIHEAD = {
+    "multihead": lambda: MultiheadAttention(32, 2, batch_first=True, pattern={"density": 0.3, "block_size": 16}),
+    "guides' multihead": lambda: BlockSparseRingMultiheadDilatedAttention(32, 2, density=0.3, block_size=16),
+}
+
+
+@pytest.mark.parametrize("kind", [*MODULES, *MULTIHEAD])
+@pytest.mark.parametrize("spoil", [math.nan, math.inf, 1e30])
+def test_calls_that_cannot_be_judged_work_and_leave_quality_alone(kind, spoil):
+    module = {**MODULES, **MULTIHEAD}[kind]()
+    inputs = qkv(seqlen=200) if kind in MODULES else [torch.randn(1, 200, 32)] * 3
+
+    def attend(*tensors):
+        found = module(*tensors) if kind in MODULES else module(*tensors, need_weights=False)[0]
+        return found.detach()
+
+    spoilt = [(inputs[0] * spoil, inputs[1] * max(spoil, 1), inputs[2]), (*inputs[:2], inputs[2] * math.nan)]
+    expected = [attend(*tensors) for tensors in spoilt]
+    monitor = module.performance_monitor.enable(sample_every=1)
+    attend(*inputs)
+    before = monitor.stats()
+    for tensors, out in zip(spoilt, expected, strict=True):
+        assert torch.equal(attend(*tensors).nan_to_num(7.0), out.nan_to_num(7.0))
+    after = monitor.stats()
+    assert after["sampled_forwards"] == 3 and before["quality_score"] > 0
+    for name in ("quality_score", "output_error"):
+        assert after[name] == before[name]
+    assert after["density"] == pytest.approx(before["density"])
+    assert all(math.isfinite(value) for value in after.values())
+
+
+def test_other_mistakes_of_judging_are_not_swallowed():
+    with pytest.raises(ValueError, match="^pattern: got"):
+        judged_quality(*qkv(), tessera.patterns.dense(8, block=16))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_calls_with_nothing_to_measure_do_not_count(kind):
+    module = MODULES[kind]()
+    q, k, v = qkv(batch=2, seqlen=200)
+    monitor = module.performance_monitor.enable(sample_every=1)
+    assert module(q[:0], k[:0], v[:0]).shape == (0, 200, 2, 16)
+    assert module(q[:, :0], k[:, :0], v[:, :0]).shape == (2, 0, 2, 16)
+    assert monitor.stats()["forwards"] == 0
+    module(q, k, v)
+    before = monitor.stats()
+    module(q[:0], k[:0], v[:0])
+    assert monitor.stats() == before
+    if kind != "segments":  # which are judged without masks only
+        module(q, k, v, key_lengths=torch.tensor([0, 0]))
+        after = monitor.stats()
+        assert after["sampled_forwards"] == 2
+        for name in ("quality_score", "output_error"):
+            assert after[name] == before[name]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("mapped", [0, 1])
+def test_mapped_calls_are_not_measured(kind, mapped):
+    module = MODULES[kind]()
+    inputs = list(qkv(seqlen=200))
+    monitor = module.performance_monitor.enable(sample_every=1)
+    batch = torch.randn(3, 200, 2, 16)
+
+    def one(a):
+        return module(*[a[None] if i == mapped else t for i, t in enumerate(inputs)])[0]
+
+    expected = torch.stack([one(a) for a in batch])
+    assert monitor.stats()["forwards"] == 3
+    torch.testing.assert_close(torch.vmap(one)(batch), expected)
+    assert monitor.stats()["forwards"] == 3
