@@ -31,13 +31,15 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 _HEADS_DIFFER = ("random", "bigbird")
 
 DEFAULT_DENSITY = 0.1
+# Three ways to say one thing.
+_DENSITY_NAMES = {"sparsity_ratio", "density", "sparsity"}
 
 _warned_above_half = False
 
 
 def reject(name: str, got: object, allowed: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raises the error that names the argument, what came, and what is allowed."""
-    raise error(f"{name}: got {got!r}, allowed: {allowed}")
+    raise error(f"{name}: got {got!r}; allowed: {allowed}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -304,20 +306,22 @@ class PatternConfig:
     @classmethod
     def of(cls, value: Any = None, **fields: Any) -> PatternConfig:
         """A config from any of its forms: a PatternConfig (kept as it is, so that later assignments to it count), a
-        dict of fields, a pattern name, or None; ``fields`` that are not None override (then it is a copy)."""
+        dict of fields, a pattern name, or None; ``fields`` that are not None override (then it is a copy): a density
+        among them that of the base, whatever the two are called."""
         fields = {name: item for name, item in fields.items() if item is not None}
         if isinstance(value, cls):
             if not fields:
                 return value
             value = {name: getattr(value, name) for name in cls.field_names()}
-            if "density" in fields or "sparsity" in fields:
-                del value["sparsity_ratio"]
+            value["density"] = value.pop("sparsity_ratio")  # under the name that does not warn again
         elif isinstance(value, str):
             value = {"pattern_type": value}
         elif value is None:
             value = {}
         elif not isinstance(value, Mapping):
             reject("sparse_config", value, "a PatternConfig, a dict of its fields, or the name of a pattern", TypeError)
+        if fields.keys() & _DENSITY_NAMES:
+            value = {name: item for name, item in value.items() if name not in _DENSITY_NAMES}
         merged = {**value, **fields}
         known = {*cls.field_names(), "density", "sparsity"}
         for name in merged:

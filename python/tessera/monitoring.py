@@ -81,7 +81,7 @@ class PerformanceMonitor:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, allowed: an int >= 1")
+                raise ValueError(f"{name}: got {value!r}; allowed: an int >= 1")
             setattr(self, name, value)
 
     def enable(self, sample_every: int | None = None, sample_rows: int | None = None) -> PerformanceMonitor:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import warnings
 
 import pytest
 import tessera
@@ -46,11 +47,11 @@ def qkv(batch, seqlen, heads, dim, kv_heads=None):
     ],
 )
 def test_config_refuses(field, value, error):
-    with pytest.raises(error, match=rf"^{field}: got .*allowed: "):
+    with pytest.raises(error, match=rf"^{field}: got .*; allowed: "):
         SparsePatternConfig(**{field: value})
     config = SparsePatternConfig()
     before = copy.copy(config)
-    with pytest.raises(error, match=rf"^{field}: got .*allowed: "):
+    with pytest.raises(error, match=rf"^{field}: got .*; allowed: "):
         setattr(config, field, value)
     assert config == before
 
@@ -72,6 +73,36 @@ def test_density_has_three_names():
     config.density = 0.5
     assert config.sparsity == config.sparsity_ratio == 0.5
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+SPELLINGS = [{"sparsity_ratio": 0.25}, {"density": 0.25}, {"sparsity": 0.75}]
+
+
+@pytest.mark.parametrize("given", SPELLINGS)
+@pytest.mark.parametrize("base", [{"sparsity_ratio": 0.4}, {"density": 0.4}, {"sparsity": 0.6}, {}])
+def test_a_given_density_overrides_that_of_the_base_however_they_are_spelt(base, given):
+    for config in (base, SparsePatternConfig(**base)):
+        assert BlockSparseRingDilatedAttention(sparse_config=config, **given).sparse_config.density == 0.25
+        assert SparsePatternGenerator(config, **given).config.density == 0.25
+    for preset in ("dilated", "ultra_sparse"):
+        assert tessera.get_block_sparse_preset(preset, **given).sparse_config.density == 0.25
+
+
+@pytest.mark.parametrize("given", SPELLINGS)
+@pytest.mark.parametrize("other", SPELLINGS)
+def test_two_densities_in_one_place_stay_an_error(given, other):
+    if given is not other:
+        with pytest.raises(ValueError, match="^.* and .*: got .*; allowed: only one of them"):
+            BlockSparseRingDilatedAttention(sparse_config={"density": 0.5}, **given, **other)
+        with pytest.raises(ValueError, match="^.* and .*: got .*; allowed: only one of them"):
+            BlockSparseRingDilatedAttention(sparse_config={**given, **other})
+
+
+def test_overriding_another_field_does_not_warn_of_a_density_above_half():
+    tessera.config._warned_above_half = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SparsePatternConfig.of(SparsePatternConfig(density=0.75), block_size=64).density == 0.75
 
 
 def test_only_options_of_the_kind_reach_the_pattern():
@@ -159,7 +190,7 @@ def test_store_serves_threads():
     ],
 )
 def test_module_refuses(arguments, name):
-    with pytest.raises(ValueError, match=f"^{name}: got "):
+    with pytest.raises(ValueError, match=f"^{name}: got .*; allowed: "):
         BlockSparseRingDilatedAttention(**arguments)
 
 

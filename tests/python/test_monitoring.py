@@ -95,7 +95,7 @@ def test_a_call_that_raises_is_not_counted():
 
 @pytest.mark.parametrize("arguments", [{"sample_every": 0}, {"sample_rows": 1.5}, {"sample_every": True}])
 def test_refuses(arguments):
-    with pytest.raises(ValueError, match=f"^{next(iter(arguments))}: got .*allowed: an int >= 1"):
+    with pytest.raises(ValueError, match=f"^{next(iter(arguments))}: got .*; allowed: an int >= 1"):
         PerformanceMonitor().enable(**arguments)
 
 
