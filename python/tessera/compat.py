@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _dilated, analysis, functional
-from ._pattern import BlockPattern
+from ._pattern import BlockPattern, check_int, check_tensor
 from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
-from ._monitored import judged_quality, measurable
+from ._monitored import judged_quality, measurable, segment_blocks, segment_density
 from .config import PatternConfig, SparsePatternConfig, check_density, reject
 from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
@@ -98,6 +98,7 @@ class _Configured(nn.Module):
         if self.segment_lengths:
             self._square_block()
         self.performance_monitor = PerformanceMonitor()
+        self._densities: dict[Any, float] = {}
         self._last: tuple[int, int, int, bool] | None = None  # heads, seqlen_q, seqlen_k, causal of the last call
 
     @property
@@ -122,16 +123,26 @@ class _Configured(nn.Module):
     def _inner(self, causal: bool) -> _dilated.Inner:
         return lambda n: self.pattern_generator.config.pattern(n, n, causal=causal)
 
+    def _segments(self, seqlen: int, heads: int, causal: bool) -> tuple[Any, ...]:
+        """Arguments of segment_density and segment_blocks."""
+        return (seqlen, heads, self.segment_lengths, self.dilation_rates, self._square_block(), causal,
+                self._inner(causal))
+
     def _is_segmented(self, seqlen_q: int, seqlen_k: int) -> bool:
         return bool(self.segment_lengths) and self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k) is None
 
     def density(self, seqlen_q: int, seqlen_k: int | None = None, num_heads: int = 1, causal: bool = False) -> float:
-        """Kept share as achieved at these lengths: of the admissible block pairs, or with segments of the admissible
-        token pairs."""
+        """Kept share as achieved at these lengths, in [0, 1]: of the admissible block pairs, or with segments of the
+        admissible token pairs (one that several segments keep counts once)."""
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
         if self._is_segmented(seqlen_q, seqlen_k):
-            return _dilated.density(seqlen_q, num_heads, self.segment_lengths, self.dilation_rates, causal,
-                                    self._inner(causal))
+            # Counted once: calls of the same lengths ask again and again.
+            key = seqlen_q, num_heads, causal, self.sparse_config.key()
+            if key not in self._densities:
+                if len(self._densities) >= 128:
+                    self._densities.clear()
+                self._densities[key] = segment_density(*self._segments(seqlen_q, num_heads, causal))
+            return self._densities[key]
         pattern = self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k)
         if pattern is None:  # made apart: asking changes no cache
             pattern = self.sparse_config.pattern(seqlen_q, seqlen_k, causal=causal, heads=num_heads)
@@ -226,10 +237,20 @@ class _Configured(nn.Module):
 
     def estimate_memory_savings(self, seq_len: int, num_heads: int = 1, batch_size: int = 1, causal: bool = False,
                                 dtype: torch.dtype = torch.float32) -> dict[str, float]:
-        """What attention weights of this length take: dense_mb as [B, H, S, S], sparse_mb of the kept share, savings
-        (share of dense that is not needed); computing the output alone needs neither, but output_mb beside q, k, v."""
+        """What attention weights of this length take, in MiB: dense_mb as [B, H, S, S], sparse_mb as the blocks that
+        return_attention_weights gives (whole ones; a rate of r spreads a block over up to r x r), savings = 1 -
+        sparse_mb / dense_mb (below 0 where the blocks take more), and the density. Computing the output needs neither.
+        ValueError or TypeError naming the argument."""
+        _check_sizes(seq_len, num_heads, batch_size, dtype)
         share = self.density(seq_len, None, num_heads, causal)
-        return _savings(seq_len, num_heads, batch_size, share, dtype)
+        if self._is_segmented(seq_len, seq_len):
+            cells = segment_blocks(*self._segments(seq_len, num_heads, causal)) * self._square_block() ** 2
+        else:
+            pattern = self.pattern_generator.pattern_cache.own(seq_len, seq_len)
+            if pattern is None:
+                pattern = self.sparse_config.pattern(seq_len, causal=causal, heads=num_heads)
+            cells = _cells(pattern, num_heads)
+        return _savings(seq_len, num_heads, batch_size, cells, share, dtype)
 
     def get_memory_info(self) -> dict[str, Any]:
         """pattern_cache_size (patterns held), pattern_cache_bytes, _hits, _misses, _evictions; block_size; density,
@@ -260,16 +281,33 @@ class _Configured(nn.Module):
         return ", ".join(parts)
 
 
-def _savings(seq_len: int, num_heads: int, batch_size: int, share: float, dtype: torch.dtype) -> dict[str, float]:
-    dense = batch_size * num_heads * seq_len * seq_len * dtype.itemsize / 2**20
-    return {"dense_mb": dense, "sparse_mb": dense * share, "density": share, "savings": 1.0 - share}
+def _check_sizes(seq_len: Any, num_heads: Any, batch_size: Any, dtype: Any) -> None:
+    for name, value in (("seq_len", seq_len), ("num_heads", num_heads), ("batch_size", batch_size)):
+        check_int(name, value, 1)
+    if not isinstance(dtype, torch.dtype):
+        reject("dtype", dtype, "a torch.dtype", TypeError)
+
+
+def _cells(pattern: BlockPattern, heads: int) -> int:
+    """Elements of the kept blocks of these heads, of one batch element."""
+    blocks = pattern.indices.numel() * heads // (pattern.heads * pattern.batches)
+    return blocks * pattern.block_q * pattern.block_k
+
+
+def _savings(seq_len: int, num_heads: int, batch_size: int, cells: int, share: float,
+             dtype: torch.dtype) -> dict[str, float]:
+    unit = batch_size * dtype.itemsize / 2**20
+    dense, sparse = num_heads * seq_len * seq_len * unit, cells * unit
+    return {"dense_mb": dense, "sparse_mb": sparse, "density": share, "savings": 1.0 - sparse / dense}
 
 
 def estimate_memory_savings(seq_len: int, sparse_config: Any = None, num_heads: int = 1, batch_size: int = 1,
                             causal: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """As the method of that name, for a configuration alone."""
+    _check_sizes(seq_len, num_heads, batch_size, dtype)
     pattern = PatternConfig.of(sparse_config).pattern(seq_len, causal=causal, heads=num_heads)
-    return _savings(seq_len, num_heads, batch_size, pattern.statistics(causal=causal).density, dtype)
+    share = pattern.statistics(causal=causal).density
+    return _savings(seq_len, num_heads, batch_size, _cells(pattern, num_heads), share, dtype)
 
 
 class BlockSparseRingDilatedAttention(_Configured):

@@ -393,19 +393,69 @@ def test_token_pairs(seqlen_q, seqlen_k, causal):
     assert _dilated.token_pairs(pattern, causal) == int(mask.sum())
 
 
+SEGMENTS = [
+    ([64, 150], [1, 3]), ([32, 64, 96], [2, 1, 4]), ([64, 128], [1, 1]), ([48], [1]), ([512], [4]), ([40, 40], [1, 48])
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("causal", [False, True])
-def test_density_of_segments_counts_their_pairs(causal):
-    attention = BlockSparseRingDilatedAttention([64, 150], [1, 3], sparsity_ratio=0.5, block_size=16)
-    heads, seqlen = 4, 200
+@pytest.mark.parametrize("seqlen", [200, 384])  # a ragged end; two periods of the second
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_density_of_segments_counts_each_pair_once(segments, seqlen, causal):
+    attention = BlockSparseRingDilatedAttention(*segments, sparsity_ratio=0.5, block_size=16)
+    heads = 5
     inner = attention._inner(causal)
     admitted = sum(
-        int(_dilated.admitted_keys(row, head, seqlen, [w], [r], causal, inner).sum())
-        for w, r in ((64, 1), (150, 3))
+        int(_dilated.admitted_keys(row, head, seqlen, *segments, causal, inner).sum())
         for row in range(seqlen)
         for head in range(heads)
     )
     dense = heads * (seqlen * (seqlen + 1) // 2 if causal else seqlen**2)
-    assert attention.density(seqlen, num_heads=heads, causal=causal) == pytest.approx(admitted / dense)
+    assert attention.density(seqlen, num_heads=heads, causal=causal) == pytest.approx(admitted / dense, rel=1e-12)
+
+
+def test_shares_of_segments_that_overlap_lie_between_0_and_1():
+    attention = BlockSparseRingDilatedAttention([64, 128], [1, 1], pattern_type="dense", block_size=16)
+    attention.performance_monitor.enable()
+    attention(*qkv(1, 128, 2, 16))
+    stats, info = attention.get_performance_stats(), attention.get_memory_info()
+    assert stats["density"] == info["density"] == attention.density(128) == 1.0
+    assert stats["avg_sparsity"] == info["memory_reduction"] == 0.0
+    attention.sparse_config.pattern_type = "local_window"
+    attention.sparse_config.local_window_size = 16
+    assert attention.density(128) < 0.5  # a changed configuration is counted anew
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segments", [(None, None), *SEGMENTS])
+def test_savings_are_those_of_the_weights(segments, causal):
+    attention = BlockSparseRingDilatedAttention(*segments, sparsity_ratio=0.5, block_size=32)
+    _, weights = attention(*qkv(2, 200, 5, 16), is_causal=causal, return_attention_weights=True)
+    found = attention.estimate_memory_savings(200, num_heads=5, batch_size=2, causal=causal)
+    assert found["sparse_mb"] == weights["block_values"].numel() * 4 / 2**20
+    assert found["dense_mb"] == 2 * 5 * 200 * 200 * 4 / 2**20
+    assert found["savings"] == 1 - found["sparse_mb"] / found["dense_mb"]
+    assert found["density"] == attention.density(200, num_heads=5, causal=causal)
+    half = attention.estimate_memory_savings(200, 5, 2, causal, torch.bfloat16)
+    assert half["sparse_mb"] == found["sparse_mb"] / 2
+    if segments == (None, None):
+        assert tessera.estimate_memory_savings(200, attention.sparse_config, 5, 2, causal) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "error"),
+    [
+        ({"seq_len": 0}, "seq_len", ValueError),
+        ({"seq_len": 1.5}, "seq_len", TypeError),
+        ({"num_heads": 0}, "num_heads", ValueError),
+        ({"batch_size": "x"}, "batch_size", TypeError),
+        ({"dtype": "fp32"}, "dtype", TypeError),
+    ],
+)
+def test_savings_refuse(arguments, name, error):
+    for estimate in (BlockSparseRingDilatedAttention().estimate_memory_savings, tessera.estimate_memory_savings):
+        with pytest.raises(error, match=f"^{name}: got .*; allowed: "):
+            estimate(**{"seq_len": 100, **arguments})
 
 
 def test_quality_of_a_pattern_given_queries_or_weights():
