@@ -133,8 +133,8 @@ def segment_density(seqlen: int, heads: int, widths: Sequence[int], rates: Seque
 
 def _repeated(length: int, head: int, widths: Sequence[int], rates: Sequence[int], block: int, causal: bool,
               inner: _dilated.Inner) -> int:  # fmt: skip
-    """How often the (w, r) admit pairs of this head again that one admits already. Rows that lie in one row of blocks of
-    every (w, r) see the same keys: they are counted once for each such group."""
+    """How often the (w, r) admit pairs of this head again that one admits already. Rows that lie in one row of blocks
+    of every (w, r) see the same keys: a group of them is looked at once."""
     rows = torch.arange(length)
     group, covers = torch.zeros_like(rows), torch.zeros_like(rows)
     for width, rate in zip(widths, rates, strict=True):

@@ -52,11 +52,12 @@ class Options(TypedDict, total=False):
 
 def _options(causal: bool, given: Options) -> dict[str, Any]:
     """As the operators take them."""
-    from .functional import _check_number, _check_offsets, _window
+    from .functional import _check_bool, _check_number, _check_offsets, _window
 
+    causal = _check_bool("causal", causal)
     if unknown := given.keys() - Options.__annotations__.keys():
         raise TypeError(f"{min(unknown)}: got an option of that name; allowed: {', '.join(Options.__annotations__)}")
-    options: dict[str, Any] = {"softcap": 0.0, **given, "causal": bool(causal)}
+    options: dict[str, Any] = {"softcap": 0.0, **given, "causal": causal}
     options["window_left"], options["window_right"] = _window(options.pop("window", None), causal)
     for name in ("attn_bias", "sinks", "alibi_slopes", "key_lengths"):
         if options.get(name) is not None:
@@ -208,6 +209,12 @@ def attention_mass(
 # ---- pictures: uint8 [height, width, 3]
 
 
+def _check_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {type(value).__name__}; allowed: str")
+    return value
+
+
 def draw_pattern(
     pattern: BlockPattern,
     title: str = "",
@@ -218,19 +225,27 @@ def draw_pattern(
     size: int = 512,
     legend: bool = True,
 ) -> Tensor:
-    """Kept blocks full or partial; ``causal`` shades what causality excludes."""
-    return _t.draw_pattern(*pattern.op_args, title, batch, head, causal, size, legend)
+    """Kept blocks full or partial; ``causal`` shades what causality excludes. ValueError or TypeError naming the
+    argument."""
+    from .functional import _check_bool
+
+    if not isinstance(pattern, BlockPattern):
+        raise TypeError(f"pattern: got {type(pattern).__name__}; allowed: BlockPattern")
+    return _t.draw_pattern(
+        *pattern.op_args, _check_text("title", title), check_int("batch", batch, 0), check_int("head", head, 0),
+        _check_bool("causal", causal), check_int("size", size), _check_bool("legend", legend),
+    )  # fmt: skip
 
 
 def draw_heat_map(values: Tensor, title: str = "", **options: Any) -> Tensor:
     """Values ``[rows, cols]`` as colours. Options: seqlen_q, seqlen_k (for the axes), value_label, min, max, log_scale,
     size."""
-    return _t.draw_heat_map(check_tensor("values", values).detach(), title, **options)
+    return _t.draw_heat_map(check_tensor("values", values).detach(), _check_text("title", title), **options)
 
 
 def draw_sheet(images: Sequence[Tensor], columns: int, title: str = "") -> Tensor:
     """Images in a grid, row by row."""
-    return _t.draw_sheet(list(images), check_int("columns", columns, 1), title)
+    return _t.draw_sheet(list(images), check_int("columns", columns, 1), _check_text("title", title))
 
 
 def draw_lines(
@@ -246,7 +261,8 @@ def draw_lines(
     """Curves: name -> (x, y)."""
     x, y = ([torch.as_tensor(s[i], dtype=torch.float64) for s in series.values()] for i in (0, 1))
     which = [i for i, name in enumerate(series) if name in dashed]
-    return _t.draw_lines(list(series), x, y, which, title, x_label, y_label, log_x, log_y)
+    texts = [_check_text(n, x) for n, x in (("title", title), ("x_label", x_label), ("y_label", y_label))]
+    return _t.draw_lines(list(series), x, y, which, *texts, log_x, log_y)
 
 
 def write_png(image: Tensor, path: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ from . import _dilated, analysis, functional
 from ._pattern import BlockPattern, check_int, check_tensor
 from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
 from ._monitored import judged_quality, measurable, segment_blocks, segment_density
-from .config import PatternConfig, SparsePatternConfig, check_density, reject
+from .config import PatternConfig, SparsePatternConfig, check_density, check_integers, reject
 from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
 
@@ -48,16 +48,9 @@ def _check_absent(ring_size: int, use_adaptive_sparsity: bool) -> None:
         reject("use_adaptive_sparsity", use_adaptive_sparsity, "False (learned patterns come with a later version)")
 
 
-def _lengths(name: str, values: Sequence[int] | None) -> tuple[int, ...]:
-    if values is None:
-        return ()
-    if not values or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values):
-        reject(name, values, "one or more ints >= 1")
-    return tuple(values)
-
-
-# Options of a call that are part of the true attention which patterns are judged against.
-_TRUTH = {"scale", "window", "key_lengths", "softcap", "alibi_slopes", "attn_bias", "sinks", "q_offset", "k_offset"}
+# Options of a call of BlockSparseRingDilatedAttention, and those that dilated_attention takes as well.
+_SEGMENTED = ("scale", "attn_bias", "key_lengths", "window", "softcap", "alibi_slopes")
+_WHOLE = (*_SEGMENTED, "block_bias", "sinks", "q_offset", "k_offset")
 
 # Options of a pattern as dilated_attention calls them.
 _INNER = {"window": "pattern_window", "dilation_rates": "pattern_rates", "seed": "pattern_seed"}
@@ -87,7 +80,8 @@ class _Configured(nn.Module):
         _check_absent(ring_size, use_adaptive_sparsity)
         if (segment_lengths is None) != (dilation_rates is None):
             reject("segment_lengths, dilation_rates", (segment_lengths, dilation_rates), "both or neither")
-        widths, rates = _lengths("segment_lengths", segment_lengths), _lengths("dilation_rates", dilation_rates)
+        widths = () if segment_lengths is None else check_integers("segment_lengths", segment_lengths, 1)
+        rates = () if dilation_rates is None else check_integers("dilation_rates", dilation_rates, 1)
         if len(widths) != len(rates):
             reject("dilation_rates", rates, f"one for each of the {len(widths)} segment_lengths")
         self.segment_lengths, self.dilation_rates = widths, rates
@@ -173,7 +167,8 @@ class _Configured(nn.Module):
         if not self._is_segmented(q.shape[1], k.shape[1]):
             config = self.sparse_config
             if not (compiling and q.shape[1] == k.shape[1] and isinstance(config.block_size, int)
-                    and not config.heads_differ and not self.pattern_generator.pattern_cache.has_own()):
+                    and not config.heads_differ and not self.pattern_generator.pattern_cache.has_own()
+                    and not options.keys() - _SEGMENTED):
                 make = self.pattern_generator.generate_pattern
                 if compiling:  # a pattern depends on values: made outside of the graph
                     make = torch.compiler.disable(make)
@@ -191,7 +186,8 @@ class _Configured(nn.Module):
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, causal: bool, options: dict[str, Any]) -> dict[str, Any]:
         if not self._is_segmented(q.shape[1], k.shape[1]):
             pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
-            found = functional.attention_weights(q.detach(), k.detach(), pattern, causal=causal, **options)
+            with torch.no_grad():  # options may want a gradient, weights have none
+                found = functional.attention_weights(q, k, pattern, causal=causal, **options)
             return block_form(found)
         refused = sorted(name for name, value in options.items() if name != "scale" and value is not None)
         if refused:
@@ -216,10 +212,13 @@ class _Configured(nn.Module):
             return CallFacts(self.density(q.shape[1], k.shape[1], q.shape[2], causal), causal, judge if plain else None)
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
 
-        def judge_pattern(out: Tensor) -> tuple[float, float] | None:
-            return judged_quality(q, k, v, pattern, causal=causal, sample_rows=rows, **options)
+        # block_bias is of the pattern's blocks, not of the true attention that they are judged against.
+        truth = {name: value for name, value in options.items() if name != "block_bias"}
 
-        judged = not options.keys() - _TRUTH
+        def judge_pattern(out: Tensor) -> tuple[float, float] | None:
+            return judged_quality(q, k, v, pattern, causal=causal, sample_rows=rows, **truth)
+
+        judged = options.get("block_bias") is None
         return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern if judged else None)
 
     def get_performance_stats(self) -> dict[str, float]:
@@ -330,6 +329,8 @@ class BlockSparseRingDilatedAttention(_Configured):
         super().__init__()
         self._configure(segment_lengths, dilation_rates, sparse_config, ring_size, use_adaptive_sparsity,
                         enable_memory_pool, {"sparsity_ratio": sparsity_ratio, **fields})
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            reject("dropout", dropout, "a probability in [0, 1)", TypeError)
         if not 0 <= dropout < 1:
             reject("dropout", dropout, "a probability in [0, 1)")
         self.dropout = dropout
@@ -340,9 +341,22 @@ class BlockSparseRingDilatedAttention(_Configured):
 
         return_attention_weights: also the weights of the kept blocks, without gradient: a dict of block_indices int64
         [n, 4] (batch, head, block row, block column), block_values [n, block_q, block_k], block_size and shape
-        (B, H, Sq, Sk). Rows of all blocks of a head sum to 1. options: scale, key_lengths, attn_bias, ... of the
-        functions beneath."""
-        out, _, weights = self.attend(query, key, value, is_causal, return_attention_weights,
+        (B, H, Sq, Sk). Rows of all blocks of a head sum to 1. options, as tessera.block_sparse_attention: scale,
+        attn_bias, key_lengths, window, softcap, alibi_slopes; without segments also block_bias, sinks, q_offset,
+        k_offset. ValueError or TypeError naming the argument, also an option of another name."""
+        functional._check_given(query=query, key=key, value=value)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 4:
+                reject(name, f"{tensor.dim()} dimensions", "4, [B, S, H, D]")
+        is_causal = functional._check_bool("is_causal", is_causal)
+        asked = functional._check_bool("return_attention_weights", return_attention_weights)
+        taken = _SEGMENTED if self._is_segmented(query.shape[1], key.shape[1]) else _WHOLE
+        for name, value_given in options.items():
+            if name not in taken and not (name in _WHOLE and value_given is None):
+                raise TypeError(f"{name}: got an argument of that name; allowed: is_causal, return_attention_weights, "
+                                f"{', '.join(taken)}")
+        options = {name: item for name, item in options.items() if name in taken}
+        out, _, weights = self.attend(query, key, value, is_causal, asked,
                                       self.dropout if self.training else 0.0, **options)
         return out if weights is None else (out, weights)
 
@@ -494,6 +508,8 @@ class PatternVisualizer:
                           block_size: int = 128, causal: bool = False) -> str:
         """Writes a PNG to save_path if given; returns the pattern as text."""
         pattern = as_pattern(pattern, block_size)
+        if not isinstance(title, str):
+            reject("title", title, "a str", TypeError)
         if save_path is not None:
             analysis.write_png(analysis.draw_pattern(pattern, title, head=head, causal=causal), save_path)
         return pattern.ascii(head)
@@ -529,7 +545,7 @@ class PatternQualityAnalyzer:
         else:
             if options:
                 reject(min(options), "it beside reference_attention", "options beside query and key")
-            weights = reference_attention.detach()
+            weights = check_tensor("reference_attention", reference_attention).detach()
             weights = weights[None] if weights.dim() == 3 else weights
             if weights.dim() != 4:
                 reject("reference_attention", tuple(reference_attention.shape), "[B, H, Sq, Sk] or [H, Sq, Sk]")

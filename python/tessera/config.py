@@ -61,9 +61,11 @@ def _fraction(name: str, value: object, allowed: str, closed: bool = False) -> f
     return number
 
 
-def _integers(name: str, value: object, low: int) -> tuple[int, ...]:
+def check_integers(name: str, value: object, low: int) -> tuple[int, ...]:
+    """A sequence of one or more ints >= low as a tuple; ValueError or TypeError naming it otherwise."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
-        reject(name, value, f"a sequence of one or more ints >= {low}", TypeError)
+        error = ValueError if isinstance(value, (list, tuple)) else TypeError
+        reject(name, value, f"a sequence of one or more ints >= {low}", error)
     return tuple(_integer(name, item, low) for item in value)
 
 
@@ -180,7 +182,7 @@ class PatternConfig:
         elif name == "global_tokens":
             value = None if value is None else _integer(name, value, 0)
         elif name == "dilation_rates":
-            value = None if value is None else _integers(name, value, 1)
+            value = None if value is None else check_integers(name, value, 1)
         elif name == "seed":
             value = _integer(name, value, 0)
         elif name in ("min_sparsity", "max_sparsity"):

@@ -92,6 +92,7 @@ def test_options_are_part_of_the_true_attention(name):
         ({"scale": float("nan")}, ValueError, "scale: got nan"),
         ({"q_offset": 0.5}, TypeError, "q_offset: got float"),
         ({"dropout_p": 0.5}, TypeError, "dropout_p: got an option"),
+        ({"causal": "no"}, TypeError, "causal: got str; allowed: a bool"),
     ],
 )
 def test_mistakes(options, error, words):
@@ -100,6 +101,23 @@ def test_mistakes(options, error, words):
         analysis.quality(q, q, None, patterns.dense(S, block=BLOCK), **options)
     with pytest.raises(error, match=words):
         analysis.attention_mass(q, q, block=BLOCK, **options)
+
+
+@pytest.mark.parametrize(
+    "name, draw",
+    [
+        ("title", lambda p: analysis.draw_pattern(p, None)),
+        ("head", lambda p: analysis.draw_pattern(p, head="x")),
+        ("causal", lambda p: analysis.draw_pattern(p, causal="no")),
+        ("pattern", lambda p: analysis.draw_pattern(torch.ones(2, 2))),
+        ("title", lambda p: analysis.draw_heat_map(torch.rand(8, 8), 3)),
+        ("title", lambda p: analysis.draw_sheet([analysis.draw_pattern(p)], 1, None)),
+        ("x_label", lambda p: analysis.draw_lines({"a": ([1], [2])}, x_label=None)),
+    ],
+)
+def test_mistakes_of_pictures(name, draw):
+    with pytest.raises(TypeError, match=f"^{name}: got .*; allowed: "):
+        draw(patterns.bigbird(S, block=BLOCK, density=0.5))
 
 
 def test_pictures(tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import tessera
 import torch
@@ -186,12 +187,91 @@ def test_store_serves_threads():
         ({"segment_lengths": [512], "dilation_rates": [0]}, "dilation_rates"),
         ({"segment_lengths": [512], "dilation_rates": [1], "block_size": (64, 32)}, "block_size"),
         ({"dropout": 1.0}, "dropout"),
+        ({"dropout": "x"}, "dropout"),
+        ({"dropout": None}, "dropout"),
         ({"sparsity_ratio": 0.0}, "sparsity_ratio"),
+        ({"segment_lengths": 32, "dilation_rates": 1}, "segment_lengths"),
+        ({"segment_lengths": [32], "dilation_rates": "1"}, "dilation_rates"),
+        ({"segment_lengths": [32.0], "dilation_rates": [1]}, "segment_lengths"),
+        ({"segment_lengths": [True], "dilation_rates": [1]}, "segment_lengths"),
     ],
 )
 def test_module_refuses(arguments, name):
-    with pytest.raises(ValueError, match=f"^{name}: got .*; allowed: "):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: got .*; allowed: "):
         BlockSparseRingDilatedAttention(**arguments)
+
+
+def test_lengths_of_numpy_are_welcome():
+    attention = BlockSparseRingDilatedAttention([np.int64(32)], (np.int32(1),))
+    assert attention.segment_lengths == (32,) and type(attention.segment_lengths[0]) is int
+
+
+@pytest.mark.parametrize("segments", [(None, None), ([64, 128], [1, 2])])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"query": None}, "query"),
+        ({"key": [1]}, "key"),
+        ({"value": torch.ones(3)}, "value"),
+        ({"query": torch.ones(3)}, "query"),
+        ({"is_causal": "no"}, "is_causal"),
+        ({"return_attention_weights": "blocks"}, "return_attention_weights"),
+        ({"layout": "bhsd"}, "layout"),
+        ({"layout": "bshd"}, "layout"),
+        ({"dropout_p": 0.3}, "dropout_p"),
+        ({"return_lse": True}, "return_lse"),
+        ({"causal": True}, "causal"),
+        ({"pattern": "dense"}, "pattern"),
+        ({"block": 16}, "block"),
+        ({"sinks": torch.zeros(2)}, "sinks"),
+        ({"scale": "x"}, "scale"),
+    ],
+)
+@pytest.mark.parametrize("measured", [False, True])
+def test_forward_refuses_and_names_the_argument(segments, change, name, measured):
+    attention = BlockSparseRingDilatedAttention(*segments, block_size=16)
+    if measured:
+        attention.performance_monitor.enable(sample_every=1)
+    given = dict(zip(("query", "key", "value"), qkv(1, 200, 2, 16))) | change
+    if name == "sinks" and segments == (None, None):  # whole sequences take them
+        assert torch.isfinite(attention(**given)).all()
+        return
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: got .*; allowed: "):
+        attention(**given)
+    assert attention.get_performance_stats()["forwards"] == 0
+
+
+@pytest.mark.parametrize("segments", [(None, None), ([64, 128], [1, 2])])
+def test_options_that_are_not_given_are_welcome(segments):
+    attention = BlockSparseRingDilatedAttention(*segments, block_size=16)
+    attention.performance_monitor.enable(sample_every=1)
+    tensors = qkv(1, 200, 2, 16)
+    none = {"block_bias": None, "sinks": None, "attn_bias": None, "window": None, "q_offset": None}
+    assert torch.equal(attention(*tensors, **none), attention(*tensors))
+    assert attention.get_performance_stats()["quality_score"] > 0
+
+
+def test_calls_with_a_window_are_judged_by_it():
+    attention = BlockSparseRingDilatedAttention(pattern_type="local_window", local_window_size=64, block_size=16)
+    attention.performance_monitor.enable(sample_every=1)
+    attention(*qkv(1, 200, 2, 16), window=(16, 16))
+    assert attention.get_performance_stats()["quality_score"] == pytest.approx(1.0)
+
+
+def test_compiled_calls_take_the_options_that_segments_do_not():
+    attention = BlockSparseRingDilatedAttention(density=0.5, block_size=16)
+    tensors, sinks = qkv(1, 200, 2, 16), torch.randn(2)
+    compiled = torch.compile(attention, backend="eager")
+    torch.testing.assert_close(compiled(*tensors, sinks=sinks), attention(*tensors, sinks=sinks))
+
+
+@pytest.mark.parametrize("segments", [(None, None), ([64, 128], [1, 2])])
+def test_weights_have_no_gradient(segments):
+    attention = BlockSparseRingDilatedAttention(*segments, block_size=16)
+    q, k, v = (t.requires_grad_() for t in qkv(1, 200, 2, 16))
+    bias = {"attn_bias": torch.zeros(1, 1, 200, 200, requires_grad=True)} if segments == (None, None) else {}
+    out, weights = attention(q, k, v, return_attention_weights=True, **bias)
+    assert out.requires_grad and not weights["block_values"].requires_grad
 
 
 def test_set_sparsity_ratio_is_honoured_over_a_window_and_leaves_the_shared_config_alone():
@@ -473,6 +553,8 @@ def test_quality_of_a_pattern_given_queries_or_weights():
     assert biased.coverage_ratio > given_qkv.coverage_ratio + 0.1  # the diagonal is always kept
     with pytest.raises(ValueError, match="^softcap: got 'it beside reference_attention'"):
         analyzer.analyze_pattern_quality(pattern, weights, softcap=1.0)
+    with pytest.raises(TypeError, match="^reference_attention: got list; allowed: torch.Tensor"):
+        analyzer.analyze_pattern_quality(pattern, [[1]])
     with pytest.raises(ValueError, match="^reference_attention: got None"):
         analyzer.analyze_pattern_quality(pattern)
     with pytest.raises(ValueError, match="^reference_attention: got 'both'"):
@@ -511,6 +593,9 @@ def test_statistics_and_pictures_of_bool_tensors():
     stats = pattern_statistics(mask, block_size=16)
     assert stats["density"] == stats["avg_row_density"] == 0.25 and stats["diagonal_density"] == 1.0
     assert PatternVisualizer().visualize_pattern(mask, block_size=16).split() == ["#...", ".#..", "..#.", "...#"]
+    for path in (None, "unwritten.png"):
+        with pytest.raises(TypeError, match="^title: got None; allowed: a str"):
+            PatternVisualizer().visualize_pattern(mask, title=None, save_path=path)
 
 
 def test_every_name_is_in_the_package_and_in_the_table():
