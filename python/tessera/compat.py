@@ -429,11 +429,22 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
 
 
 class BlockSparseRingMultiheadDilatedAttentionV2(BlockSparseRingMultiheadDilatedAttention):
-    """The same; without weights it returns the output alone."""
+    """The same; where nobody speaks of weights it returns the output alone.
 
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        out, weights = super().forward(*arguments, **named)
-        return out if weights is None else (out, weights)
+    What calls it as an nn.MultiheadAttention must pass need_weights, as torch's own layers do: with need_weights given,
+    also as False, the result is torch's (output, weights or None). Without it, ``attention(x)[0]`` is the first batch
+    element.
+    """
+
+    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
+                key_padding_mask: Tensor | None = None, need_weights: bool | str | None = None,
+                attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+                return_attention_weights: bool = False) -> Any:
+        """As BlockSparseRingMultiheadDilatedAttention, but the output alone where need_weights is not given (None) and
+        return_attention_weights is False."""
+        out, weights = super().forward(query, key, value, key_padding_mask, need_weights or False, attn_mask,
+                                       average_attn_weights, is_causal, return_attention_weights)
+        return out if need_weights is None and weights is None else (out, weights)
 
 
 # ---- Factories -----------------------------------------------------------------------------------------------------

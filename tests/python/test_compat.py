@@ -13,6 +13,7 @@ from tessera import _dilated
 from tessera.compat import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingMultiheadDilatedAttention,
+    BlockSparseRingMultiheadDilatedAttentionV2,
     SparsePatternConfig,
     SparsePatternGenerator,
 )
@@ -425,6 +426,38 @@ def test_multihead_in_an_encoder_layer_is_sparse_in_every_mode(segments):
         torch.testing.assert_close(layer(x), trained, atol=1e-5, rtol=1e-5)
     layer.self_attn = dense.eval()
     assert not torch.allclose(layer(x), trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_v2_in_torchs_layers_is_what_v1_is(training):
+    """Layers take [0] of (output, weights): of the output alone that is one batch element, broadcast over all."""
+    one = BlockSparseRingMultiheadDilatedAttention(**MULTIHEAD)
+    two = BlockSparseRingMultiheadDilatedAttentionV2(**MULTIHEAD)
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(3, 100, 32)
+    for layer, arguments in (
+        (torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True), (x,)),
+        (torch.nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True), (x, x.flip(0))),
+    ):
+        layer.train(training)
+        found = []
+        for attention in (one, two):
+            layer.self_attn = attention
+            found.append(layer(*arguments))
+        assert torch.equal(*found) and not torch.allclose(found[1][0], found[1][1], atol=1e-3)
+
+
+def test_v2_returns_a_pair_where_need_weights_is_given():
+    attention = BlockSparseRingMultiheadDilatedAttentionV2(**MULTIHEAD)
+    x = torch.randn(2, 100, 32)
+    out = attention(x)
+    assert torch.equal(attention(x, return_attention_weights=False), out)
+    for pair in (attention(x, need_weights=False), attention(x, x, x, None, False)):
+        assert torch.equal(pair[0], out) and pair[1] is None
+    for pair in (attention(x, need_weights=True), attention(x, return_attention_weights=True),
+                 attention(x, need_weights=False, return_attention_weights=True)):  # fmt: skip
+        torch.testing.assert_close(pair[0], out)
+        assert pair[1]["shape"] == (2, 4, 100, 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
