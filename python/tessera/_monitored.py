@@ -47,11 +47,11 @@ class Monitored:
         return monitor if monitor is not None and monitor.enabled else None
 
 
-def measurable(*tensors: Tensor) -> bool:
-    """Whether a call may be measured: nobody compiles, traces or batches it."""
+def measurable(*arguments: Any) -> bool:
+    """Whether a call with these tensors and others may be measured: nobody compiles, traces or batches it."""
     from ._multihead import may_look  # which imports this file
 
-    return all(may_look(t) for t in tensors)
+    return all(may_look(t) for t in arguments if isinstance(t, Tensor))
 
 
 def judged_quality(
@@ -77,7 +77,7 @@ def measured_attention(
     return_lse: bool = False, layout: str = "bshd", **options: Any,
 ) -> Any:  # fmt: skip
     """block_sparse_attention, measured; q, k, v as layout says."""
-    if not measurable(q, k, v):
+    if not measurable(q, k, v, *options.values()):
         return block_sparse_attention(
             q, k, v, pattern, causal=causal, return_lse=return_lse, layout=layout, **options
         )

@@ -154,7 +154,7 @@ class _Configured(nn.Module):
             lse.append(found)
             return out
 
-        if self.performance_monitor.enabled and measurable(q, k, v):
+        if self.performance_monitor.enabled and measurable(q, k, v, *options.values()):
             out = self.performance_monitor.run(call, q, k, v, lambda: self._facts(q, k, v, causal, options))
         else:
             out = call()
@@ -329,9 +329,7 @@ class BlockSparseRingDilatedAttention(_Configured):
         super().__init__()
         self._configure(segment_lengths, dilation_rates, sparse_config, ring_size, use_adaptive_sparsity,
                         enable_memory_pool, {"sparsity_ratio": sparsity_ratio, **fields})
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            reject("dropout", dropout, "a probability in [0, 1)", TypeError)
-        if not 0 <= dropout < 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             reject("dropout", dropout, "a probability in [0, 1)")
         self.dropout = dropout
 

@@ -244,3 +244,14 @@ def test_mapped_calls_are_not_measured(kind, mapped):
     assert monitor.stats()["forwards"] == 3
     torch.testing.assert_close(torch.vmap(one)(batch), expected)
     assert monitor.stats()["forwards"] == 3
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_calls_with_a_mapped_bias_are_not_measured(kind):
+    module = MODULES[kind]()
+    inputs = qkv(seqlen=200)
+    monitor = module.performance_monitor.enable(sample_every=1)
+    bias = torch.randn(3, 1, 1, 200, 200)
+    found = torch.vmap(lambda b: module(*inputs, attn_bias=b))(bias)
+    assert monitor.stats()["forwards"] == 0
+    torch.testing.assert_close(found[1], module(*inputs, attn_bias=bias[1]))
