@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ._pattern import BlockPattern, check_block, check_int, check_tensor
+from ._pattern import BlockPattern, check_block, check_bool, check_int, check_tensor
 
 _t = torch.ops.tessera
 
@@ -52,9 +52,9 @@ class Options(TypedDict, total=False):
 
 def _options(causal: bool, given: Options) -> dict[str, Any]:
     """As the operators take them."""
-    from .functional import _check_bool, _check_number, _check_offsets, _window
+    from .functional import _check_number, _check_offsets, _window
 
-    causal = _check_bool("causal", causal)
+    causal = check_bool("causal", causal)
     if unknown := given.keys() - Options.__annotations__.keys():
         raise TypeError(f"{min(unknown)}: got an option of that name; allowed: {', '.join(Options.__annotations__)}")
     options: dict[str, Any] = {"softcap": 0.0, **given, "causal": causal}
@@ -227,13 +227,11 @@ def draw_pattern(
 ) -> Tensor:
     """Kept blocks full or partial; ``causal`` shades what causality excludes. ValueError or TypeError naming the
     argument."""
-    from .functional import _check_bool
-
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern: got {type(pattern).__name__}; allowed: BlockPattern")
     return _t.draw_pattern(
         *pattern.op_args, _check_text("title", title), check_int("batch", batch, 0), check_int("head", head, 0),
-        _check_bool("causal", causal), check_int("size", size), _check_bool("legend", legend),
+        check_bool("causal", causal), check_int("size", size), check_bool("legend", legend),
     )  # fmt: skip
 
 

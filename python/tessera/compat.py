@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _dilated, analysis, functional
-from ._pattern import BlockPattern, check_int, check_tensor
+from ._pattern import BlockPattern, check_bool, check_int, check_tensor
 from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
-from ._monitored import judged_quality, measurable, segment_blocks, segment_density
+from ._monitored import judged_quality, measurable
 from .config import PatternConfig, SparsePatternConfig, check_density, check_integers, reject
 from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
@@ -118,7 +118,7 @@ class _Configured(nn.Module):
         return lambda n: self.pattern_generator.config.pattern(n, n, causal=causal)
 
     def _segments(self, seqlen: int, heads: int, causal: bool) -> tuple[Any, ...]:
-        """Arguments of segment_density and segment_blocks."""
+        """Arguments of _dilated.segment_density and segment_blocks."""
         return (seqlen, heads, self.segment_lengths, self.dilation_rates, self._square_block(), causal,
                 self._inner(causal))
 
@@ -135,7 +135,7 @@ class _Configured(nn.Module):
             if key not in self._densities:
                 if len(self._densities) >= 128:
                     self._densities.clear()
-                self._densities[key] = segment_density(*self._segments(seqlen_q, num_heads, causal))
+                self._densities[key] = _dilated.segment_density(*self._segments(seqlen_q, num_heads, causal))
             return self._densities[key]
         pattern = self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k)
         if pattern is None:  # made apart: asking changes no cache
@@ -243,7 +243,7 @@ class _Configured(nn.Module):
         _check_sizes(seq_len, num_heads, batch_size, dtype)
         share = self.density(seq_len, None, num_heads, causal)
         if self._is_segmented(seq_len, seq_len):
-            cells = segment_blocks(*self._segments(seq_len, num_heads, causal)) * self._square_block() ** 2
+            cells = _dilated.segment_blocks(*self._segments(seq_len, num_heads, causal)) * self._square_block() ** 2
         else:
             pattern = self.pattern_generator.pattern_cache.own(seq_len, seq_len)
             if pattern is None:
@@ -346,8 +346,8 @@ class BlockSparseRingDilatedAttention(_Configured):
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.dim() != 4:
                 reject(name, f"{tensor.dim()} dimensions", "4, [B, S, H, D]")
-        is_causal = functional._check_bool("is_causal", is_causal)
-        asked = functional._check_bool("return_attention_weights", return_attention_weights)
+        is_causal = check_bool("is_causal", is_causal)
+        asked = check_bool("return_attention_weights", return_attention_weights)
         taken = _SEGMENTED if self._is_segmented(query.shape[1], key.shape[1]) else _WHOLE
         for name, value_given in options.items():
             if name not in taken and not (name in _WHOLE and value_given is None):
