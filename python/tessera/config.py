@@ -34,6 +34,9 @@ DEFAULT_DENSITY = 0.1
 # Three ways to say one thing.
 _DENSITY_NAMES = {"sparsity_ratio", "density", "sparsity"}
 
+# The field that decides in place of density where it is given.
+_DECIDES = {"local_window": "local_window_size", "global_local": "local_window_size", "strided": "stride"}
+
 _warned_above_half = False
 
 
@@ -237,10 +240,8 @@ class PatternConfig:
     @property
     def density_decides(self) -> bool:
         """Whether density has an effect: not where explicit geometry (window, stride) or a dense kind decides."""
-        if self.pattern_type in ("local_window", "global_local"):
-            return self.local_window_size is None
-        if self.pattern_type == "strided":
-            return self.stride is None
+        if self.pattern_type in _DECIDES:
+            return getattr(self, _DECIDES[self.pattern_type]) is None
         return "density" in _OPTIONS[self.pattern_type]
 
     def bounded(self, density: float) -> float:
@@ -309,7 +310,8 @@ class PatternConfig:
     def of(cls, value: Any = None, **fields: Any) -> PatternConfig:
         """A config from any of its forms: a PatternConfig (kept as it is, so that later assignments to it count), a
         dict of fields, a pattern name, or None; ``fields`` that are not None override (then it is a copy): a density
-        among them that of the base, whatever the two are called."""
+        among them that of the base, whatever the two are called, and a window or stride of the base that would decide
+        in its place."""
         fields = {name: item for name, item in fields.items() if item is not None}
         if isinstance(value, cls):
             if not fields:
@@ -323,7 +325,9 @@ class PatternConfig:
         elif not isinstance(value, Mapping):
             reject("sparse_config", value, "a PatternConfig, a dict of its fields, or the name of a pattern", TypeError)
         if fields.keys() & _DENSITY_NAMES:
-            value = {name: item for name, item in value.items() if name not in _DENSITY_NAMES}
+            kind = fields.get("pattern_type", value.get("pattern_type"))
+            dropped = _DENSITY_NAMES | {_DECIDES[kind] for name in _DECIDES if name == kind}
+            value = {name: item for name, item in value.items() if name not in dropped}
         merged = {**value, **fields}
         known = {*cls.field_names(), "density", "sparsity"}
         for name in merged:

@@ -638,3 +638,16 @@ def test_every_name_is_in_the_package_and_in_the_table():
     for name in tessera.compat.__all__:
         assert getattr(tessera, name) is getattr(tessera.compat, name)
         assert name in table or name.endswith("V2"), name
+
+
+@pytest.mark.parametrize("preset", ["local", "global_local", "dilated", "ultra_sparse"])
+@pytest.mark.parametrize("named", ["sparsity_ratio", "density"])
+def test_a_density_beside_a_preset_decides(preset, named):
+    """Also where the preset has a window."""
+    module = tessera.get_block_sparse_preset(preset, **{named: 0.3})
+    assert module.sparse_config.density_decides
+    assert module.sparse_config.sparsity_ratio == 0.3
+    if not module.segment_lengths:
+        assert abs(module.density(8192) - 0.3) < 0.02
+    both = tessera.get_block_sparse_preset("local", density=0.3, local_window_size=512)
+    assert both.sparse_config.local_window_size == 512 and not both.sparse_config.density_decides
