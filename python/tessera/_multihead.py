@@ -449,8 +449,8 @@ def multi_head_attention_forward(
     )  # fmt: skip
     if extra is not None and more_lse is not None:
         last = dense_weights(
-            q, extra[0], more_lse, (more_lse - lse).exp(), scale=scale, keep=None, bias=None, key_lengths=None, causal=False,
-            average=average_attn_weights,
+            q, extra[0], more_lse, (more_lse - lse).exp(), scale=scale, keep=None, bias=None, key_lengths=None,
+            causal=False, average=average_attn_weights,
         )  # fmt: skip
         weights = torch.cat([weights, last], -1)
     return out, weights

@@ -61,7 +61,8 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
       operators are taken where torch would: by those layers, and here for dense weights and strided nested tensors
       (``torch.backends.mha.set_fastpath_enabled(False)`` is torch's switch for them all).
     - ``torch.jit.script`` takes dense attention only, and puts torch's own module in its place; ``torch.jit.trace``
-      (under no_grad) makes a graph for the traced lengths. To ``torch.fx.symbolic_trace`` it is no leaf, and cannot be traced through.
+      (under no_grad) makes a graph for the traced lengths. To ``torch.fx.symbolic_trace`` it is no leaf, and cannot be
+      traced through.
       ``torch.compile`` and ``torch.export`` take it with lengths that vary.
     - No derivatives of derivatives, and no forward-mode ones (torch has them with ``need_weights=True``).
     - ``is_causal=True`` beside ``add_bias_kv`` or ``add_zero_attn``: every row sees those keys (torch loses them where
@@ -248,8 +249,9 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
             query, key, value, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight,
             self.out_proj.bias, pattern=self._pattern,
             separate_proj_weights=(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), bias_k=self.bias_k,
-            bias_v=self.bias_v, add_zero_attn=self.add_zero_attn, dropout_p=float(self.dropout) if self.training else 0.0,
-            batch_first=self.batch_first, monitor=self._measuring(), **options,
+            bias_v=self.bias_v, add_zero_attn=self.add_zero_attn,
+            dropout_p=float(self.dropout) if self.training else 0.0, batch_first=self.batch_first,
+            monitor=self._measuring(), **options,
         )  # fmt: skip
 
     def _torch_infers(

@@ -337,7 +337,8 @@ class BlockPair {
       if (p_.attn_bias) modifier.LoadBias(q, k, std::min(width, keys_ - panel.first), width, extra);
       if (p_.dropout.p > 0) modifier.LoadKeep(q, k, width, keep);
       const RowPlace place{q, k, width, admitted, lse2_[chunk.begin + r], delta_[chunk.begin + r]};
-      const uint64_t seen = modifier.Row(place, extra, keep, wanted == Dscores::of_scores, weights_ + r * block_k_ + panel.first,
+      const uint64_t seen = modifier.Row(place, extra, keep, wanted == Dscores::of_scores,
+                                         weights_ + r * block_k_ + panel.first,
                                          dscores_ + r * block_k_ + panel.first, bias_sum_);
       admitted_[r * kMaxPanels + panel.first / kMaxPanel] = seen;
     }

@@ -1,5 +1,5 @@
-// Rows as they lie in memory to the lanes of a panel, and back: the transposes that products with one query (forward) or
-// one key (backward) a lane need, once per row or column of blocks.
+// Rows as they lie in memory to the lanes of a panel, and back: the transposes that products with one query (forward)
+// or one key (backward) a lane need, once per row or column of blocks.
 #if defined(TESSERA_CPU_PANEL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef TESSERA_CPU_PANEL_INL_H_
 #undef TESSERA_CPU_PANEL_INL_H_

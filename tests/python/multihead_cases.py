@@ -1,5 +1,5 @@
-"""What the tests of MultiheadAttention share: a sparse pattern, our module and torch's with the same parameters, torch's
-mask of a pattern, and the comparison of results and gradients, in fp64."""
+"""What the tests of MultiheadAttention share: a sparse pattern, our module and torch's with the same parameters, the
+mask of torch that a pattern means, and the comparison of results and gradients, in fp64."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""MultiheadAttention inside torch's transformer layers, where those would compute dense attention by themselves, and with
-nested tensors."""
+"""MultiheadAttention inside torch's transformer layers, where those would compute dense attention by themselves, and
+with nested tensors."""
 
 from __future__ import annotations
 
