@@ -52,8 +52,9 @@ struct AttentionOptions {
   // fp32 [B or 1, H or 1, entries]: added to all scores of the kept block at that entry of the pattern. Where the
   // pattern differs by head or batch, entries are those of all of them, and each uses its own.
   TensorView block_bias;
-  // Floating, [B or 1, H or 1, Sq or 1, Sk or 1]: added to the scores. -inf: not a key; finite ones below -2.35e38 count
-  // as that number (both biases), so that a row of nothing else still has weights.
+  // Floating, [B or 1, H or 1, Sq or 1, Sk or 1]: added to the scores. -inf, also as the sum of both biases: not a key;
+  // finite ones below -2.35e38 count as that number (either bias), so that a row of nothing else still has weights. Its
+  // gradients are not those weights': beside a bias beyond -1e6 or so lse has no room for the logarithm of a sum.
   TensorView attn_bias;
   TensorView sinks;           // fp32 [H]: a logit that joins the denominator (and lse) of each row that sees a key
   Dropout dropout;

@@ -172,6 +172,7 @@ def may_look(mask: Tensor) -> bool:
     """Whether values may decide what is done: not while somebody traces or batches this code."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and type(mask) in (Tensor, torch.nn.Parameter)
         and not mask.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
@@ -421,7 +422,7 @@ def multi_head_attention_forward(
     if extra is not None:
         assert part_lse is not None
         more, more_lse = block_sparse_attention(
-            q, *extra, dense_pattern(seqlen_q, extra[0].shape[1]), dropout_p=kept_dropout, return_lse=True
+            q, *extra, pattern_for(None, seqlen_q, extra[0].shape[1], False, num_heads), dropout_p=kept_dropout, return_lse=True
         )
         out, lse = merge(out, part_lse, more, more_lse)
     if dropout_p == 1:

@@ -353,7 +353,7 @@ class BlockSparseRingDilatedAttention(_Configured):
             if name not in taken and not (name in _WHOLE and value_given is None):
                 raise TypeError(f"{name}: got an argument of that name; allowed: is_causal, return_attention_weights, "
                                 f"{', '.join(taken)}")
-        options = {name: item for name, item in options.items() if name in taken}
+        options = {name: item for name, item in options.items() if name in taken and item is not None}
         out, _, weights = self.attend(query, key, value, is_causal, asked,
                                       self.dropout if self.training else 0.0, **options)
         return out if weights is None else (out, weights)

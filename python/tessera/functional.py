@@ -216,7 +216,9 @@ def block_sparse_attention(
         pattern: of (Sq, Sk); its heads are 1 or H, its batches 1 or B.
         causal: admits keys at positions up to the query's. Queries end where keys end (``q_offset`` changes that).
         scale: finite; default ``1 / sqrt(D)``.
-        attn_bias: floating, ``[B or 1, H or 1, Sq or 1, Sk or 1]``, added to the scores; -inf allowed; has a gradient.
+        attn_bias: floating, ``[B or 1, H or 1, Sq or 1, Sk or 1]``, added to the scores; has a gradient. -inf: not a
+            key. In a row whose keys all have -1e6 or less the result is right and the gradient is not (as of
+            ``scaled_dot_product_attention``): lse, in fp32, has no room beside such a number.
         block_bias: fp32 ``[B or 1, H or 1, pattern.num_blocks]``, added to all scores of a kept block; has a gradient.
             Of a pattern with heads or batches the last dimension counts the blocks of all of them, in the order of
             ``pattern.indices``; head h of batch b reads its own entries ``[b, h, i]`` only, the others do nothing.

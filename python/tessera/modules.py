@@ -271,6 +271,7 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
             or self.add_zero_attn
             or self.num_heads % 2
             or torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
             or not torch.backends.mha.get_fastpath_enabled()
             or torch.is_autocast_enabled()
         ):

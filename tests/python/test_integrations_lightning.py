@@ -92,3 +92,11 @@ def test_a_model_without_attention_that_measures_itself():
 def test_mistakes(argument):
     with pytest.raises(ValueError, match=next(iter(argument))):
         AttentionStats(**argument)
+
+
+def test_steps_count_on_after_a_checkpoint():
+    callback = AttentionStats(every_n_steps=5)
+    _fit(callback, Model(), limit_val_batches=0)  # 4 batches
+    resumed = AttentionStats(every_n_steps=5)
+    resumed.load_state_dict(callback.state_dict())
+    assert len(_fit(resumed, Model(), limit_val_batches=0)) == 1  # the first of this run is the fifth of all

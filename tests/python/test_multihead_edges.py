@@ -87,14 +87,33 @@ def test_export_over_lengths_of_one_block_and_more(pattern, need_weights):
         torch.testing.assert_close(program.module()(x), ours(x, x, x)[0])
 
 
+class Padded(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x, padding):
+        return self.attention(x, x, x, key_padding_mask=padding)[0]
+
+
 @pytest.mark.parametrize("pattern", [None, "dense", "local_window"])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_trace(pattern):
-    ours, _ = pair(16, 2, batch_first=True, pattern=pattern)
+def test_trace(pattern, options, training):
+    """A graph for the traced length, not for the traced kind of padding."""
+    ours, _ = pair(16, 2, batch_first=True, pattern=pattern, **options)
+    ours.train(training)
+    none, right, left = (torch.zeros(2, 200, dtype=torch.bool) for _ in range(3))
+    right[1, 150:], left[1, :50] = True, True
     with torch.no_grad():
-        traced = torch.jit.trace(SelfAttention(ours), (torch.randn(2, 200, 16),))
         x = torch.randn(2, 200, 16)
+        traced = torch.jit.trace(SelfAttention(ours), (torch.randn(2, 200, 16),))
         torch.testing.assert_close(traced(x), ours(x, x, x)[0])
+        for example in (none, right):
+            traced = torch.jit.trace(Padded(ours), (torch.randn(2, 200, 16), example))
+            for padding in (none, right, left):
+                torch.testing.assert_close(traced(x, padding), ours(x, x, x, key_padding_mask=padding)[0])
     assert torch._C._get_tracing_state() is None
 
 

@@ -95,6 +95,13 @@ class AttentionStats(Callback):
             monitor.disable()
         self._enabled = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the number of training batches."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches = state_dict["batches"]
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

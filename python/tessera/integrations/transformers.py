@@ -102,14 +102,20 @@ def _refuse_models_that_would_not_call() -> None:
 
 
 def _looks_up(model: type) -> bool:
-    """Whether the file of a model looks attention up, if it has attention of its own. One that cannot be read counts as
-    if it did."""
-    try:
-        source = inspect.getsource(sys.modules[model.__module__])
-    except (KeyError, OSError, TypeError):
-        return True
-    own = re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE)
-    return own is None or "ALL_ATTENTION_FUNCTIONS" in source or "AttentionInterface" in source
+    """Whether the file of a model, or of a model that it is derived from, looks attention up, if it has attention of
+    its own. One that cannot be read counts as if it did."""
+    from transformers import PreTrainedModel
+
+    own = False
+    for ancestor in model.__mro__[: model.__mro__.index(PreTrainedModel)]:
+        try:
+            source = inspect.getsource(sys.modules[ancestor.__module__])
+        except (KeyError, OSError, TypeError):
+            return True
+        if "ALL_ATTENTION_FUNCTIONS" in source or "AttentionInterface" in source:
+            return True
+        own = own or re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
+    return not own
 
 
 class _Choice:
