@@ -1,5 +1,7 @@
 // tessera attend: block-sparse attention of tensors in files.
 #include <cmath>
+#include <filesystem>
+#include <system_error>
 
 #include <fmt/format.h>
 
@@ -108,6 +110,18 @@ void attend(Context& context, const AttendFlags& flags) {
   const Isa isa = parse_isa(flags.isa);
   if (flags.scale && !std::isfinite(*flags.scale)) throw UsageError("--scale: allowed: a finite number");
   if (!(flags.softcap >= 0) || std::isinf(flags.softcap)) throw UsageError("--softcap: allowed: a number >= 0");
+
+  if (!flags.output.empty()) {
+    if (!ends_with_npy(flags.output) && !flags.output.ends_with(".safetensors")) {
+      throw UsageError(fmt::format("--output: got {}; allowed: a .safetensors or a .npy file", flags.output));
+    }
+    for (const std::string* input : {&flags.input.input, &flags.input.q, &flags.input.k, &flags.input.v}) {
+      std::error_code none;
+      if (!input->empty() && std::filesystem::equivalent(*input, flags.output, none)) {
+        throw UsageError(fmt::format("--output: got {}, which is an input; allowed: another file", flags.output));
+      }
+    }
+  }
 
   context.progress.show("reading");
   ThreadPool pool(flags.threads);

@@ -64,8 +64,8 @@ struct BenchFlags {
   std::vector<std::string> dtypes{"fp32"};
   std::vector<int64_t> seqlens{8192};
   std::vector<int> threads{0};
-  int64_t batch = 1, heads = 8, head_dim = 64, queries = 1;
-  std::optional<int64_t> kv_heads, head_dim_v;
+  int64_t batch = 1, heads = 8, head_dim = 64;
+  std::optional<int64_t> kv_heads, head_dim_v, queries;
   int repeat = 5;
   uint64_t seed = 0;
   bool vs_dense = false;
@@ -82,6 +82,7 @@ class Bench {
     if (decode() && std::ranges::any_of(choices, &PatternChoice::dilated)) {
       throw UsageError("--segment-lengths: dilated attention has as many queries as keys; --pass decode has not");
     }
+    if (!decode() && flags_.queries) throw UsageError("--queries: got it without --pass decode; allowed: with it");
     std::vector<DType> dtypes;
     for (const std::string& name : flags_.dtypes) dtypes.push_back(parse_dtype(name));
     const std::vector<Column> columns = shown_columns();
@@ -155,7 +156,7 @@ class Bench {
     s.batch = flags_.batch;
     s.heads = flags_.heads;
     s.kv_heads = flags_.kv_heads.value_or(flags_.heads);
-    s.seqlen_q = decode() ? flags_.queries : seqlen;
+    s.seqlen_q = decode() ? flags_.queries.value_or(1) : seqlen;
     s.seqlen_k = seqlen;
     s.head_dim = flags_.head_dim;
     s.head_dim_v = flags_.head_dim_v.value_or(flags_.head_dim);
@@ -294,8 +295,8 @@ void add_bench(CLI::App& app, Context& context) {
       ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))->type_name("NAME,..");
   add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")
       ->check(positive)->type_name("N,..");
-  command->add_option("--queries", flags->queries, "decode: queries, up to 16")
-      ->check(integer(1, kMostDecodeQueries))->type_name("N")->capture_default_str();
+  command->add_option("--queries", flags->queries, "decode: queries, up to 16. Default 1")
+      ->check(integer(1, kMostDecodeQueries))->type_name("N");
   command->add_option("--batch", flags->batch, "Batch")->check(positive)->type_name("N")->capture_default_str();
   command->add_option("--heads", flags->heads, "Query heads")->check(positive)->type_name("N")->capture_default_str();
   command->add_option("--kv-heads", flags->kv_heads, "Key and value heads. Default: --heads")

@@ -37,7 +37,10 @@ std::string reproduce(const CheckReport& report, const CheckFailure& f) {
 
 void check(Context& context, const CheckFlags& flags) {
   CheckOptions options{.cases = flags.cases, .seed = flags.seed, .first_case = flags.first_case};
-  for (const std::string& isa : flags.isas) options.isas.push_back(parse_isa(isa));
+  for (const std::string& isa : flags.isas) {
+    options.isas.push_back(parse_isa(isa));
+    if (options.isas.back() == Isa::automatic) throw UsageError("--isa: got auto; allowed: names of instruction sets");
+  }
   for (const CheckPass pass : {CheckPass::fwd, CheckPass::bwd}) {
     if (flags.pass == "both" || flags.pass == name_of(pass)) options.passes.push_back(pass);
   }

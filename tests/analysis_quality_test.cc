@@ -566,6 +566,22 @@ TEST(Quality, Mistakes) {
   EXPECT_EQ(argument(c.input), "none");
 }
 
+TEST(MassMap, RefusesBlocksThatAreNone) {
+  Case c;
+  make_case(c, 26);
+  ThreadPool pool(1);
+  for (const int block : {0, -16, 8, 512}) {
+    for (const auto& [q, k] : {std::pair{block, 16}, std::pair{16, block}}) {
+      try {
+        attention_mass(c.input, q, k, pool);
+        FAIL() << q << " x " << k;
+      } catch (const Error& e) {
+        EXPECT_EQ(e.argument(), q == block ? "block_q" : "block_k");
+      }
+    }
+  }
+}
+
 TEST(MassMap, AgainstNaive) {
   Case c;
   make_case(c, 26);

@@ -217,6 +217,9 @@ class CliTest(unittest.TestCase):
                 ["bench", "--seq", "64", "--segment-lengths", "32", "--dilation-rates", "2", "--pass", "decode"],
                 ["bench", "--pass", "decode", "--queries", "17"], ["bench", "--threads", "99999"],
                 ["pattern", "--seq", "64", "--pattern", "random", "--seed", "-1"],
+                ["attend", "--input", sample, "--pattern", "dense", "--output", sample],
+                ["attend", "--input", sample, "--pattern", "dense", "--output", "o.txt"],
+                ["bench", "--seq", "64", "--queries", "3"], ["check", "--isa", "auto"],
                 ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["check", "--pass", "sideways"],
                 ["info", "--format", "yaml"]):
             with self.subTest(args=args):

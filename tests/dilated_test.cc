@@ -334,6 +334,36 @@ TEST(Dilated, LongViewsCostNothing) {
   EXPECT_EQ(error_argument([&] { dilated_pairs(tokens, args.dilation, {}, 8, 1); }), "seqlen");
 }
 
+// A rate beyond the segment keeps its first row alone, however large: sums and products with it must not overflow.
+TEST(Dilated, HugeRates) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max(), kTokens = 50;
+  InlineExecutor executor;
+  const auto out = [&](int64_t rate) {
+    Call c({.seqlen_q = kTokens, .seqlen_k = kTokens, .heads = 3, .kv_heads = 3, .head_dim = 8, .head_dim_v = 8},
+           DType::f32, dense_pattern(kTokens, kTokens));
+    DilatedForwardArgs args;
+    args.q = c.args.q;
+    args.k = c.args.k;
+    args.v = c.args.v;
+    args.out = c.args.out;
+    args.lse = c.args.lse;
+    const int64_t lengths[] = {16, kTokens}, rates[] = {rate, 1};
+    args.dilation.segment_lengths = lengths;
+    args.dilation.dilation_rates = rates;
+    dilated_forward(args, executor);
+    return c.out.values();
+  };
+  const std::vector<double> expected = out(16);
+  for (const int64_t rate : {int64_t{17}, int64_t{1} << 40, kMost - kTokens, kMost - 3, kMost}) {
+    EXPECT_EQ(out(rate), expected) << rate;
+    const int64_t lengths[] = {16}, rates[] = {rate};
+    Dilation dilation;
+    dilation.segment_lengths = lengths;
+    dilation.dilation_rates = rates;
+    EXPECT_EQ(dilated_pairs(kTokens, dilation, {}, 1, 1), 4) << rate;
+  }
+}
+
 TEST(Dilated, RefusesWhatItCannotDo) {
   InlineExecutor executor;
   DilatedCase c{.name = "errors", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 40},

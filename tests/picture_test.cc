@@ -209,12 +209,14 @@ TEST(Lines, EdgesAndErrors) {
   EXPECT_NO_THROW(draw_lines({}, {.title = "nothing"}));
   const std::vector<Series> one{{"one point", {1}, {1}, false}};
   for (bool log : {false, true}) EXPECT_NO_THROW(draw_lines(one, {.log_x = log, .log_y = log}));
+  const std::vector<Series> apart = {{"far apart", {1, 2}, {1e-309, 1}}};  // their quotient is no number
+  EXPECT_THROW(draw_lines(apart, {.log_y = true}), Error);
   const std::vector<Series> wild{{"wild", {1e-300, 1e300}, {-1e300, 1e300}, false}, {"", {1, 2}, {1e9, -1e9}, true}};
   EXPECT_NO_THROW(draw_lines(wild, {.y_min = 0.0, .y_max = 1.0}));
   const std::vector<Series> uneven{{"u", {1, 2}, {1}, false}};
   expect_error([&] { draw_lines(uneven); }, "as many x as y");
   const std::vector<Series> zero{{"z", {0}, {1}, false}};
-  expect_error([&] { draw_lines(zero, {.log_x = true}); }, "above 0");
+  expect_error([&] { draw_lines(zero, {.log_x = true}); }, "1e-100 to 1e100");
   const std::vector<Series> nan{{"n", {1}, {std::numeric_limits<double>::quiet_NaN()}, false}};
   expect_error([&] { draw_lines(nan); }, "finite");
   expect_error([&] { draw_lines(std::vector<Series>(13)); }, "at most 12");

@@ -1,6 +1,7 @@
 #include "functional.h"
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/nn/functional/linear.h>
 
@@ -71,7 +72,7 @@ at::Tensor additive(const char* name, const at::Tensor& mask, at::ScalarType dty
     return at::zeros(mask.sizes(), mask.options().dtype(dtype))
         .masked_fill_(mask, -std::numeric_limits<double>::infinity());
   }
-  TORCH_CHECK_VALUE(mask.is_floating_point(), name, ": ", mask.scalar_type(), "; allowed: bool or floating");
+  TORCH_CHECK_VALUE(mask.is_floating_point(), name, ": got ", mask.scalar_type(), "; allowed: bool or floating");
   return mask.to(dtype);
 }
 
@@ -83,18 +84,64 @@ at::Tensor bias_of(const MultiheadArguments& a, int64_t batch, int64_t rows, int
     const at::IntArrayRef sizes = mask.sizes();
     TORCH_CHECK_VALUE(sizes == at::IntArrayRef({rows, keys}) ||
                           sizes == at::IntArrayRef({batch * a.num_heads, rows, keys}),
-                      "attn_mask: ", sizes, "; allowed: [", rows, ", ", keys, "] or [", batch * a.num_heads, ", ", rows,
+                      "attn_mask: got ", sizes, "; allowed: [", rows, ", ", keys, "] or [", batch * a.num_heads, ", ", rows,
                       ", ", keys, "]");
     bias = mask.dim() == 2 ? mask.view({1, 1, rows, keys}) : mask.reshape({batch, a.num_heads, rows, keys});
   }
   if (a.key_padding_mask.defined()) {
     const at::Tensor mask = additive("key_padding_mask", a.key_padding_mask, dtype);
-    TORCH_CHECK_VALUE(mask.sizes() == at::IntArrayRef({batch, keys}), "key_padding_mask: ", mask.sizes(),
+    TORCH_CHECK_VALUE(mask.sizes() == at::IntArrayRef({batch, keys}), "key_padding_mask: got ", mask.sizes(),
                       "; allowed: [", batch, ", ", keys, "]");
     const at::Tensor padding = mask.view({batch, 1, 1, keys});
     bias = bias.defined() ? bias + padding : padding;
   }
   return bias;
+}
+
+void check_sizes(const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(t.defined(), name, ": got none; allowed: a tensor of ", sizes);
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": got ", t.sizes(), "; allowed: ", sizes);
+}
+
+// What would otherwise end in an error of some product.
+void check_multi_head(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const MultiheadArguments& a) {
+  const std::tuple<const char*, const at::Tensor&, const char*> inputs[] = {
+      {"query", query, "[L, N, E]"}, {"key", key, "[S, N, kdim]"}, {"value", value, "[S, N, vdim]"}};
+  for (const auto& [name, t, dims] : inputs) {
+    TORCH_CHECK_VALUE(t.defined(), name, ": got none; allowed: ", dims);
+    TORCH_CHECK_VALUE(t.dim() == 3, name, ": got ", t.dim(), " dimensions; allowed: ", dims);
+  }
+  const int64_t width = query.size(2);
+  TORCH_CHECK_VALUE(a.num_heads > 0 && width > 0 && width % a.num_heads == 0, "num_heads: got ", a.num_heads,
+                    "; allowed: a divisor of ", width, ", the width of query");
+  check_sizes("out_proj_weight", a.out_proj_weight, {width, width});
+  if (a.in_proj_weight.defined()) {
+    check_sizes("in_proj_weight", a.in_proj_weight, {3 * width, width});
+    check_sizes("key", key, {key.size(0), query.size(1), width});
+    check_sizes("value", value, key.sizes());
+  } else {
+    const auto columns = [](const at::Tensor& weight) {
+      return weight.defined() && weight.dim() == 2 ? weight.size(1) : 0;
+    };
+    check_sizes("q_proj_weight", a.q_proj_weight, {width, width});
+    check_sizes("k_proj_weight", a.k_proj_weight, {width, columns(a.k_proj_weight)});
+    check_sizes("v_proj_weight", a.v_proj_weight, {width, columns(a.v_proj_weight)});
+    check_sizes("key", key, {key.size(0), query.size(1), columns(a.k_proj_weight)});
+    check_sizes("value", value, {key.size(0), query.size(1), columns(a.v_proj_weight)});
+  }
+  if (a.in_proj_bias.defined()) check_sizes("in_proj_bias", a.in_proj_bias, {3 * width});
+  if (a.out_proj_bias.defined()) check_sizes("out_proj_bias", a.out_proj_bias, {width});
+  if (a.bias_k.defined() || a.bias_v.defined()) {
+    check_sizes("bias_k", a.bias_k, {1, 1, width});
+    check_sizes("bias_v", a.bias_v, {1, 1, width});
+  }
+  TORCH_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p <= 1, "dropout_p: got ", a.dropout_p, "; allowed: 0 <= p <= 1");
+  if (at::autocast::is_autocast_enabled(query.device().type())) return;
+  for (const auto& [name, t, dims] : inputs) {
+    TORCH_CHECK_VALUE(t.scalar_type() == a.out_proj_weight.scalar_type(), name, ": got ", t.scalar_type(),
+                      "; allowed: ", a.out_proj_weight.scalar_type(), ", as the parameters");
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> project_in(const at::Tensor& query, const at::Tensor& key,
@@ -121,7 +168,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> project_in(const at::Tensor& quer
 template <class Attend, class Weigh>
 std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                               const MultiheadArguments& a, const Attend& attend, const Weigh& weigh) {
+  check_multi_head(query, key, value, a);
   const int64_t heads = a.num_heads;
+  const bool drops_all = a.dropout_p == 1;  // for which there is no 1 / (1 - p)
   auto [q, k, v] = project_in(query, key, value, a);
   const auto split = [&](const at::Tensor& t) {  // [S, N, E] -> [N, S, H, D], a view
     return t.unflatten(-1, {heads, t.size(-1) / heads}).transpose(0, 1);
@@ -134,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at:
   OptionArguments options;
   options.causal = a.causal;
   options.attn_bias = maybe(bias_of(a, batch, rows, keys, exact));
-  options.dropout_p = a.dropout_p;
+  options.dropout_p = drops_all ? 0 : a.dropout_p;
   // A key of zeros has score 0 and adds nothing but to the denominator: a sink.
   if (a.add_zero_attn) options.sinks = at::zeros({heads}, q.options().dtype(at::kFloat));
   auto [out, lse] = attend(q, k, v, options);  // [N, L, H, D], [N, H, L]
@@ -150,6 +199,7 @@ std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at:
     const at::Tensor weight = added.transpose(1, 2).unsqueeze(-1).to(out.scalar_type());  // [N, L, H, 1]
     out = out * (1 - weight) + at::dropout(weight, a.dropout_p, a.dropout_p > 0) * bias_v;
   }
+  if (drops_all) out = out * 0;
   const at::Tensor joined = out.transpose(0, 1).flatten(2);  // [L, N, E]
   const at::Tensor output = torch::nn::functional::linear(joined, a.out_proj_weight, a.out_proj_bias);
   if (!a.need_weights) return {output, at::Tensor()};

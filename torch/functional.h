@@ -71,7 +71,7 @@ struct MultiheadArguments {
   at::Tensor bias_k, bias_v;                                // [1, 1, E]: one more key that all rows see
   bool add_zero_attn = false;                               // and one of zeros
   at::Tensor out_proj_weight, out_proj_bias;                // [E, E], [E]
-  double dropout_p = 0;                                     // applied as it stands: 0 outside training
+  double dropout_p = 0;                                     // 0..1, applied as it stands: 0 outside training
   at::Tensor key_padding_mask;  // [N, S]; bool: true is hidden; floating: added to the scores
   at::Tensor attn_mask;         // [L, S] or [N * num_heads, L, S]; bool: true is hidden; floating: added
   bool causal = false;

@@ -2,6 +2,7 @@
 
 #include <torch/nn/init.h>
 
+#include <cmath>
 #include <ostream>
 #include <string>
 #include <utility>
@@ -26,7 +27,11 @@ ops::PatternTensors PatternSource::get(int64_t seqlen_q, int64_t seqlen_k) const
 namespace {
 
 void check_rank(const char* name, const at::Tensor& t, int64_t rank, const char* dims) {
-  TORCH_CHECK_VALUE(t.dim() == rank, name, ": ", t.dim(), " dimensions; allowed: ", dims);
+  TORCH_CHECK_VALUE(t.dim() == rank, name, ": got ", t.dim(), " dimensions; allowed: ", dims);
+}
+
+void check_dropout(double p, double most, const char* allowed) {
+  TORCH_CHECK_VALUE(p >= 0 && p <= most, "dropout: got ", p, "; allowed: ", allowed);
 }
 
 bool is_causal(const PatternSpec& spec) { return spec.causal || spec.kind == PatternKind::causal; }
@@ -44,7 +49,9 @@ Dilation dilation_of(const std::vector<int64_t>& segment_lengths, const std::vec
 }  // namespace
 
 BlockSparseAttentionImpl::BlockSparseAttentionImpl(BlockSparseAttentionOptions options_)
-    : options(std::move(options_)), pattern_(options.pattern) {}
+    : options(std::move(options_)), pattern_(options.pattern) {
+  check_dropout(options.dropout, std::nextafter(1.0, 0.0), "0 <= dropout < 1");
+}
 
 void BlockSparseAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "tessera::nn::BlockSparseAttention(pattern=" << name_of(options.pattern.kind)
@@ -87,8 +94,12 @@ MultiheadAttentionImpl::MultiheadAttentionImpl(const torch::nn::MultiheadAttenti
 
 void MultiheadAttentionImpl::reset() {
   const int64_t dim = options.embed_dim(), heads = options.num_heads();
-  TORCH_CHECK_VALUE(heads > 0 && dim > 0 && dim % heads == 0, "embed_dim: ", dim, " for ", heads,
+  TORCH_CHECK_VALUE(heads > 0 && dim > 0 && dim % heads == 0, "embed_dim: got ", dim, " for ", heads,
                     " heads; allowed: positive, a multiple of num_heads");
+  for (const auto& [name, width] : {std::pair{"kdim", options.kdim()}, std::pair{"vdim", options.vdim()}}) {
+    TORCH_CHECK_VALUE(width > 0, name, ": got ", width, "; allowed: positive");
+  }
+  check_dropout(options.dropout(), 1, "0 <= dropout <= 1");
   const bool one_weight = options.kdim() == dim && options.vdim() == dim;
   const auto parameter = [&](const char* name, bool present, at::IntArrayRef sizes) {
     return present ? register_parameter(name, torch::empty(sizes)) : register_parameter(name, {}, false);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "analysis/scan.h"
+#include "pattern/geometry.h"
 #include "tessera/analysis.h"
 #include "tessera/error.h"
 
@@ -103,6 +104,7 @@ MassMap attention_mass(const AnalysisInput& input, int block_q, int block_k, Exe
   MassMap map;
   map.shape = {.seqlen_q = input.q.sizes[1], .seqlen_k = input.k.sizes[1], .block_q = block_q, .block_k = block_k,
                .heads = 1, .batches = 1};
+  check_shape(map.shape);
   const BlockPattern none = empty_pattern(map.shape);
   const AnalysisInput without_v{.q = input.q, .k = input.k, .v = {}, .options = input.options};
   const Input resolved(without_v, none);

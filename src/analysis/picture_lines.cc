@@ -69,6 +69,9 @@ bool is_decade(double v) {
   return std::abs(exponent - std::round(exponent)) < 1e-9;
 }
 
+// Quotients of two numbers on a log axis stay finite.
+bool drawable(double v, bool log) { return log ? v >= 1e-100 && v <= 1e100 : std::isfinite(v); }
+
 void check(std::span<const Series> series, const LinePicture& options) {
   if (options.width < 200 || options.width > 8192 || options.height < 200 || options.height > 8192) {
     fail("width", fmt::format("{} x {}", options.width, options.height), "200 to 8192 pixels a side");
@@ -81,16 +84,15 @@ void check(std::span<const Series> series, const LinePicture& options) {
       fail("series", fmt::format("{} x and {} y", s.x.size(), s.y.size()), "as many x as y");
     }
     for (size_t i = 0; i < s.x.size(); ++i) {
-      const bool positive = (!options.log_x || s.x[i] > 0) && (!options.log_y || s.y[i] > 0);
-      if (!std::isfinite(s.x[i]) || !std::isfinite(s.y[i]) || !positive) {
+      if (!drawable(s.x[i], options.log_x) || !drawable(s.y[i], options.log_y)) {
         fail("series", fmt::format("({}, {}) in \"{}\"", s.x[i], s.y[i], s.name),
-             "finite numbers, on log axes above 0");
+             "finite numbers, on log axes 1e-100 to 1e100");
       }
     }
   }
   for (const std::optional<double>& bound : {options.y_min, options.y_max}) {
-    if (bound && (!std::isfinite(*bound) || (options.log_y && *bound <= 0))) {
-      fail("y_min", fmt::format("{}", *bound), "a finite number, on a log axis above 0");
+    if (bound && !drawable(*bound, options.log_y)) {
+      fail("y_min", fmt::format("{}", *bound), "a finite number, on a log axis 1e-100 to 1e100");
     }
   }
 }

@@ -10,7 +10,7 @@ namespace tessera {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // Rows offset, offset + rate, ... below `tokens`.
 int64_t rows_of(int64_t tokens, int64_t offset, int64_t rate) {
@@ -121,7 +121,8 @@ DilatedPlan::DilatedPlan(const Problem& whole, const Dilation& dilation, const A
   for (size_t i = 0; i < dilation.segment_lengths.size(); ++i) {
     DilatedGroup g;
     g.segment = std::min(dilation.segment_lengths[i], n);
-    g.rate = dilation.dilation_rates[i];
+    // From here on a larger rate changes nothing: a segment has one row of a head at most. Products stay in 64 bits.
+    g.rate = std::min(dilation.dilation_rates[i], std::max(g.segment, whole.heads));
     g.segments = ceil_div(n, g.segment);
     g.rows = ceil_div(g.segment, g.rate);
     groups_.push_back(g);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <exception>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -18,6 +19,10 @@ class Checker {
  public:
   Checker(const CheckOptions& options, Executor& executor) : options_(options), executor_(executor) {
     if (options.cases < 0) fail("cases", fmt::format("{}", options.cases), ">= 0");
+    constexpr int64_t most = std::numeric_limits<int64_t>::max();
+    if (options.first_case < 0 || options.first_case > most - options.cases) {
+      fail("first_case", fmt::format("{}", options.first_case), fmt::format("0..{}", most - options.cases));
+    }
     isas_ = options.isas;
     const std::span<const Isa> usable = usable_isas();
     if (isas_.empty()) isas_.assign(usable.begin(), usable.end());

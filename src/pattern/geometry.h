@@ -20,7 +20,7 @@ void check_shape(const PatternShape& shape);
 // The shape that both broadcast to (heads and batches may be 1). Throws Error naming the field that does not agree.
 PatternShape common_shape(const PatternShape& a, const PatternShape& b);
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // The query rows of a block row that exist, and the keys of a block column that exist.
 inline int queries_in(const PatternShape& s, int64_t row) {

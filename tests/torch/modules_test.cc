@@ -5,7 +5,10 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <functional>
 #include <limits>
+#include <string>
+#include <utility>
 
 #include "tessera/torch/functional.h"
 
@@ -187,6 +190,54 @@ at::Tensor log_of_times_admitted(int64_t heads, int64_t seqlen) {
     }
   }
   return times.log();
+}
+
+TEST(MultiheadAttention, MistakesAreNamed) {
+  const auto message = [](const auto& call) -> std::string {
+    try {
+      call();
+    } catch (const c10::ValueError& e) {
+      return e.what_without_backtrace();
+    }
+    return "no ValueError";
+  };
+  const auto pattern = F::pattern_tensors(pattern_for(sparse_spec(), 50, 50));
+  const at::Tensor x = torch::randn({50, 2, 16});
+  F::MultiheadArguments right;
+  right.num_heads = 4;
+  right.in_proj_weight = torch::randn({48, 16});
+  right.out_proj_weight = torch::randn({16, 16});
+  EXPECT_NO_THROW(F::multi_head_attention(x, x, x, pattern, right));
+  using Change = std::function<void(F::MultiheadArguments&)>;
+  const std::pair<const char*, Change> table[] = {
+      {"num_heads", [](auto& a) { a.num_heads = 0; }},
+      {"num_heads", [](auto& a) { a.num_heads = 5; }},
+      {"q_proj_weight", [](auto& a) { a.in_proj_weight = at::Tensor(); }},
+      {"in_proj_weight", [](auto& a) { a.in_proj_weight = torch::randn({32, 32}); }},
+      {"out_proj_weight", [](auto& a) { a.out_proj_weight = at::Tensor(); }},
+      {"in_proj_bias", [](auto& a) { a.in_proj_bias = torch::randn({16}); }},
+      {"bias_v", [](auto& a) { a.bias_k = torch::randn({1, 1, 16}); }},
+      {"bias_k", [](auto& a) { a.bias_v = torch::randn({1, 1, 16}); }},
+      {"dropout_p", [](auto& a) { a.dropout_p = 2; }},
+  };
+  for (const auto& [name, change] : table) {
+    F::MultiheadArguments wrong = right;
+    change(wrong);
+    const std::string got = message([&] { F::multi_head_attention(x, x, x, pattern, wrong); });
+    EXPECT_EQ(got.rfind(std::string(name) + ": got ", 0), 0u) << name << " in: " << got;
+  }
+  const at::Tensor wide = torch::randn({50, 2, 15});
+  EXPECT_EQ(message([&] { F::multi_head_attention(x, wide, wide, pattern, right); }).rfind("key: got", 0), 0u);
+  const at::Tensor exact = x.to(at::kDouble);
+  EXPECT_EQ(message([&] { F::multi_head_attention(exact, x, x, pattern, right); }).rfind("query: got", 0), 0u);
+  EXPECT_EQ(message([&] { F::multi_head_attention(at::Tensor(), x, x, pattern, right); }).rfind("query: got none", 0), 0u);
+
+  right.dropout_p = 1;  // as torch: nothing is left
+  EXPECT_FALSE(std::get<0>(F::multi_head_attention(x, x, x, pattern, right)).any().item<bool>());
+  using torch::nn::MultiheadAttentionOptions;
+  EXPECT_THROW(MultiheadAttention(MultiheadAttentionOptions(16, 4).dropout(1.5), sparse_spec()), c10::ValueError);
+  EXPECT_THROW(MultiheadAttention(MultiheadAttentionOptions(16, 4).kdim(0), sparse_spec()), c10::ValueError);
+  EXPECT_THROW(BlockSparseAttention(BlockSparseAttentionOptions{.dropout = 1}), c10::ValueError);
 }
 
 TEST(Functional, DilatedAttentionIsOneSoftmaxOverItsKeys) {
