@@ -47,12 +47,18 @@ class Table:
     def wants(self, name: str) -> bool:
         return not self.only or any(word.lower() in name.lower() for word in self.only)
 
-    def row(self, name: str, ours: str, theirs: str, ratio: float | None, bar: float | None, less: bool = False) -> None:
+    def row(
+        self, name: str, ours: str, theirs: str, ratio: float | None, bar: float | None, less: bool = False
+    ) -> None:
         shown = "" if ratio is None else f"{ratio:.2f} x" if ratio < 100 else f"{ratio:.0f} x"
         sign = "<=" if less else ">="
         met = ratio is None or bar is None or (ratio <= bar if less else ratio >= bar)
-        print(f"| {name} | {ours} | {theirs} | {shown} | "
-              + ("" if bar is None else f"{sign} {bar:g} x{'' if met else ': missed'}") + " |", flush=True)
+        print(
+            f"| {name} | {ours} | {theirs} | {shown} | "
+            + ("" if bar is None else f"{sign} {bar:g} x{'' if met else ': missed'}")
+            + " |",
+            flush=True,
+        )
 
     def faster(self, name: str, ours: Call, theirs: Call, who: str, bar: float) -> None:
         """Our time against theirs; the bar is how many times faster."""
@@ -63,7 +69,13 @@ class Table:
 
 
 def text(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return (
+        f"{seconds * 1e6:.1f} us"
+        if seconds < 1e-3
+        else f"{seconds * 1e3:.2f} ms"
+        if seconds < 1
+        else f"{seconds:.2f} s"
+    )
 
 
 def machine() -> str:
@@ -116,8 +128,9 @@ def sdpa(inputs: tuple[Any, Any, Any], **options: Any) -> Call:
 
 
 def overhead(table: Table, program: str | None) -> None:
-    import torch
     import tessera
+
+    import torch
 
     size = {"seq": 4096, "heads": 8, "head-dim": 64, "density": 0.1, "block": 128}
     if program:
@@ -127,10 +140,26 @@ def overhead(table: Table, program: str | None) -> None:
             if not table.wants(name):
                 continue
             q, k, v = (torch.randn(1, 4096, 8, 64, requires_grad=which == "fwdbwd") for _ in range(3))
-            function = lambda: tessera.block_sparse_attention(q, k, v, pattern)  # noqa: E731
+            function = lambda: tessera.block_sparse_attention(q, k, v, pattern)
             call = both_passes(function, (q, k, v)) if which == "fwdbwd" else function
-            command = [program, "bench", "--pass", which, "--dtype", "fp32", "--pattern", "dilated_sparse", "--repeat", "7",
-                       "--layout", "bshd", "--threads", str(torch.get_num_threads()), "--format", "json"]
+            command = [
+                program,
+                "bench",
+                "--pass",
+                which,
+                "--dtype",
+                "fp32",
+                "--pattern",
+                "dilated_sparse",
+                "--repeat",
+                "7",
+                "--layout",
+                "bshd",
+                "--threads",
+                str(torch.get_num_threads()),
+                "--format",
+                "json",
+            ]
             command += [word for key, value in size.items() for word in (f"--{key}", str(value))]
             ours, core = [], []
             for _ in range(10):  # the machine changes with time: in turns here as well
@@ -147,29 +176,46 @@ def overhead(table: Table, program: str | None) -> None:
 
 
 def dense(table: Table) -> None:
-    import torch
     import tessera
 
+    import torch
+
     pattern = tessera.patterns.dense(4096, 4096, block=128)
-    for dtype, what, forward_bar, backward_bar in ((torch.float32, "fp32", 1.15, 1.15), (torch.bfloat16, "bf16", 2, 1.35)):
+    for dtype, what, forward_bar, backward_bar in (
+        (torch.float32, "fp32", 1.15, 1.15),
+        (torch.bfloat16, "bf16", 2, 1.35),
+    ):
         for head_dim in (64, 128):
             name = f"dense, S=4096 H=8 D={head_dim} {what}"
             inputs = qkv(4096, 8, head_dim, dtype)
             table.faster(f"{name} forward", attention(inputs, pattern), sdpa(inputs), "SDPA", forward_bar)
-            table.faster(f"{name} causal", attention(inputs, pattern, causal=True), sdpa(inputs, is_causal=True), "SDPA",
-                         forward_bar)
+            table.faster(
+                f"{name} causal",
+                attention(inputs, pattern, causal=True),
+                sdpa(inputs, is_causal=True),
+                "SDPA",
+                forward_bar,
+            )
             if table.wants(f"{name} backward"):
                 inputs = qkv(4096, 8, head_dim, dtype, True)
-                table.faster(f"{name} backward", backward_of(attention(inputs, pattern), inputs),
-                             backward_of(sdpa(inputs), inputs), "SDPA", backward_bar)
+                table.faster(
+                    f"{name} backward",
+                    backward_of(attention(inputs, pattern), inputs),
+                    backward_of(sdpa(inputs), inputs),
+                    "SDPA",
+                    backward_bar,
+                )
 
 
 def sparse(table: Table) -> None:
-    import torch
     import tessera
 
-    for name, seqlen, masked in (("density .1 against dense, S=8192 H=8 D=64 fp32", 8192, False),
-                                 ("density .1 against SDPA with a bool mask, S=4096 H=8 D=64 fp32", 4096, True)):
+    import torch
+
+    for name, seqlen, masked in (
+        ("density .1 against dense, S=8192 H=8 D=64 fp32", 8192, False),
+        ("density .1 against SDPA with a bool mask, S=4096 H=8 D=64 fp32", 4096, True),
+    ):
         if not table.wants(f"{name} forward") and not table.wants(f"{name} backward"):
             continue
         pattern = tessera.patterns.dilated_sparse(seqlen, seqlen, block=128, density=0.1)
@@ -198,8 +244,9 @@ def token_mask(pattern: Any) -> Any:
 
 
 def flex(table: Table) -> None:
-    import torch
     import tessera
+
+    import torch
 
     if not table.wants("FlexAttention"):
         return
@@ -207,16 +254,21 @@ def flex(table: Table) -> None:
 
     compiled = torch.compile(flex_attention, dynamic=False)
     for density in (0.1, 1.0):
-        make = lambda: (tessera.patterns.dilated_sparse(4096, 4096, block=128, density=density)  # noqa: E731
-                        if density < 1 else tessera.patterns.dense(4096, 4096, block=128))
+        make = lambda: (
+            tessera.patterns.dilated_sparse(4096, 4096, block=128, density=density)
+            if density < 1
+            else tessera.patterns.dense(4096, 4096, block=128)
+        )
         pattern = make()
         kept = kept_blocks(pattern)
 
         def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
             return kept[q // 128, k // 128]
 
-        make_mask = lambda: create_block_mask(mask_mod, None, None, 4096, 4096, "cpu", BLOCK_SIZE=128)  # noqa: E731
-        table.faster(f"mask against FlexAttention's, S=4096 density {density:g}", make, make_mask, "create_block_mask", 100)
+        make_mask = lambda: create_block_mask(mask_mod, None, None, 4096, 4096, "cpu", BLOCK_SIZE=128)
+        table.faster(
+            f"mask against FlexAttention's, S=4096 density {density:g}", make, make_mask, "create_block_mask", 100
+        )
         block_mask = make_mask()
         for dtype, what, bar in ((torch.float32, "fp32", 1.75), (torch.bfloat16, "bf16", 5)):
             for head_dim in (64, 128):
@@ -224,15 +276,21 @@ def flex(table: Table) -> None:
                 inputs = qkv(4096, 8, head_dim, dtype)
                 try:
                     with torch.no_grad():
-                        table.faster(name, attention(inputs, pattern), lambda: compiled(*inputs, block_mask=block_mask),
-                                     "FlexAttention", bar)
+                        table.faster(
+                            name,
+                            attention(inputs, pattern),
+                            lambda: compiled(*inputs, block_mask=block_mask),
+                            "FlexAttention",
+                            bar,
+                        )
                 except Exception as error:  # what torch.compile throws depends on the machine's compiler
                     table.row(name, "", f"does not run here: {str(error).splitlines()[0][:80]}", None, bar)
 
 
 def decode(table: Table) -> None:
-    import torch
     import tessera
+
+    import torch
 
     name = "decode, 32 heads on 8, 16384 keys D=128"
     for dtype, what in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
@@ -246,8 +304,9 @@ def decode(table: Table) -> None:
 
 def memory_child() -> None:
     """Prints bytes at the peak of forward+backward above what was there before q, k, v, and what the tensors hold."""
-    import torch
     import tessera
+
+    import torch
 
     warm = qkv(256, 8, 64, torch.float32, True)  # threads, allocator, kernels
     attention(warm, tessera.patterns.dense(256, 256, block=128))().sum().backward()
@@ -271,14 +330,20 @@ def memory(table: Table) -> None:
     name = f"peak memory, forward+backward, {MEMORY_SEQLEN} tokens density {MEMORY_DENSITY}"
     if table.wants(name):
         got = json.loads(child(__file__, "--memory-child"))
-        table.row(name, f"{got['peak'] / 2**20:.0f} MiB", f"q, k, v, out, gradients, lse {got['tensors'] / 2**20:.0f} MiB",
-                  got["peak"] / got["tensors"], 1.25, less=True)
+        table.row(
+            name,
+            f"{got['peak'] / 2**20:.0f} MiB",
+            f"q, k, v, out, gradients, lse {got['tensors'] / 2**20:.0f} MiB",
+            got["peak"] / got["tensors"],
+            1.25,
+            less=True,
+        )
 
 
 def imports(table: Table) -> None:
     name = "import time over torch's"
     if table.wants(name):
-        program = ("import time, torch; a = time.perf_counter(); import tessera; print(time.perf_counter() - a)")
+        program = "import time, torch; a = time.perf_counter(); import tessera; print(time.perf_counter() - a)"
         taken = statistics.median(float(child("-c", program)) for _ in range(7))
         table.row(name, text(taken), "bar: 0.15 s" + ("" if taken <= 0.15 else ", missed"), None, None)
 

@@ -150,8 +150,8 @@ void write_pictures(Context& context, const std::string& folder, const Qkv& x, c
                                                j.fields["requested_density"].get<double>(), s.block_q)
                                  : fmt::format("{}-b{}", std::filesystem::path(j.label).stem().string(), s.block_q);
     write_png((dir / (stem + ".png")).string(), draw_sheet(panels, panels.size() > 4 ? 3 : 2));
-    points.push_back({j.fields["pattern"].get<std::string>(), j.quality->density, j.quality->coverage,
-                      j.quality->oracle_coverage});
+    points.push_back(
+        {j.fields["pattern"].get<std::string>(), j.quality->density, j.quality->coverage, j.quality->oracle_coverage});
   }
   if (const std::optional<Image> curve = draw_quality_curves(points)) {
     write_png((dir / "quality.png").string(), *curve);
@@ -188,18 +188,25 @@ void find_cheapest(Context& context, const AnalyzeFlags& flags, const Qkv& x, Ex
   context.progress.clear();
   RecordWriter writer(context.output, context.format, kCandidates);
   for (const OptimizeResult::Candidate& c : result.candidates) {
-    writer.add({{"pattern", name_of(c.spec.kind)}, {"options", options_text(c.spec)}, {"block_q", c.spec.block_q},
-                {"block_k", c.spec.block_k}, {"causal", c.spec.causal}, {"density", c.density},
-                {"coverage", c.coverage}, {"reached", c.reached}, {"best", c.spec == result.best.spec},
-                {"target_coverage", *flags.target}, {"oracle_density", result.oracle_density}});
+    writer.add({{"pattern", name_of(c.spec.kind)},
+                {"options", options_text(c.spec)},
+                {"block_q", c.spec.block_q},
+                {"block_k", c.spec.block_k},
+                {"causal", c.spec.causal},
+                {"density", c.density},
+                {"coverage", c.coverage},
+                {"reached", c.reached},
+                {"best", c.spec == result.best.spec},
+                {"target_coverage", *flags.target},
+                {"oracle_density", result.oracle_density}});
   }
   writer.finish();
   if (context.format == Format::table) {
-    context.output.write(fmt::format("\nbest: --pattern {}, {}\n"
-                                     "The blocks of most mass, equally many in each row, reach {} at density {}.\n",
-                                     name_of(result.best.spec.kind), options_text(result.best.spec),
-                                     styled(*flags.target, Style::percent),
-                                     styled(result.oracle_density, Style::percent)));
+    context.output.write(
+        fmt::format("\nbest: --pattern {}, {}\n"
+                    "The blocks of most mass, equally many in each row, reach {} at density {}.\n",
+                    name_of(result.best.spec.kind), options_text(result.best.spec),
+                    styled(*flags.target, Style::percent), styled(result.oracle_density, Style::percent)));
   }
   if (!result.best.reached) {
     complain("no pattern reaches the target coverage");
@@ -261,15 +268,19 @@ void add_analyze(CLI::App& app, Context& context) {
   flags->pattern.add_to(*command, {.file = true, .attention = true, .fallback = "local_window"});
   command->add_option("--scale", flags->scale, "Softmax scale. Default 1 / sqrt(head dim)")->type_name("X");
   command->add_option("--softcap", flags->softcap, "Scores become X tanh(score / X). Default: off")->type_name("X");
-  command->add_option("--target-coverage", flags->target,
-                      "Search all named patterns for the cheapest one that keeps this share of the attention mass")
+  command
+      ->add_option("--target-coverage", flags->target,
+                   "Search all named patterns for the cheapest one that keeps this share of the attention mass")
       ->type_name("C");
   command->add_option("--sample-rows", flags->sample_rows, "Judge about this many rows of each head; 0: all of them")
-      ->check(integer(0))->type_name("N")->capture_default_str();
+      ->check(integer(0))
+      ->type_name("N")
+      ->capture_default_str();
   command->add_flag("--per-head", flags->per_head, "A line for each head too (JSON has them always)");
   add_threads(*command, flags->threads);
-  command->add_option("--png", flags->png,
-                      "Folder for pictures: each pattern beside the true attention mass, and quality against density")
+  command
+      ->add_option("--png", flags->png,
+                   "Folder for pictures: each pattern beside the true attention mass, and quality against density")
       ->type_name("DIR");
   command->callback([&context, flags] { analyze(context, *flags); });
 }

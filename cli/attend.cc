@@ -138,9 +138,15 @@ void attend(Context& context, const AttendFlags& flags) {
   std::optional<int64_t> token_window = choice.token_window;
   if (from_file) token_window = flags.pattern.token_window() ? flags.pattern.token_window() : flags.pattern.window();
   set_token_window(options, causal, token_window);
-  Record record = {{"batch", x.batch()}, {"heads", x.heads()}, {"kv_heads", x.kv_heads()},
-                   {"seqlen_q", x.seqlen_q()}, {"seqlen_k", x.seqlen_k()}, {"head_dim", x.head_dim()},
-                   {"head_dim_v", x.head_dim_v()}, {"dtype", name_of(x.q.dtype())}, {"layout", flags.input.layout},
+  Record record = {{"batch", x.batch()},
+                   {"heads", x.heads()},
+                   {"kv_heads", x.kv_heads()},
+                   {"seqlen_q", x.seqlen_q()},
+                   {"seqlen_k", x.seqlen_k()},
+                   {"head_dim", x.head_dim()},
+                   {"head_dim_v", x.head_dim_v()},
+                   {"dtype", name_of(x.q.dtype())},
+                   {"layout", flags.input.layout},
                    {"pattern", from_file ? flags.pattern.file() : std::string(name_of(choice.spec.kind))},
                    {"causal", causal}};
   if (token_window) record["token_window"] = *token_window;
@@ -158,9 +164,8 @@ void attend(Context& context, const AttendFlags& flags) {
     DilatedCall call(x, dilation, options, isa);
     run(context, flags, x, pairs, call, pool, record);
   } else {
-    BlockPattern pattern = from_file
-                               ? read_pattern(flags.pattern.file())
-                               : build_pattern(choice.spec, x.seqlen_q(), x.seqlen_k(), x.heads());
+    BlockPattern pattern = from_file ? read_pattern(flags.pattern.file())
+                                     : build_pattern(choice.spec, x.seqlen_q(), x.seqlen_k(), x.heads());
     record["block_q"] = pattern.shape().block_q;
     record["block_k"] = pattern.shape().block_k;
     record["density"] = statistics(pattern, causal).density;
@@ -189,16 +194,19 @@ void add_attend(CLI::App& app, Context& context) {
   flags->pattern.add_to(*command, {.file = true, .attention = true, .dilation = true, .fallback = ""});
   command->add_option("--scale", flags->scale, "Softmax scale. Default 1 / sqrt(head dim)")->type_name("X");
   command->add_option("--softcap", flags->softcap, "Scores become X tanh(score / X). Default: off")->type_name("X");
-  command->add_option("--dtype", flags->dtype,
-                      "Convert to fp32, bf16, fp16 or fp64 (the slow reference). Default: the input's")
-      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))->type_name("NAME");
+  command
+      ->add_option("--dtype", flags->dtype,
+                   "Convert to fp32, bf16, fp16 or fp64 (the slow reference). Default: the input's")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))
+      ->type_name("NAME");
   add_threads(*command, flags->threads);
   add_isa(*command, flags->isa);
   command->add_flag("--check", flags->check,
                     "Compare with fp64 on the same pattern; exit status 1 if the error is more than rounding explains");
-  command->add_option("--output", flags->output,
-                      "Where out (layout of the input) and lse [B, H, Sq] go: a .safetensors file, or a .npy file "
-                      "with lse beside it in NAME.lse.npy")
+  command
+      ->add_option("--output", flags->output,
+                   "Where out (layout of the input) and lse [B, H, Sq] go: a .safetensors file, or a .npy file "
+                   "with lse beside it in NAME.lse.npy")
       ->type_name("FILE");
   command->callback([&context, flags] { attend(context, *flags); });
 }

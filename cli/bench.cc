@@ -172,11 +172,10 @@ class Bench {
     options.causal = spec.causal;
     set_token_window(options, spec.causal, choice.token_window);
 
-    PassCall call = choice.dilated()
-                        ? as_usage([&] {
-                            return PassCall(pass(), x.qkv, &x.dout, choice.dilation(), options, isa_, pool);
-                          })
-                        : PassCall(pass(), x.qkv, &x.dout, pattern, options, isa_, pool);
+    PassCall call =
+        choice.dilated()
+            ? as_usage([&] { return PassCall(pass(), x.qkv, &x.dout, choice.dilation(), options, isa_, pool); })
+            : PassCall(pass(), x.qkv, &x.dout, pattern, options, isa_, pool);
     const int threads = pool.num_threads();
     PassCall::Info info = call(pool);
     // Other work on the machine comes and goes: the peak is the better of one taken before and one after.
@@ -196,10 +195,11 @@ class Bench {
     const double flops = call.flops();
     const double peak = peak_gflops(peaks, ran, dtype);
 
-    Record r = {{"pass", flags_.pass}, {"dtype", name_of(dtype)}, {"batch", s.batch}, {"heads", s.heads},
-                {"kv_heads", s.kv_heads}, {"seq", s.seqlen_k}, {"head_dim", s.head_dim},
-                {"head_dim_v", s.head_dim_v}, {"block", spec.block_q}, {"block_k", spec.block_k},
-                {"layout", flags_.layout}, {"pattern", name_of(spec.kind)}, {"causal", spec.causal}};
+    Record r = {{"pass", flags_.pass},     {"dtype", name_of(dtype)},    {"batch", s.batch},
+                {"heads", s.heads},        {"kv_heads", s.kv_heads},     {"seq", s.seqlen_k},
+                {"head_dim", s.head_dim},  {"head_dim_v", s.head_dim_v}, {"block", spec.block_q},
+                {"block_k", spec.block_k}, {"layout", flags_.layout},    {"pattern", name_of(spec.kind)},
+                {"causal", spec.causal}};
     if (decode()) r["queries"] = s.seqlen_q;
     if (spec.density) r["requested_density"] = *spec.density;
     if (choice.token_window) r["window"] = *choice.token_window;
@@ -289,32 +289,45 @@ void add_bench(CLI::App& app, Context& context) {
   auto flags = std::make_shared<BenchFlags>();
   const auto positive = integer(1);
   command->add_option("--pass", flags->pass, "Forward, backward, both, or decode: a few queries against --seq keys")
-      ->check(CLI::IsMember({"fwd", "bwd", "fwdbwd", "decode"}).description(""))->type_name("fwd|bwd|fwdbwd|decode")
+      ->check(CLI::IsMember({"fwd", "bwd", "fwdbwd", "decode"}).description(""))
+      ->type_name("fwd|bwd|fwdbwd|decode")
       ->capture_default_str();
   add_list(*command, "--dtype", flags->dtypes, "fp32, bf16, fp16 or fp64 (the slow reference). Default fp32")
-      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))->type_name("NAME,..");
-  add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")
-      ->check(positive)->type_name("N,..");
+      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))
+      ->type_name("NAME,..");
+  add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")->check(positive)->type_name("N,..");
   command->add_option("--queries", flags->queries, "decode: queries, up to 16. Default 1")
-      ->check(integer(1, kMostDecodeQueries))->type_name("N");
+      ->check(integer(1, kMostDecodeQueries))
+      ->type_name("N");
   command->add_option("--batch", flags->batch, "Batch")->check(positive)->type_name("N")->capture_default_str();
   command->add_option("--heads", flags->heads, "Query heads")->check(positive)->type_name("N")->capture_default_str();
   command->add_option("--kv-heads", flags->kv_heads, "Key and value heads. Default: --heads")
-      ->check(positive)->type_name("N");
+      ->check(positive)
+      ->type_name("N");
   command->add_option("--head-dim", flags->head_dim, "Head dim of q and k")
-      ->check(positive)->type_name("N")->capture_default_str();
+      ->check(positive)
+      ->type_name("N")
+      ->capture_default_str();
   command->add_option("--head-dim-v", flags->head_dim_v, "Head dim of v. Default: --head-dim")
-      ->check(positive)->type_name("N");
+      ->check(positive)
+      ->type_name("N");
   command->add_option("--layout", flags->layout, "How tensors lie in memory")
-      ->check(CLI::IsMember({"bshd", "bhsd"}).description(""))->type_name("bshd|bhsd")->capture_default_str();
+      ->check(CLI::IsMember({"bshd", "bhsd"}).description(""))
+      ->type_name("bshd|bhsd")
+      ->capture_default_str();
   flags->pattern.add_to(*command, {.file = false, .attention = true, .dilation = true, .fallback = "dilated_sparse"});
   add_list(*command, "--threads", flags->threads, "Threads; 0: all CPUs. Default 0")
-      ->check(integer(0, 1024))->type_name("N,..");
+      ->check(integer(0, 1024))
+      ->type_name("N,..");
   add_isa(*command, flags->isa);
   command->add_option("--repeat", flags->repeat, "Timed runs after the warm-up; seconds is their median")
-      ->check(positive)->type_name("N")->capture_default_str();
-  command->add_option("--input-seed", flags->seed, "Seed of the random inputs")->check(integer(0))
-      ->type_name("N")->capture_default_str();
+      ->check(positive)
+      ->type_name("N")
+      ->capture_default_str();
+  command->add_option("--input-seed", flags->seed, "Seed of the random inputs")
+      ->check(integer(0))
+      ->type_name("N")
+      ->capture_default_str();
   command->add_flag("--vs-dense", flags->vs_dense, "Time the dense pattern too");
   command->callback([&context, flags] { bench(context, *flags); });
 }

@@ -52,16 +52,26 @@ void check(Context& context, const CheckFlags& flags) {
 
   Record rows = Record::array();
   for (const CheckRow& r : report.rows) {
-    rows.push_back({{"isa", name_of(r.isa)}, {"pass", name_of(r.pass)}, {"path", name_of(r.path)},
-                    {"dtype", name_of(r.dtype)}, {"cases", r.cases}, {"failures", r.failures}, {"worst", r.worst}});
+    rows.push_back({{"isa", name_of(r.isa)},
+                    {"pass", name_of(r.pass)},
+                    {"path", name_of(r.path)},
+                    {"dtype", name_of(r.dtype)},
+                    {"cases", r.cases},
+                    {"failures", r.failures},
+                    {"worst", r.worst}});
   }
   if (context.format == Format::json) {
     Record result = {{"passed", report.passed()}, {"seed", report.seed}, {"cases", report.cases}, {"rows", rows}};
     result["failures"] = Record::array();
     for (const CheckFailure& f : report.failures) {
-      result["failures"].push_back({{"case", f.case_number}, {"isa", name_of(f.isa)}, {"pass", name_of(f.pass)},
-                                    {"path", name_of(f.path)}, {"dtype", name_of(f.dtype)}, {"problem", f.problem},
-                                    {"config", f.config}, {"reproduce", reproduce(report, f)}});
+      result["failures"].push_back({{"case", f.case_number},
+                                    {"isa", name_of(f.isa)},
+                                    {"pass", name_of(f.pass)},
+                                    {"path", name_of(f.path)},
+                                    {"dtype", name_of(f.dtype)},
+                                    {"problem", f.problem},
+                                    {"config", f.config},
+                                    {"reproduce", reproduce(report, f)}});
     }
     write_json(context.output, result);
   } else {
@@ -88,21 +98,29 @@ void check(Context& context, const CheckFlags& flags) {
 }  // namespace
 
 void add_check(CLI::App& app, Context& context) {
-  CLI::App* command = add_command(app, context, "check",
-                                  "Every kernel of every ISA of this machine against fp64, on random cases",
-                                  "  tessera check\n"
-                                  "  tessera check --cases 2000 --seed 7 --isa avx2\n"
-                                  "  tessera check --cases 1 --seed 7 --first-case 123     (one case alone)");
+  CLI::App* command =
+      add_command(app, context, "check", "Every kernel of every ISA of this machine against fp64, on random cases",
+                  "  tessera check\n"
+                  "  tessera check --cases 2000 --seed 7 --isa avx2\n"
+                  "  tessera check --cases 1 --seed 7 --first-case 123     (one case alone)");
   auto flags = std::make_shared<CheckFlags>();
   command->add_option("--cases", flags->cases, "Random cases; each runs on each ISA")
-      ->check(integer(0))->type_name("N")->capture_default_str();
+      ->check(integer(0))
+      ->type_name("N")
+      ->capture_default_str();
   command->add_option("--seed", flags->seed, "Seed of the cases")
-      ->check(integer(0))->type_name("N")->capture_default_str();
+      ->check(integer(0))
+      ->type_name("N")
+      ->capture_default_str();
   command->add_option("--first-case", flags->first_case, "Number of the first case")
-      ->check(integer(0))->type_name("N")->capture_default_str();
+      ->check(integer(0))
+      ->type_name("N")
+      ->capture_default_str();
   add_list(*command, "--isa", flags->isas, "Only these instruction sets")->type_name("NAME,..");
   command->add_option("--pass", flags->pass, "fwd, bwd or both")
-      ->check(CLI::IsMember({"fwd", "bwd", "both"}))->type_name("PASS")->capture_default_str();
+      ->check(CLI::IsMember({"fwd", "bwd", "both"}))
+      ->type_name("PASS")
+      ->capture_default_str();
   add_threads(*command, flags->threads)->description("Threads of the fp64 reference; 0: all CPUs");
   command->callback([&context, flags] { check(context, *flags); });
 }

@@ -45,12 +45,29 @@ std::string find_sample() {
 
 // All sections as one table: CSV has no other way.
 void write_csv(Context& context, const Record& results) {
-  static constexpr Column kColumns[] = {
-      {"section", ""}, {"pattern", ""}, {"block", ""}, {"density", ""}, {"seq", ""}, {"dtype", ""}, {"max_error", ""},
-      {"error_ratio", ""}, {"coverage", ""}, {"coverage_p5", ""}, {"oracle_coverage", ""}, {"oracle_ratio", ""},
-      {"output_error", ""}, {"seconds", ""}, {"dense_seconds", ""}, {"speedup_vs_dense", ""}, {"gflops", ""},
-      {"fraction_of_peak", ""}, {"tensor_bytes", ""}, {"scratch_bytes", ""}, {"guide_seconds", ""},
-      {"speedup_vs_guide", ""}, {"file", ""}};
+  static constexpr Column kColumns[] = {{"section", ""},
+                                        {"pattern", ""},
+                                        {"block", ""},
+                                        {"density", ""},
+                                        {"seq", ""},
+                                        {"dtype", ""},
+                                        {"max_error", ""},
+                                        {"error_ratio", ""},
+                                        {"coverage", ""},
+                                        {"coverage_p5", ""},
+                                        {"oracle_coverage", ""},
+                                        {"oracle_ratio", ""},
+                                        {"output_error", ""},
+                                        {"seconds", ""},
+                                        {"dense_seconds", ""},
+                                        {"speedup_vs_dense", ""},
+                                        {"gflops", ""},
+                                        {"fraction_of_peak", ""},
+                                        {"tensor_bytes", ""},
+                                        {"scratch_bytes", ""},
+                                        {"guide_seconds", ""},
+                                        {"speedup_vs_guide", ""},
+                                        {"file", ""}};
   RecordWriter writer(context.output, Format::csv, kColumns);
   for (const char* section : {"errors", "quality", "times", "training", "scale", "pictures"}) {
     for (const Record& r : results.at(section)) {
@@ -85,13 +102,13 @@ void demo(Context& context, const DemoFlags& flags) {
       context.progress.clear();
       std::string peak = fmt::format("peak {:.0f} GFLOP/s fp32", peaks.fma_gflops);
       if (peaks.bf16_dot_gflops > 0) peak += fmt::format(", {:.0f} bf16", peaks.bf16_dot_gflops);
-      context.output.write(fmt::format(
-          "Tessera {}: block-sparse attention\n"
-          "Machine  {}, {} thread{}, {}, {}\n"
-          "Sample   q, k, v of a trained causal language model: {} heads of {} numbers, {} tokens\n"
-          "         {}\n",
-          TESSERA_VERSION, cpu_model(), pool.num_threads(), pool.num_threads() > 1 ? "s" : "", name_of(isa), peak,
-          sample.fp32.heads(), sample.fp32.head_dim(), sample.fp32.seqlen_q(), path));
+      context.output.write(
+          fmt::format("Tessera {}: block-sparse attention\n"
+                      "Machine  {}, {} thread{}, {}, {}\n"
+                      "Sample   q, k, v of a trained causal language model: {} heads of {} numbers, {} tokens\n"
+                      "         {}\n",
+                      TESSERA_VERSION, cpu_model(), pool.num_threads(), pool.num_threads() > 1 ? "s" : "", name_of(isa),
+                      peak, sample.fp32.heads(), sample.fp32.head_dim(), sample.fp32.seqlen_q(), path));
     }
     results["errors"] = demo_errors(context, sample, flags.quick, pool);
     results["quality"] = demo_quality(context, sample, pool);
@@ -142,17 +159,21 @@ void add_demo(CLI::App& app, Context& context) {
                                   "  tessera demo --quick --out /tmp/demo\n"
                                   "  tessera demo --format json > demo.json");
   auto flags = std::make_shared<DemoFlags>();
-  command->add_flag("--quick", flags->quick, "Fewer patterns, up to 16,384 tokens: some seconds instead of a minute "
-                                             "or two");
+  command->add_flag("--quick", flags->quick,
+                    "Fewer patterns, up to 16,384 tokens: some seconds instead of a minute "
+                    "or two");
   command->add_option("--out", flags->out, "Folder for the pictures and results.json")
-      ->type_name("DIR")->capture_default_str();
-  command->add_option("--input", flags->input,
-                      "Other queries, keys and values (safetensors with q, k, v in [B, H, S, D], causal). Default: the "
-                      "sample that comes with Tessera")
+      ->type_name("DIR")
+      ->capture_default_str();
+  command
+      ->add_option("--input", flags->input,
+                   "Other queries, keys and values (safetensors with q, k, v in [B, H, S, D], causal). Default: the "
+                   "sample that comes with Tessera")
       ->type_name("FILE");
-  command->add_option("--longest", flags->longest,
-                      "Longest sequence of the scale table. Default 131072; --quick: 16384")
-      ->check(integer(0))->type_name("N");
+  command
+      ->add_option("--longest", flags->longest, "Longest sequence of the scale table. Default 131072; --quick: 16384")
+      ->check(integer(0))
+      ->type_name("N");
   add_threads(*command, flags->threads);
   command->callback([&context, flags] { demo(context, *flags); });
 }

@@ -15,10 +15,10 @@ namespace tessera::cli {
 
 // One pattern that the demo judges on the sample.
 struct DemoPattern {
-  std::string name;        // of the preset or the pattern
-  PatternChoice choice;    // a pattern, or dilated attention with it
-  BlockPattern pattern;    // of dilated attention: the pairs of tokens that it admits
-  double density = 0;      // of blocks; of dilated attention: of pairs
+  std::string name;      // of the preset or the pattern
+  PatternChoice choice;  // a pattern, or dilated attention with it
+  BlockPattern pattern;  // of dilated attention: the pairs of tokens that it admits
+  double density = 0;    // of blocks; of dilated attention: of pairs
 };
 
 struct DemoSample {

@@ -162,9 +162,15 @@ Record demo_errors(Context& context, const DemoSample& sample, bool quick, Execu
           p.choice.dilated()
               ? run_and_compare(DilatedCall(*x, p.choice.dilation(), sample.options, Isa::automatic), executor)
               : run_and_compare(ForwardCall(*x, p.pattern, sample.options, Isa::automatic), executor);
-      Record r = {{"pattern", p.name}, {"block", p.choice.spec.block_q}, {"density", p.density},
-                  {"dtype", name_of(x->q.dtype())}, {"max_error", e.out_error}, {"error_ratio", e.out_ratio},
-                  {"max_lse_error", e.lse_error}, {"lse_error_ratio", e.lse_ratio}, {"passed", e.passed}};
+      Record r = {{"pattern", p.name},
+                  {"block", p.choice.spec.block_q},
+                  {"density", p.density},
+                  {"dtype", name_of(x->q.dtype())},
+                  {"max_error", e.out_error},
+                  {"error_ratio", e.out_ratio},
+                  {"max_lse_error", e.lse_error},
+                  {"lse_error_ratio", e.lse_ratio},
+                  {"passed", e.passed}};
       add_beside(row, r);
       records.push_back(std::move(r));
     }
@@ -191,8 +197,8 @@ Record demo_quality(Context& context, const DemoSample& sample, Executor& execut
   for (size_t i = 0; i < results.size(); ++i) {
     const Quality& q = results[i];
     const DemoPattern& p = sample.patterns[i];
-    Record r = {{"pattern", p.name}, {"block", p.choice.spec.block_q}, {"density", p.density},
-                {"coverage", q.coverage}, {"coverage_p5", q.coverage_p5}, {"coverage_min", q.coverage_min}};
+    Record r = {{"pattern", p.name},      {"block", p.choice.spec.block_q}, {"density", p.density},
+                {"coverage", q.coverage}, {"coverage_p5", q.coverage_p5},   {"coverage_min", q.coverage_min}};
     if (p.choice.dilated()) {  // chooses pairs, which no choice of blocks compares to
       r["output_error"] = dilated_output_error(sample, p, executor);
     } else {
@@ -230,19 +236,25 @@ Record measure_times(Context& context, const DemoSample& sample, Pass pass, bool
       context.progress.show("timing " + p.name, static_cast<double>(done++) / (2.0 * sample.patterns.size()));
       const DType dtype = x->q.dtype();
       if (!dout.contains(dtype)) dout[dtype] = random_normal(dtype, x->out_shape(), 0, pool);
-      PassCall call =
-          p.choice.dilated()
-              ? PassCall(pass, *x, &dout[dtype], p.choice.dilation(), sample.options, Isa::automatic, pool)
-              : PassCall(pass, *x, &dout[dtype], p.pattern, sample.options, Isa::automatic, pool);
+      PassCall call = p.choice.dilated()
+                          ? PassCall(pass, *x, &dout[dtype], p.choice.dilation(), sample.options, Isa::automatic, pool)
+                          : PassCall(pass, *x, &dout[dtype], p.pattern, sample.options, Isa::automatic, pool);
       PassCall::Info info;
       const Timing timing = time_calls(kRepeat, [&] { info = call(pool); });
       if (!dense.contains(dtype)) dense[dtype] = timing.median;  // the first pattern
       const double gflops = call.flops() / timing.median / 1e9;
       const double peak = peak_gflops(peaks, info.isa, dtype);
-      Record r = {{"pattern", p.name}, {"block", p.choice.spec.block_q}, {"density", p.density},
-                  {"dtype", name_of(dtype)}, {"seconds", timing.median}, {"dense_seconds", dense[dtype]},
-                  {"speedup_vs_dense", dense[dtype] / timing.median}, {"gflops", gflops}, {"peak_gflops", peak},
-                  {"fraction_of_peak", gflops / peak}, {"isa", name_of(info.isa)},
+      Record r = {{"pattern", p.name},
+                  {"block", p.choice.spec.block_q},
+                  {"density", p.density},
+                  {"dtype", name_of(dtype)},
+                  {"seconds", timing.median},
+                  {"dense_seconds", dense[dtype]},
+                  {"speedup_vs_dense", dense[dtype] / timing.median},
+                  {"gflops", gflops},
+                  {"peak_gflops", peak},
+                  {"fraction_of_peak", gflops / peak},
+                  {"isa", name_of(info.isa)},
                   {"scratch_bytes", info.scratch_bytes}};
       add_beside(row, r);
       records.push_back(std::move(r));
@@ -282,7 +294,7 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   context.progress.show("drawing patterns");
   const int64_t seqlen = sample.fp32.seqlen_q();
   const MassMap mass = attention_mass(input, kSampleBlock, kSampleBlock, executor);
-  constexpr int kPanel = 320;        // pixels
+  constexpr int kPanel = 320;         // pixels
   constexpr int64_t kPanelHeads = 4;  // as many as presets, so that the sheet is full
   std::vector<Image> panels;
   for (int64_t h = 0; h < std::min(kPanelHeads, sample.fp32.heads()); ++h) {
@@ -319,8 +331,13 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
     series.push_back(std::move(s));
   }
   write("quality.png",
-        draw_lines(series, {.title = "Attention mass kept, by pattern", .x_label = "density (share of pairs kept)",
-                            .y_label = "coverage", .log_x = true, .log_y = false, .y_min = 0, .y_max = 1}),
+        draw_lines(series, {.title = "Attention mass kept, by pattern",
+                            .x_label = "density (share of pairs kept)",
+                            .y_label = "coverage",
+                            .log_x = true,
+                            .log_y = false,
+                            .y_min = 0,
+                            .y_max = 1}),
         "coverage against density, with the best possible choice");
 
   Series fp32{"fp32, here", {}, {}, false}, bf16{"bf16, here", {}, {}, false};
@@ -341,8 +358,13 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   }
   if (!curves.empty()) {
     write("scale.png",
-          draw_lines(curves, {.title = "Time by length, density 10 % to 0.5 %", .x_label = "tokens",
-                              .y_label = "milliseconds", .log_x = true, .log_y = true, .y_min = {}, .y_max = {}}),
+          draw_lines(curves, {.title = "Time by length, density 10 % to 0.5 %",
+                              .x_label = "tokens",
+                              .y_label = "milliseconds",
+                              .log_x = true,
+                              .log_y = true,
+                              .y_min = {},
+                              .y_max = {}}),
           "time against length, beside the guides' figures");
   }
   context.progress.clear();

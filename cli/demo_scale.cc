@@ -15,7 +15,7 @@ struct GuideRow {
   double seconds;  // GTX 1080, 8 heads of 64, fp16 forward: guides/sparsity-ratio-fix.md, "Performance Results"
 };
 constexpr GuideRow kGuide[] = {
-    {4096, 0.10, 50.4e-3},   {8192, 0.05, 105.6e-3},  {16384, 0.05, 196.4e-3},
+    {4096, 0.10, 50.4e-3},   {8192, 0.05, 105.6e-3},   {16384, 0.05, 196.4e-3},
     {32768, 0.02, 415.4e-3}, {65536, 0.01, 1003.6e-3}, {131072, 0.005, 2472.2e-3},
 };
 constexpr int kHeads = 8, kHeadDim = 64, kScaleBlock = 128;
@@ -47,10 +47,12 @@ Record measure(const GuideRow& row, DType dtype, ThreadPool& pool) {
   shape.head_dim = shape.head_dim_v = kHeadDim;
   shape.seqlen_q = shape.seqlen_k = row.seqlen;
   const int64_t lse_bytes = shape.batch * kHeads * row.seqlen * 4;
-  const int64_t tensor_bytes = (shape.q_elements() + shape.kv_elements() + shape.out_elements()) *
-                                   static_cast<int64_t>(size_of(dtype)) + lse_bytes;
-  Record r = {{"seq", row.seqlen}, {"pattern", "dilated_sparse"}, {"block", kScaleBlock}, {"dtype", name_of(dtype)},
-              {"requested_density", row.density}, {"guide_seconds", row.seconds}, {"tensor_bytes", tensor_bytes}};
+  const int64_t tensor_bytes =
+      (shape.q_elements() + shape.kv_elements() + shape.out_elements()) * static_cast<int64_t>(size_of(dtype)) +
+      lse_bytes;
+  Record r = {{"seq", row.seqlen},           {"pattern", "dilated_sparse"},      {"block", kScaleBlock},
+              {"dtype", name_of(dtype)},     {"requested_density", row.density}, {"guide_seconds", row.seconds},
+              {"tensor_bytes", tensor_bytes}};
   const int64_t available = available_memory_bytes();
   if (available > 0 && available < needed_bytes(tensor_bytes)) {
     r["skipped"] = fmt::format("needs {} of memory, {} available", human_bytes(double(needed_bytes(tensor_bytes))),

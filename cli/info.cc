@@ -62,9 +62,18 @@ void info(Context& context, bool no_peaks) {
       // One row a peak, with the machine's own fields repeated, so that it stays one table.
       record["isas_compiled"] = fmt::format("{}", fmt::join(names(compiled_isas()), " "));
       record["isas_usable"] = fmt::format("{}", fmt::join(names(usable_isas()), " "));
-      static constexpr Column kCsv[] = {{"version", ""}, {"cpu", ""}, {"cpus", ""}, {"isas_compiled", ""},
-          {"isas_usable", ""}, {"cuda", ""}, {"torch", ""}, {"isa", ""}, {"threads", ""}, {"fma_gflops", ""},
-          {"bf16_dot_gflops", ""}, {"read_gbytes_per_second", ""}};
+      static constexpr Column kCsv[] = {{"version", ""},
+                                        {"cpu", ""},
+                                        {"cpus", ""},
+                                        {"isas_compiled", ""},
+                                        {"isas_usable", ""},
+                                        {"cuda", ""},
+                                        {"torch", ""},
+                                        {"isa", ""},
+                                        {"threads", ""},
+                                        {"fma_gflops", ""},
+                                        {"bf16_dot_gflops", ""},
+                                        {"read_gbytes_per_second", ""}};
       record.erase("features");
       record["cuda"] = record["torch"] = false;
       RecordWriter writer(context.output, context.format, kCsv);
@@ -79,14 +88,14 @@ void info(Context& context, bool no_peaks) {
     }
     case Format::table: break;
   }
-  context.output.write(fmt::format(
-      "tessera        {}\n"
-      "cpu            {}, {} usable\n"
-      "isas compiled  {}\n"
-      "isas usable    {}\n"
-      "features       CPU forward, backward and decode: yes, CUDA: no, torch: no\n",
-      TESSERA_VERSION, cpu_model(), available_cpus(), fmt::join(names(compiled_isas()), ", "),
-      fmt::join(names(usable_isas()), ", ")));
+  context.output.write(
+      fmt::format("tessera        {}\n"
+                  "cpu            {}, {} usable\n"
+                  "isas compiled  {}\n"
+                  "isas usable    {}\n"
+                  "features       CPU forward, backward and decode: yes, CUDA: no, torch: no\n",
+                  TESSERA_VERSION, cpu_model(), available_cpus(), fmt::join(names(compiled_isas()), ", "),
+                  fmt::join(names(usable_isas()), ", ")));
   if (peaks.empty()) return;
   context.output.write("\nPeaks measured now\n");
   RecordWriter writer(context.output, context.format, kPeaks);

@@ -125,7 +125,7 @@ struct ReferenceError {
   double lse_error = 0;
   double out_ratio = 0;  // largest error as a fraction of the bound on the rounding of its element
   double lse_ratio = 0;
-  bool passed = true;    // nothing beyond its bound; NaN and infinities where the reference has them
+  bool passed = true;  // nothing beyond its bound; NaN and infinities where the reference has them
 };
 ReferenceError compare_to_reference(const ForwardCall& call, Executor& executor);
 ReferenceError compare_to_reference(const DilatedCall& call, Executor& executor);

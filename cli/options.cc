@@ -87,15 +87,24 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   if (!flags.fallback.empty()) patterns_ = {flags.fallback};
 
   pattern_ = add_list(app, "--pattern", patterns_, fmt::format("One of {}; a list sweeps", fmt::join(names, ", ")))
-                 ->check(CLI::IsMember(names).description(""))->type_name("NAME,..")->group(group);
+                 ->check(CLI::IsMember(names).description(""))
+                 ->type_name("NAME,..")
+                 ->group(group);
   add_list(app, "--density", densities_,
            fmt::format("Share of the admissible block pairs that is kept; a list sweeps. Default {} where the pattern "
-                       "needs one", kDefaultDensity))
-      ->check(check_density)->type_name("D,..")->group(group);
+                       "needs one",
+                       kDefaultDensity))
+      ->check(check_density)
+      ->type_name("D,..")
+      ->group(group);
   add_list(app, "--block", blocks_, "Tokens of a block; a list sweeps. Default 128")
-      ->check(check_block)->type_name("N,..")->group(group);
+      ->check(check_block)
+      ->type_name("N,..")
+      ->group(group);
   app.add_option("--block-k", block_k_, "Keys of a block. Default: --block")
-      ->check(check_block)->type_name("N")->group(group);
+      ->check(check_block)
+      ->type_name("N")
+      ->group(group);
   app.add_flag("--causal", causal_, "Only keys at or before the query (aligned to the last key)")->group(group);
   std::string window = "Tokens of the pattern's window (" + names_where(&Takes::window) + ")";
   if (flags.attention) {
@@ -103,7 +112,9 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
     app.add_option("--token-window", token_window_,
                    "Token-exact attention window with any pattern: causal admits 0 <= q - k <= N, otherwise "
                    "|q - k| <= N / 2")
-        ->check(integer(0))->type_name("N")->group(group);
+        ->check(integer(0))
+        ->type_name("N")
+        ->group(group);
   }
   app.add_option("--window", window_, window)->check(integer(1))->type_name("N")->group(group);
   std::string rates =
@@ -111,34 +122,49 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   std::string segments = "dilated_segments: tokens of a segment, one a rate";
   if (flags.dilation) {
     rates += ". With --segment-lengths: those of dilated attention";
-    segments += ". Any other pattern: dilated attention (LongNet) over segments of these lengths, one a dilation rate, "
-                "with the pattern inside each dilated segment (default here: dense)";
+    segments +=
+        ". Any other pattern: dilated attention (LongNet) over segments of these lengths, one a dilation rate, "
+        "with the pattern inside each dilated segment (default here: dense)";
   }
   add_list(app, "--dilation-rates", dilation_rates_, rates)->check(integer(1))->type_name("R,..")->group(group);
   add_list(app, "--segment-lengths", segment_lengths_, segments)->check(integer(1))->type_name("N,..")->group(group);
-  app.add_option("--global-tokens", global_tokens_, "Tokens that see and are seen by all (" +
-                 names_where(&Takes::global) + ")")
-      ->check(integer(0))->type_name("N")->group(group);
-  app.add_option("--stride", stride_, "strided: blocks")
-      ->check(integer(1))->type_name("N")->group(group);
+  app.add_option("--global-tokens", global_tokens_,
+                 "Tokens that see and are seen by all (" + names_where(&Takes::global) + ")")
+      ->check(integer(0))
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--stride", stride_, "strided: blocks")->check(integer(1))->type_name("N")->group(group);
   app.add_option("--seed", seed_, "Seed of the random pairs (" + names_where(&Takes::seed) + ")")
-      ->check(integer(0))->type_name("N")->group(group);
-  app.add_option("--pattern-heads", heads_, "1: all heads share one pattern; or one a head. Default 1, and one a head "
+      ->check(integer(0))
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--pattern-heads", heads_,
+                 "1: all heads share one pattern; or one a head. Default 1, and one a head "
                  "for dilated_segments")
-      ->check(integer(1))->type_name("N")->group(group);
+      ->check(integer(1))
+      ->type_name("N")
+      ->group(group);
   app.add_option("--ranks", ranks_, "hierarchical: equal shards of the sequence")
-      ->check(integer(1))->type_name("N")->group(group);
-  app.add_option("--ranks-per-node", ranks_per_node_, "hierarchical")
-      ->check(integer(1))->type_name("N")->group(group);
+      ->check(integer(1))
+      ->type_name("N")
+      ->group(group);
+  app.add_option("--ranks-per-node", ranks_per_node_, "hierarchical")->check(integer(1))->type_name("N")->group(group);
   app.add_option("--local-density", local_density_, "hierarchical: inside a rank")
-      ->check(check_density)->type_name("D")->group(group);
+      ->check(check_density)
+      ->type_name("D")
+      ->group(group);
   app.add_option("--global-density", global_density_, "hierarchical: inside a node")
-      ->check(check_share)->type_name("D")->group(group);
+      ->check(check_share)
+      ->type_name("D")
+      ->group(group);
   app.add_option("--inter-node-density", inter_node_density_, "hierarchical: across nodes")
-      ->check(check_share)->type_name("D")->group(group);
+      ->check(check_share)
+      ->type_name("D")
+      ->group(group);
   if (flags.file) {
     app.add_option("--pattern-file", file_, "A pattern as JSON (what `tessera pattern --output` writes)")
-        ->type_name("FILE")->group(group);
+        ->type_name("FILE")
+        ->group(group);
   }
 }
 
@@ -269,14 +295,17 @@ void set_token_window(AttentionOptions& options, bool causal, std::optional<int6
 CLI::Option* add_isa(CLI::App& app, std::string& isa) {
   std::vector<std::string_view> names;
   for (Isa i : compiled_isas()) names.push_back(name_of(i));
-  return app.add_option("--isa", isa, fmt::format("Instruction set to use: {}. Default: the best this CPU has",
-                                                  fmt::join(names, ", ")))
+  return app
+      .add_option("--isa", isa,
+                  fmt::format("Instruction set to use: {}. Default: the best this CPU has", fmt::join(names, ", ")))
       ->type_name("NAME");
 }
 
 CLI::Option* add_threads(CLI::App& app, int& threads) {
   return app.add_option("--threads", threads, "Threads; 0: all CPUs")
-      ->check(integer(0, kMostThreads))->type_name("N")->capture_default_str();
+      ->check(integer(0, kMostThreads))
+      ->type_name("N")
+      ->capture_default_str();
 }
 
 DType parse_dtype(const std::string& name) {

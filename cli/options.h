@@ -27,10 +27,10 @@ CLI::Option* add_list(CLI::App& app, const std::string& name, std::vector<T>& va
 std::function<std::string(const std::string&)> integer(int64_t min, int64_t max = INT64_MAX);
 
 struct PatternFlags {
-  bool file = false;          // --pattern-file is taken
-  bool attention = false;     // the pattern is used by attention: --causal, --window reach token level
-  bool dilation = false;      // --segment-lengths may ask for LongNet's dilated attention
-  std::string fallback;       // --pattern when not given; empty: it must be given
+  bool file = false;       // --pattern-file is taken
+  bool attention = false;  // the pattern is used by attention: --causal, --window reach token level
+  bool dilation = false;   // --segment-lengths may ask for LongNet's dilated attention
+  std::string fallback;    // --pattern when not given; empty: it must be given
 };
 
 // One point of a sweep over --pattern, --density and --block.
@@ -87,7 +87,7 @@ class PatternOptions {
 // The pattern of these lengths. `heads`: query heads, for patterns that differ by head unless --pattern-heads said
 // otherwise. What the library refuses here came from the command line: UsageError.
 BlockPattern build_pattern(PatternSpec spec, int64_t seqlen_q, int64_t seqlen_k, int64_t heads);
-std::string pattern_label(const PatternSpec& spec);  // "dilated_sparse 0.1"
+std::string pattern_label(const PatternSpec& spec);          // "dilated_sparse 0.1"
 std::string comma_list(const std::vector<int64_t>& values);  // "1,2,4"
 
 // Token-exact window of `tokens`: causal admits q - k in [0, tokens], otherwise |q - k| <= tokens / 2.

@@ -124,9 +124,7 @@ void RecordWriter::add(const Record& record) {
       output_.write(table_line(columns_, [&](const Column& c) { return styled(field(record, c.key), c.style); }));
       break;
     case Format::json: output_.write((started_ ? ",\n  " : "[\n  ") + json_text(record, -1)); break;
-    case Format::csv:
-      output_.write((started_ ? "" : csv_header(columns_)) + csv_row(record, columns_));
-      break;
+    case Format::csv: output_.write((started_ ? "" : csv_header(columns_)) + csv_row(record, columns_)); break;
   }
   started_ = true;
 }

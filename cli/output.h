@@ -33,8 +33,8 @@ enum class Style {
   percent,       // of a ratio
   milliseconds,  // of seconds
   bytes,
-  error,         // 1.2e-07
-  ratio,         // 3.4x
+  error,  // 1.2e-07
+  ratio,  // 3.4x
 };
 std::string styled(const Record& value, Style style);
 std::string human_bytes(double bytes);

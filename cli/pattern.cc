@@ -62,11 +62,20 @@ void add_spread(Record& record, const std::string& name, const Spread& s) {
 Record describe(const BlockPattern& p, bool causal) {
   const PatternShape& shape = p.shape();
   const PatternStatistics s = statistics(p, causal);
-  Record r = {{"block_q", shape.block_q}, {"block_k", shape.block_k}, {"seqlen_q", shape.seqlen_q},
-              {"seqlen_k", shape.seqlen_k}, {"pattern_heads", shape.heads}, {"pattern_batches", shape.batches},
-              {"causal", causal}, {"rows", s.rows}, {"cols", s.cols}, {"kept_blocks", s.kept_blocks},
-              {"partial_blocks", s.partial_blocks}, {"admissible_blocks", s.admissible_blocks},
-              {"density", s.density}, {"sparsity", s.sparsity}};
+  Record r = {{"block_q", shape.block_q},
+              {"block_k", shape.block_k},
+              {"seqlen_q", shape.seqlen_q},
+              {"seqlen_k", shape.seqlen_k},
+              {"pattern_heads", shape.heads},
+              {"pattern_batches", shape.batches},
+              {"causal", causal},
+              {"rows", s.rows},
+              {"cols", s.cols},
+              {"kept_blocks", s.kept_blocks},
+              {"partial_blocks", s.partial_blocks},
+              {"admissible_blocks", s.admissible_blocks},
+              {"density", s.density},
+              {"sparsity", s.sparsity}};
   add_spread(r, "row_density", s.row_density);
   add_spread(r, "column_density", s.column_density);
   r["diagonal_density"] = s.diagonal_density;
@@ -107,8 +116,7 @@ void show(Context& context, const PatternFlagsValues& flags) {
       causal = spec.causal;
       record["pattern"] = name_of(spec.kind);
       if (spec.density) record["requested_density"] = *spec.density;
-      record["build_seconds"] =
-          time_once([&] { pattern = build_pattern(spec, flags.seqlen, seqlen_k, flags.heads); });
+      record["build_seconds"] = time_once([&] { pattern = build_pattern(spec, flags.seqlen, seqlen_k, flags.heads); });
     }
     record.update(describe(pattern, causal));
     if (flags.ascii && context.format == Format::json) record["ascii"] = ascii(pattern, 0, 100);
@@ -138,11 +146,13 @@ void add_pattern(CLI::App& app, Context& context) {
       "  tessera pattern --pattern global_local --seq 8192 --window 512 --global-tokens 64 --output p.json");
   auto flags = std::make_shared<PatternFlagsValues>();
   command->add_option("--seq", flags->seqlen, "Tokens: queries, and keys unless --seq-k")
-      ->check(integer(0))->type_name("N");
-  command->add_option("--seq-k", flags->seqlen_k, "Keys")->check(integer(0))
+      ->check(integer(0))
       ->type_name("N");
+  command->add_option("--seq-k", flags->seqlen_k, "Keys")->check(integer(0))->type_name("N");
   command->add_option("--heads", flags->heads, "Query heads, for patterns that differ by head")
-      ->check(integer(1))->type_name("N")->capture_default_str();
+      ->check(integer(1))
+      ->type_name("N")
+      ->capture_default_str();
   flags->pattern.add_to(*command, {.file = true, .attention = false, .fallback = ""});
   command->add_option("--output", flags->output, "Write the pattern as JSON")->type_name("FILE");
   command->add_option("--png", flags->png, "Draw the pattern; a sweep becomes one sheet")->type_name("FILE");

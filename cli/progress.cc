@@ -9,7 +9,7 @@
 namespace tessera::cli {
 namespace {
 
-constexpr int kBar = 24;                           // characters
+constexpr int kBar = 24;                                   // characters
 constexpr auto kInterval = std::chrono::milliseconds(50);  // between two updates of the same line
 
 void put(std::string_view text) {

@@ -52,7 +52,8 @@ const std::vector<float>& normal_numbers() {
 
 void check_tensor(const Tensor& t, const std::string& name) {
   if (t.rank() != 4) {
-    fail(name, fmt::format("shape [{}]", fmt::join(t.shape(), ", ")), "four dimensions, [B, H, S, D] or, with --layout "
+    fail(name, fmt::format("shape [{}]", fmt::join(t.shape(), ", ")),
+         "four dimensions, [B, H, S, D] or, with --layout "
          "bshd, [B, S, H, D]");
   }
   if (!is_floating(t.dtype())) fail(name, std::string(name_of(t.dtype())), "fp32, bf16, fp16, fp64");
@@ -67,7 +68,9 @@ void InputFlags::add_to(CLI::App& app) {
   app.add_option("--k", k, "Keys as .npy")->type_name("FILE")->group(group);
   app.add_option("--v", v, "Values as .npy")->type_name("FILE")->group(group);
   app.add_option("--layout", layout, "Order of the dimensions: bhsd is [B, H, S, D], bshd is [B, S, H, D]")
-      ->check(CLI::IsMember({"bhsd", "bshd"}).description(""))->type_name("bhsd|bshd")->capture_default_str()
+      ->check(CLI::IsMember({"bhsd", "bshd"}).description(""))
+      ->type_name("bhsd|bshd")
+      ->capture_default_str()
       ->group(group);
 }
 

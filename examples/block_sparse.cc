@@ -14,13 +14,22 @@ int main() {
   }
 
   const tessera::BlockPattern pattern = tessera::make_pattern({.kind = tessera::PatternKind::dilated_sparse,
-      .seqlen_q = seqlen, .seqlen_k = seqlen, .causal = true, .density = 0.1});
+                                                               .seqlen_q = seqlen,
+                                                               .seqlen_k = seqlen,
+                                                               .causal = true,
+                                                               .density = 0.1});
   auto bshd = [&](std::vector<float>& x) {
     return tessera::make_view(x.data(), tessera::DType::f32, {1, seqlen, heads, head_dim});
   };
   tessera::ThreadPool pool(0);
-  tessera::forward({.q = bshd(q), .k = bshd(k), .v = bshd(v), .pattern = pattern, .out = bshd(out),
-      .lse = tessera::make_view(lse.data(), tessera::DType::f32, {1, heads, seqlen}), .options = {.causal = true}}, pool);
+  tessera::forward({.q = bshd(q),
+                    .k = bshd(k),
+                    .v = bshd(v),
+                    .pattern = pattern,
+                    .out = bshd(out),
+                    .lse = tessera::make_view(lse.data(), tessera::DType::f32, {1, heads, seqlen}),
+                    .options = {.causal = true}},
+                   pool);
 
   // One softmax over all kept keys: the weights of a row sum to 1, so rows that are all alike come out unchanged.
   float worst = 0;

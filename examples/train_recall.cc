@@ -93,8 +93,8 @@ int main() {
   Weights readout(kDigits, 0.1f, random);
 
   // Blocks within 128 tokens back are kept: of the longest sequences one pair of blocks in four.
-  tessera::PatternSpec spec{.kind = tessera::PatternKind::local_window, .block_q = 32, .block_k = 32, .causal = true,
-                            .window = kWindow};
+  tessera::PatternSpec spec{
+      .kind = tessera::PatternKind::local_window, .block_q = 32, .block_k = 32, .causal = true, .window = kWindow};
   tessera::PatternCache patterns;
   patterns.warm_up(spec, kSeqlens);
   // A pair must not see its own digit: keys stand one position later, so that causal means "before" here.
@@ -132,13 +132,29 @@ int main() {
     const auto lse_view = tessera::make_view(lse.data(), tessera::DType::f32, {kBatch, kHeads, seqlen});
     spec.seqlen_q = spec.seqlen_k = seqlen;
     const tessera::BlockPattern pattern = patterns.get(spec);
-    tessera::forward({.q = view(q), .k = view(k), .v = view(v), .pattern = pattern, .out = view(out), .lse = lse_view,
-                      .options = options}, pool);
+    tessera::forward({.q = view(q),
+                      .k = view(k),
+                      .v = view(v),
+                      .pattern = pattern,
+                      .out = view(out),
+                      .lse = lse_view,
+                      .options = options},
+                     pool);
 
     std::vector<float> dout(q.size()), dq(q.size()), dk(q.size()), dv(q.size());
     const Result result = cross_entropy(digits, out, readout, dout);
-    tessera::backward({.q = view(q), .k = view(k), .v = view(v), .pattern = pattern, .out = view(out), .lse = lse_view,
-                       .dout = view(dout), .dq = view(dq), .dk = view(dk), .dv = view(dv), .options = options}, pool);
+    tessera::backward({.q = view(q),
+                       .k = view(k),
+                       .v = view(v),
+                       .pattern = pattern,
+                       .out = view(out),
+                       .lse = lse_view,
+                       .dout = view(dout),
+                       .dq = view(dq),
+                       .dk = view(dk),
+                       .dv = view(dv),
+                       .options = options},
+                      pool);
     for (int64_t t = 0; t < tokens; ++t) {
       add_row(&dq[t * kWidth], query.gradient_row(letters[t]));
       add_row(&dk[t * kWidth], key.gradient_row(letters[t]));

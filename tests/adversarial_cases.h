@@ -1,5 +1,5 @@
-// Configurations that every direction of attention must get right, one list a hostility, with the smallest sizes at which
-// it meets a tile edge (tiles are up to 8 rows by 64 keys, blocks here 16 to 128).
+// Configurations that every direction of attention must get right, one list a hostility, with the smallest sizes at
+// which it meets a tile edge (tiles are up to 8 rows by 64 keys, blocks here 16 to 128).
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "gtest/gtest.h"
 #include "attention/problem.h"
+#include "gtest/gtest.h"
 #include "tessera/analysis.h"
 #include "tessera/error.h"
 
@@ -97,8 +97,7 @@ Truth truth_of(const Case& c, int64_t b, int64_t h) {
   const AttentionOptions& o = c.input.options;
   const double scale = o.scale.value_or(1 / std::sqrt(static_cast<double>(s.head_dim)));
   const int64_t keys = o.key_lengths.empty() ? s.seqlen_k : o.key_lengths[b];
-  const int64_t diagonal =
-      o.q_offset.value_or((o.align_to_key_lengths ? keys : s.seqlen_k) - s.seqlen_q) - o.k_offset;
+  const int64_t diagonal = o.q_offset.value_or((o.align_to_key_lengths ? keys : s.seqlen_k) - s.seqlen_q) - o.k_offset;
   Truth t;
   for (int64_t q = 0; q < s.seqlen_q; ++q) {
     std::vector<double> row(s.seqlen_k, -std::numeric_limits<double>::infinity());
@@ -181,8 +180,7 @@ Naive naive_head(const Case& c, const BlockPattern& pattern, int64_t b, int64_t 
   Naive n;
   n.score_error = t.score_error;
   const int64_t keys = o.key_lengths.empty() ? s.seqlen_k : o.key_lengths[b];
-  const int64_t diagonal =
-      o.q_offset.value_or((o.align_to_key_lengths ? keys : s.seqlen_k) - s.seqlen_q) - o.k_offset;
+  const int64_t diagonal = o.q_offset.value_or((o.align_to_key_lengths ? keys : s.seqlen_k) - s.seqlen_q) - o.k_offset;
   for (int64_t i = 0; i < shape.rows(); ++i) {
     const int64_t q_begin = i * shape.block_q, q_end = std::min(q_begin + shape.block_q, s.seqlen_q);
     // Kept share of each row, and masses of the admissible blocks.
@@ -195,8 +193,7 @@ Naive naive_head(const Case& c, const BlockPattern& pattern, int64_t b, int64_t 
         for (int64_t x = 0; x < shape.block_k; ++x) {
           const int64_t k = view.indices[e] * int64_t{shape.block_k} + x;
           const uint64_t* bits = view.bitmap(e);
-          const bool on =
-              bits == nullptr || (bits[(q - q_begin) * shape.bitmap_words() + x / 64] >> (x % 64) & 1) != 0;
+          const bool on = bits == nullptr || (bits[(q - q_begin) * shape.bitmap_words() + x / 64] >> (x % 64) & 1) != 0;
           if (k < s.seqlen_k) kept[q][k] = on;
         }
       }
@@ -334,8 +331,8 @@ TEST(Quality, PlainInEveryDtypeAndLayout) {
 }
 
 TEST(Quality, SizesAroundTileEdges) {
-  for (const auto& [sq, sk, d, dv] : {std::array<int64_t, 4>{1, 1, 1, 1}, {17, 33, 3, 16}, {64, 64, 16, 17},
-                                      {65, 31, 33, 8}, {5, 129, 8, 40}}) {
+  for (const auto& [sq, sk, d, dv] :
+       {std::array<int64_t, 4>{1, 1, 1, 1}, {17, 33, 3, 16}, {64, 64, 16, 17}, {65, 31, 33, 8}, {5, 129, 8, 40}}) {
     SCOPED_TRACE(std::to_string(sq) + " x " + std::to_string(sk));
     Case c;
     c.sizes = {.batch = 1, .heads = 2, .kv_heads = 2, .seqlen_q = sq, .seqlen_k = sk, .head_dim = d, .head_dim_v = dv};

@@ -75,8 +75,7 @@ TEST_F(Sample, ReadmeFigures) {
 
 TEST_F(Sample, MassMapAgreesWithQuality) {
   const std::vector<BlockPattern> patterns{make_pattern(spec(PatternKind::dilated_sparse, 0.10)),
-                                           make_pattern(spec(PatternKind::random, 0.2)),
-                                           oracle_pattern(*mass_, 0.10)};
+                                           make_pattern(spec(PatternKind::random, 0.2)), oracle_pattern(*mass_, 0.10)};
   AnalysisInput without_v = input();
   without_v.v = {};
   const std::vector<Quality> judged = quality(without_v, patterns, *pool_);

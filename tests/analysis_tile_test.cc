@@ -68,8 +68,8 @@ TEST(Tile, SoftmaxNumerators) {
       }
     }
     const std::vector<float> before = max;
-    ASSERT_TRUE(softmax_numerators(s.data(), rows, cols, begin.data(), end.data(), max.data(), rescale.data(),
-                                   sum.data()));
+    ASSERT_TRUE(
+        softmax_numerators(s.data(), rows, cols, begin.data(), end.data(), max.data(), rescale.data(), sum.data()));
     for (int64_t r = 0; r < rows; ++r) {
       ASSERT_GE(max[r], before[r]);
       double row_sum = 0;

@@ -27,8 +27,8 @@ TEST(Dropout, EveryFieldCounts) {
   EXPECT_EQ(x, dropout_random(d, 3, 4, 5));
   EXPECT_NE(x, dropout_random(d, 4, 4, 5));
   EXPECT_NE(x, dropout_random(d, 3, 5, 5));
-  EXPECT_NE(x, dropout_random(d, 3, 4, 6));   // another word of the same counter
-  EXPECT_NE(x, dropout_random(d, 3, 4, 9));   // another counter
+  EXPECT_NE(x, dropout_random(d, 3, 4, 6));  // another word of the same counter
+  EXPECT_NE(x, dropout_random(d, 3, 4, 9));  // another counter
   EXPECT_NE(x, dropout_random(d, 3, -4, 5));
   for (const int shift : {0, 32}) {
     EXPECT_NE(x, dropout_random({.p = 0.5, .seed = d.seed + (uint64_t{1} << shift), .offset = 2}, 3, 4, 5));

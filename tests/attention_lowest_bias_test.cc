@@ -1,6 +1,6 @@
-// Masks made of the lowest number of a dtype (as many libraries write "not a key") are finite: a row of nothing else has
-// equal weights, in every kernel, and no NaN reaches a gradient. 20 x 50 tokens: ragged ends of every tile; one query:
-// the kernel for decoding.
+// Masks made of the lowest number of a dtype (as many libraries write "not a key") are finite: a row of nothing else
+// has equal weights, in every kernel, and no NaN reaches a gradient. 20 x 50 tokens: ragged ends of every tile; one
+// query: the kernel for decoding.
 #include <gtest/gtest.h>
 
 #include <cmath>

@@ -12,8 +12,8 @@
 namespace tessera {
 namespace {
 
-const Shape kShape{.batch = 2, .seqlen_q = 20, .seqlen_k = 24, .heads = 4, .kv_heads = 2, .head_dim = 8,
-                   .head_dim_v = 6};
+const Shape kShape{
+    .batch = 2, .seqlen_q = 20, .seqlen_k = 24, .heads = 4, .kv_heads = 2, .head_dim = 8, .head_dim_v = 6};
 
 // The argument named when `change` was made to a good call.
 std::string argument_of(const std::function<void(Call&)>& change) {
@@ -22,7 +22,9 @@ std::string argument_of(const std::function<void(Call&)>& change) {
   return error_argument([&] { resolve(c.args); });
 }
 
-TEST(Resolve, AcceptsAGoodCall) { EXPECT_EQ(argument_of([](Call&) {}), ""); }
+TEST(Resolve, AcceptsAGoodCall) {
+  EXPECT_EQ(argument_of([](Call&) {}), "");
+}
 
 TEST(Resolve, RanksAndSizes) {
   EXPECT_EQ(argument_of([](Call& c) { c.args.q.rank = 3; }), "q");
@@ -158,8 +160,11 @@ TEST(Resolve, Biases) {
   const auto view = [&](std::initializer_list<int64_t> sizes) { return make_view(data.data(), DType::f32, sizes); };
   AttentionOptions o;
   const auto argument = [&] { return argument_of([&](Call& c) { c.args.options = o; }); };
-  for (const auto& [slopes, good] : {std::pair{view({4}), true}, {view({2, 4}), true}, {view({3}), false},
-                                     {view({4, 2}), false}, {view({1, 2, 4}), false}}) {
+  for (const auto& [slopes, good] : {std::pair{view({4}), true},
+                                     {view({2, 4}), true},
+                                     {view({3}), false},
+                                     {view({4, 2}), false},
+                                     {view({1, 2, 4}), false}}) {
     o.alibi_slopes = slopes;
     EXPECT_EQ(argument(), good ? "" : "alibi_slopes");
   }
@@ -169,16 +174,23 @@ TEST(Resolve, Biases) {
     EXPECT_EQ(argument(), good ? "" : "sinks");
   }
   o = {};
-  for (const auto& [bias, good] : {std::pair{view({1, 1, 4}), true}, {view({2, 4, 4}), true}, {view({2, 1, 4}), true},
-                                   {view({1, 1, 5}), false}, {view({1, 1, 1}), false}, {view({1, 2, 4}), false},
+  for (const auto& [bias, good] : {std::pair{view({1, 1, 4}), true},
+                                   {view({2, 4, 4}), true},
+                                   {view({2, 1, 4}), true},
+                                   {view({1, 1, 5}), false},
+                                   {view({1, 1, 1}), false},
+                                   {view({1, 2, 4}), false},
                                    {view({4}), false}}) {
     o.block_bias = bias;
     EXPECT_EQ(argument(), good ? "" : "block_bias");
   }
   o = {};
-  for (const auto& [bias, good] : {std::pair{view({2, 4, 20, 24}), true}, {view({1, 1, 20, 24}), true},
-                                   {view({2, 1, 1, 24}), true}, {view({1, 1, 1, 1}), true},
-                                   {view({1, 1, 24, 20}), false}, {view({1, 2, 20, 24}), false},
+  for (const auto& [bias, good] : {std::pair{view({2, 4, 20, 24}), true},
+                                   {view({1, 1, 20, 24}), true},
+                                   {view({2, 1, 1, 24}), true},
+                                   {view({1, 1, 1, 1}), true},
+                                   {view({1, 1, 24, 20}), false},
+                                   {view({1, 2, 20, 24}), false},
                                    {view({20, 24}), false}}) {
     o.attn_bias = bias;
     EXPECT_EQ(argument(), good ? "" : "attn_bias");
@@ -237,7 +249,7 @@ TEST(Overlap, ExactOnStridedViews) {
   };
   const TensorView even = view(0, {1, 1, 1, 20}, {0, 0, 0, 2});
   EXPECT_FALSE(shares_memory(even, view(1, {1, 1, 1, 20}, {0, 0, 0, 2})));
-  EXPECT_TRUE(shares_memory(even, view(1, {1, 1, 1, 20}, {0, 0, 0, 3})));    // 4, 10, ...
+  EXPECT_TRUE(shares_memory(even, view(1, {1, 1, 1, 20}, {0, 0, 0, 3})));  // 4, 10, ...
   EXPECT_FALSE(shares_memory(even, view(1, {1, 1, 1, 1}, {0, 0, 0, 3})));
   EXPECT_TRUE(shares_memory(even, view(38, {1, 1, 1, 3}, {0, 0, 0, -19})));  // 38, 19, 0
   EXPECT_FALSE(shares_memory(even, view(39, {1, 1, 1, 2}, {0, 0, 0, -2})));

@@ -23,8 +23,16 @@ struct Training : Call {
         dk(DType::f32, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim}),
         dv(DType::f32, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim_v}) {
     args.options.dropout = {.p = 0.3, .seed = 12345678901234567u, .offset = 98765432109876u};
-    back = {.q = q.view, .k = k.view, .v = v.view, .pattern = pattern, .out = out.view, .lse = lse.view,
-            .dout = dout.view, .dq = dq.view, .dk = dk.view, .dv = dv.view};
+    back = {.q = q.view,
+            .k = k.view,
+            .v = v.view,
+            .pattern = pattern,
+            .out = out.view,
+            .lse = lse.view,
+            .dout = dout.view,
+            .dq = dq.view,
+            .dk = dk.view,
+            .dv = dv.view};
   }
   void run(Isa isa, Executor& executor) {
     args.isa = back.isa = isa;
@@ -47,8 +55,14 @@ TEST(BackwardDropout, DropsWhatTheGeneratorSays) {
   ThreadPool pool(3);
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const Isa isa : usable_isas()) {
-      Training c({.batch = 2, .seqlen_q = kTokens, .seqlen_k = kTokens, .heads = 2, .kv_heads = 2, .head_dim = 4,
-                  .head_dim_v = 3}, dtype, dense_pattern(kTokens, kTokens, 48, 64));
+      Training c({.batch = 2,
+                  .seqlen_q = kTokens,
+                  .seqlen_k = kTokens,
+                  .heads = 2,
+                  .kv_heads = 2,
+                  .head_dim = 4,
+                  .head_dim_v = 3},
+                 dtype, dense_pattern(kTokens, kTokens, 48, 64));
       for (int64_t i = 0; i < c.dout.view.numel(); ++i) c.dout.set(i, 1);
       c.args.options.scale = 0;
       c.run(isa, pool);

@@ -58,8 +58,8 @@ void expect_all_slopes(Training& t) {
   if (t.sinks.view.defined()) expect_slopes("sinks", t.sinks, t.dsinks, loss);
 }
 
-const Shape kShape{.batch = 2, .seqlen_q = 18, .seqlen_k = 20, .heads = 2, .kv_heads = 1, .head_dim = 3,
-                   .head_dim_v = 2};
+const Shape kShape{
+    .batch = 2, .seqlen_q = 18, .seqlen_k = 20, .heads = 2, .kv_heads = 1, .head_dim = 3, .head_dim_v = 2};
 
 // Against differences: once with out and lse recomputed, once as given.
 void check(const std::function<void(Training&)>& change, const BlockPattern& pattern = dense_pattern(18, 20)) {
@@ -158,17 +158,19 @@ TEST(Gradients, Dropout) {
   });
 }
 TEST(Gradients, Everything) {
-  check([](Training& t) {
-    t.options().causal = true;
-    t.options().window_left = 12;
-    t.options().scale = 0.7;
-    t.options().softcap = 1.5;
-    t.options().dropout = {.p = 0.2, .seed = 1};
-    t.give_alibi(true);
-    t.give_block_bias(2, 1);
-    t.give_attn_bias(1, 2, 18, 1);
-    t.give_sinks();
-  }, per_head_and_batch());
+  check(
+      [](Training& t) {
+        t.options().causal = true;
+        t.options().window_left = 12;
+        t.options().scale = 0.7;
+        t.options().softcap = 1.5;
+        t.options().dropout = {.p = 0.2, .seed = 1};
+        t.give_alibi(true);
+        t.give_block_bias(2, 1);
+        t.give_attn_bias(1, 2, 18, 1);
+        t.give_sinks();
+      },
+      per_head_and_batch());
 }
 
 // Two calls on disjoint keys, joined: each gives the gradients of the joined result by its keys, and they add up.
@@ -239,9 +241,9 @@ TEST(Gradients, RowsWithoutKeysAreUntouched) {
 
 // NaN where no pair is admitted reaches nothing; where one is, the rows and keys that it meets and no others.
 TEST(Gradients, NanGoesAlongAdmittedPairsOnly) {
-  const auto run = [](int64_t nan_key, Numbers Training::* tensor) {
-    auto t = std::make_unique<Training>(
-        Shape{.seqlen_q = 20, .seqlen_k = 20}, BlockPattern::from_csr({20, 20, 16, 16}, {0, 1, 3}, {0, 0, 1}));
+  const auto run = [](int64_t nan_key, Numbers Training::*tensor) {
+    auto t = std::make_unique<Training>(Shape{.seqlen_q = 20, .seqlen_k = 20},
+                                        BlockPattern::from_csr({20, 20, 16, 16}, {0, 1, 3}, {0, 0, 1}));
     t->options().causal = true;
     t->options().window_left = 5;
     if (tensor != nullptr) ((*t).*tensor).set(nan_key, std::nan(""));
@@ -251,7 +253,7 @@ TEST(Gradients, NanGoesAlongAdmittedPairsOnly) {
   };
   const auto clean = run(0, nullptr);
   // Key and value 10 meet rows 10 .. 15; of these, row q meets keys q - 5 .. q. dv only knows weights: of K.
-  for (Numbers Training::* tensor : {static_cast<Numbers Training::*>(&Call::k), &Training::dout}) {
+  for (Numbers Training::*tensor : {static_cast<Numbers Training::*>(&Call::k), &Training::dout}) {
     const auto t = run(10, tensor);
     const bool row = tensor == &Training::dout;  // dout of row 10 alone
     for (int64_t i = 0; i < 20; ++i) {
@@ -322,8 +324,8 @@ TEST(Gradients, SameBitsOnAnyNumberOfThreads) {
     t.options().dropout = {.p = 0.2};
     ThreadPool pool(threads);
     reference_backward(t.backward_args(), pool);
-    return std::vector{t.dq.values(), t.dk.values(), t.dv.values(), t.dblock_bias.values(), t.dattn_bias.values(),
-                       t.dsinks.values()};
+    return std::vector{t.dq.values(),          t.dk.values(),         t.dv.values(),
+                       t.dblock_bias.values(), t.dattn_bias.values(), t.dsinks.values()};
   };
   const auto one = run(1);
   EXPECT_EQ(run(2), one);
@@ -365,18 +367,38 @@ TEST(Gradients, PackedSequences) {
   AttentionOptions options = t.options();
   options.causal = true;
   InlineExecutor executor;
-  forward_varlen({.q = packed(t.args.q), .k = packed(t.args.k), .v = packed(t.args.v), .out = packed(t.args.out),
-                  .lse = packed(t.args.lse), .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k, .patterns = patterns,
-                  .options = options}, executor);
+  forward_varlen({.q = packed(t.args.q),
+                  .k = packed(t.args.k),
+                  .v = packed(t.args.v),
+                  .out = packed(t.args.out),
+                  .lse = packed(t.args.lse),
+                  .cu_seqlens_q = cu_q,
+                  .cu_seqlens_k = cu_k,
+                  .patterns = patterns,
+                  .options = options},
+                 executor);
   const BackwardArgs whole = t.backward_args();
-  backward_varlen({.q = packed(whole.q), .k = packed(whole.k), .v = packed(whole.v), .out = packed(whole.out),
-                   .dout = packed(whole.dout), .lse = packed(whole.lse), .dlse = packed(whole.dlse),
-                   .dq = packed(whole.dq), .dk = packed(whole.dk), .dv = packed(whole.dv), .dsinks = whole.dsinks,
-                   .cu_seqlens_q = cu_q, .cu_seqlens_k = cu_k, .patterns = patterns, .options = options}, executor);
+  backward_varlen({.q = packed(whole.q),
+                   .k = packed(whole.k),
+                   .v = packed(whole.v),
+                   .out = packed(whole.out),
+                   .dout = packed(whole.dout),
+                   .lse = packed(whole.lse),
+                   .dlse = packed(whole.dlse),
+                   .dq = packed(whole.dq),
+                   .dk = packed(whole.dk),
+                   .dv = packed(whole.dv),
+                   .dsinks = whole.dsinks,
+                   .cu_seqlens_q = cu_q,
+                   .cu_seqlens_k = cu_k,
+                   .patterns = patterns,
+                   .options = options},
+                  executor);
   std::vector<double> dsinks(2);
   for (int i = 0; i < 3; ++i) {
-    Training one({.seqlen_q = lengths_q[i], .seqlen_k = lengths_k[i], .heads = 2, .kv_heads = 1, .head_dim = 3,
-                  .head_dim_v = 2}, patterns[i]);
+    Training one(
+        {.seqlen_q = lengths_q[i], .seqlen_k = lengths_k[i], .heads = 2, .kv_heads = 1, .head_dim = 3, .head_dim_v = 2},
+        patterns[i]);
     one.options() = options;
     one.dsinks = Numbers(DType::f32, {2});
     const auto part = [](const Numbers& from, int64_t first, Numbers& to) {
@@ -422,8 +444,14 @@ class Fp32Step {
     const MutableTensorView out = zeros({2, 80, 2, 24}), lse = zeros({2, 2, 80});
     args_.out = out;
     args_.lse = lse;
-    tessera::forward({.q = args_.q, .k = args_.k, .v = args_.v, .pattern = args_.pattern, .out = out, .lse = lse,
-                      .options = args_.options}, executor_);
+    tessera::forward({.q = args_.q,
+                      .k = args_.k,
+                      .v = args_.v,
+                      .pattern = args_.pattern,
+                      .out = out,
+                      .lse = lse,
+                      .options = args_.options},
+                     executor_);
   }
 
   // Largest error of each gradient by its bound. `mistake` is made to the kernel's call alone.
@@ -434,8 +462,9 @@ class Fp32Step {
     backward(args, executor_);
     args = with_gradients(want);
     for (int g = 0; g < 6; ++g) bound[g].resize(want[g].size());
-    reference_backward(args, executor_, {bound[0].data(), bound[1].data(), bound[2].data(), bound[3].data(),
-                                         bound[4].data(), bound[5].data()});
+    reference_backward(
+        args, executor_,
+        {bound[0].data(), bound[1].data(), bound[2].data(), bound[3].data(), bound[4].data(), bound[5].data()});
     std::vector<double> worst(6);
     for (int g = 0; g < 6; ++g) {
       for (size_t i = 0; i < want[g].size(); ++i) {
@@ -458,8 +487,8 @@ class Fp32Step {
   }
   BackwardArgs with_gradients(std::vector<float> (&to)[6]) const {
     BackwardArgs args = args_;
-    const TensorView like[] = {args.q, args.k, args.v, args.options.block_bias, args.options.attn_bias,
-                               args.options.sinks};
+    const TensorView like[] = {
+        args.q, args.k, args.v, args.options.block_bias, args.options.attn_bias, args.options.sinks};
     MutableTensorView* gradients[] = {&args.dq, &args.dk, &args.dv, &args.dblock_bias, &args.dattn_bias, &args.dsinks};
     for (int g = 0; g < 6; ++g) {
       to[g].resize(like[g].numel());

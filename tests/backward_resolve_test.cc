@@ -12,8 +12,8 @@
 namespace tessera {
 namespace {
 
-const Shape kShape{.batch = 2, .seqlen_q = 20, .seqlen_k = 24, .heads = 4, .kv_heads = 2, .head_dim = 8,
-                   .head_dim_v = 6};
+const Shape kShape{
+    .batch = 2, .seqlen_q = 20, .seqlen_k = 24, .heads = 4, .kv_heads = 2, .head_dim = 8, .head_dim_v = 6};
 
 // A good call with every gradient. Not copyable: args point into the other members.
 struct GradientCall {

@@ -68,8 +68,16 @@ struct TrainingCall : Call {
         dq(dtype, {s.batch, s.seqlen_q, s.heads, s.head_dim}),
         dk(dtype, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim}),
         dv(dtype, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim_v}) {
-    back = {.q = q.view, .k = k.view, .v = v.view, .pattern = pattern, .out = out.view, .lse = lse.view,
-            .dout = dout.view, .dq = dq.view, .dk = dk.view, .dv = dv.view};
+    back = {.q = q.view,
+            .k = k.view,
+            .v = v.view,
+            .pattern = pattern,
+            .out = out.view,
+            .lse = lse.view,
+            .dout = dout.view,
+            .dq = dq.view,
+            .dk = dk.view,
+            .dv = dv.view};
   }
   BackwardInfo run(Isa isa, Executor& executor) {
     args.isa = back.isa = isa;
@@ -201,8 +209,7 @@ TEST(Backward, MaskedBytesChangeNothing) {
 TEST(Backward, InfiniteScoresMakeTheRowNan) {  // as softmax in PyTorch; a row of -inf has no gradient
   InlineExecutor executor;
   for (const Isa isa : usable_isas()) {
-    TrainingCall c({.seqlen_q = 40, .seqlen_k = 40, .head_dim = 4, .head_dim_v = 4}, DType::f32,
-                   dense_pattern(40, 40));
+    TrainingCall c({.seqlen_q = 40, .seqlen_k = 40, .head_dim = 4, .head_dim_v = 4}, DType::f32, dense_pattern(40, 40));
     Numbers bias(DType::f32, {1, 1, 40, 40});
     bias.set(5 * 40 + 30, kInfinity);
     for (int64_t k = 0; k < 40; ++k) bias.set(6 * 40 + k, -kInfinity);
@@ -308,8 +315,8 @@ TEST(Backward, SinksOfJoinedRowsThatSeeNothingHere) {
   const Shape s{.batch = 1, .seqlen_q = 48, .seqlen_k = 32, .heads = 2, .kv_heads = 1, .head_dim = 8, .head_dim_v = 8};
   std::vector<uint64_t> bits(16, 0xffff);
   bits[3] = 0;  // query 19: not a bit of its only block
-  const BlockPattern pattern = BlockPattern::from_csr(
-      {.seqlen_q = 48, .seqlen_k = 32, .block_q = 16, .block_k = 16}, {0, 2, 3, 3}, {0, 1, 0}, {-1, -1, 0}, bits);
+  const BlockPattern pattern = BlockPattern::from_csr({.seqlen_q = 48, .seqlen_k = 32, .block_q = 16, .block_k = 16},
+                                                      {0, 2, 3, 3}, {0, 1, 0}, {-1, -1, 0}, bits);
   InlineExecutor executor;
   const auto dsinks_of = [&](DType dtype, Isa isa) {
     TrainingCall call(s, dtype, pattern);
@@ -410,8 +417,8 @@ TEST(Backward, ScratchDoesNotFollowTheSequence) {
       spec.seqlen_q = spec.seqlen_k = n;
       spec.block_q = spec.block_k = 64;
       spec.window = 64;
-      TrainingCall c({.seqlen_q = n, .seqlen_k = n, .heads = 2, .kv_heads = 2, .head_dim = 64, .head_dim_v = 64},
-                     dtype, make_pattern(spec));
+      TrainingCall c({.seqlen_q = n, .seqlen_k = n, .heads = 2, .kv_heads = 2, .head_dim = 64, .head_dim_v = 64}, dtype,
+                     make_pattern(spec));
       scratch[i] = c.run(Isa::automatic, pool).scratch_bytes;
     }
     const auto elements = static_cast<double>((tokens[1] - tokens[0]) * 2 * 64);

@@ -68,9 +68,17 @@ struct Job {
     Gradients g{{dtype, {s.batch, s.seqlen_q, s.heads, s.head_dim}},
                 {dtype, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim}},
                 {dtype, {s.batch, s.seqlen_k, s.kv_heads, s.head_dim_v}}};
-    BackwardArgs args{.q = call.args.q, .k = call.args.k, .v = call.args.v, .pattern = call.args.pattern,
-                      .out = call.out.view, .lse = call.lse.view, .dout = dout.view, .dq = g.dq.view, .dk = g.dk.view,
-                      .dv = g.dv.view, .options = call.args.options};
+    BackwardArgs args{.q = call.args.q,
+                      .k = call.args.k,
+                      .v = call.args.v,
+                      .pattern = call.args.pattern,
+                      .out = call.out.view,
+                      .lse = call.lse.view,
+                      .dout = dout.view,
+                      .dq = g.dq.view,
+                      .dk = g.dk.view,
+                      .dv = g.dv.view,
+                      .options = call.args.options};
     if (biases) {
       g.dblock_bias = Numbers(DType::f32, {1, 1, call.args.pattern.num_blocks()});
       g.dattn_bias = Numbers(DType::f32, {1, 1, 1, s.seqlen_k});

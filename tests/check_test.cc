@@ -32,9 +32,8 @@ TEST(Check, RandomCasesOnEveryIsa) {
   }
   // Each ISA took every path in every dtype, and every path but the paged one backward.
   for (const Isa isa : usable_isas()) {
-    const auto rows = std::count_if(report.rows.begin(), report.rows.end(), [&](const CheckRow& r) {
-      return r.isa == isa && r.cases > 0;
-    });
+    const auto rows = std::count_if(report.rows.begin(), report.rows.end(),
+                                    [&](const CheckRow& r) { return r.isa == isa && r.cases > 0; });
     EXPECT_EQ(rows, (5 + 4) * 3) << name_of(isa);
   }
 }

@@ -28,8 +28,7 @@ BENCH_KEYS = """pass dtype batch heads kv_heads seq head_dim block pattern densi
 
 
 def run(*args, **options):
-    return subprocess.run([PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          timeout=300, **options)
+    return subprocess.run([PROGRAM, *map(str, args)], capture_output=True, text=True, timeout=300, **options)
 
 
 def write_safetensors(path, tensors):
@@ -47,14 +46,14 @@ def read_safetensors(path):
     """{name: (dtype, shape, floats)}; bf16 is a float's upper half."""
     raw = pathlib.Path(path).read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
-    header = json.loads(raw[8:8 + size])
+    header = json.loads(raw[8 : 8 + size])
     header.pop("__metadata__", None)
     result = {}
     for name, info in header.items():
         begin, end = info["data_offsets"]
-        data = raw[8 + size + begin:8 + size + end]
+        data = raw[8 + size + begin : 8 + size + end]
         if info["dtype"] == "BF16":
-            data = b"".join(b"\0\0" + data[i:i + 2] for i in range(0, len(data), 2))
+            data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
         code = {"F16": "e", "F64": "d"}.get(info["dtype"], "f")
         values = struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data)
         result[name] = (info["dtype"], info["shape"], values)
@@ -64,15 +63,19 @@ def read_safetensors(path):
 def write_npy(path, shape, values):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
     header += " " * (-(len(header) + 11) % 64) + "\n"
-    pathlib.Path(path).write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() +
-                                   struct.pack(f"<{len(values)}f", *values))
+    pathlib.Path(path).write_bytes(
+        b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", len(header))
+        + header.encode()
+        + struct.pack(f"<{len(values)}f", *values)
+    )
 
 
 def read_npy(path):
     raw = pathlib.Path(path).read_bytes()
     size = struct.unpack("<H", raw[8:10])[0]
-    header = eval(raw[10:10 + size].decode())  # our own file
-    data = raw[10 + size:]
+    header = eval(raw[10 : 10 + size].decode())  # our own file
+    data = raw[10 + size :]
     return header["shape"], struct.unpack(f"<{len(data) // 4}f", data)
 
 
@@ -88,8 +91,11 @@ class Sample:
         self.seqlen_q, self.seqlen_k, self.dim, self.dim_v = seqlen_q, seqlen_k, dim, dim_v
         rng = random.Random(seed)
         self.tensors = {}
-        for name, h, s, d in (("q", heads, seqlen_q, dim), ("k", kv_heads, seqlen_k, dim),
-                              ("v", kv_heads, seqlen_k, dim_v)):
+        for name, h, s, d in (
+            ("q", heads, seqlen_q, dim),
+            ("k", kv_heads, seqlen_k, dim),
+            ("v", kv_heads, seqlen_k, dim_v),
+        ):
             shape = (1, h, s, d) if layout == "bhsd" else (1, s, h, d)
             self.tensors[name] = (shape, [as_fp32(rng.gauss(0, 1)) for _ in range(h * s * d)])
 
@@ -97,7 +103,7 @@ class Sample:
         shape, values = self.tensors[name]
         h, s = (shape[1], shape[2]) if self.layout == "bhsd" else (shape[2], shape[1])
         start = ((head * s + i) if self.layout == "bhsd" else (i * h + head)) * shape[3]
-        return values[start:start + shape[3]]
+        return values[start : start + shape[3]]
 
     def attention(self, pattern, causal=False, left=10**9, right=10**9, scale=None, dilation=None):
         """out in the layout of the sample, lse [H, Sq]; pattern as its JSON, or dilation as [(w, r), ...]."""
@@ -107,12 +113,16 @@ class Sample:
         for h in range(self.heads):
             for i in range(self.seqlen_q):
                 if dilation:  # LongNet: one softmax over the keys of all (w, r)
-                    keys = [j for w, r in dilation for j in range(self.seqlen_k)
-                            if i // w == j // w and i % w % r == j % w % r == h % r]
+                    keys = [
+                        j
+                        for w, r in dilation
+                        for j in range(self.seqlen_k)
+                        if i // w == j // w and i % w % r == j % w % r == h % r
+                    ]
                 else:
                     entry = pattern["heads"][h if len(pattern["heads"]) > 1 else 0]
                     r = i // pattern["block_q"]
-                    columns = set(entry["indices"][entry["indptr"][r]:entry["indptr"][r + 1]])
+                    columns = set(entry["indices"][entry["indptr"][r] : entry["indptr"][r + 1]])
                     keys = [j for j in range(self.seqlen_k) if j // pattern["block_k"] in columns]
                 keys = [j for j in keys if -right <= i + shift - j <= left and (not causal or j <= i + shift)]
                 kv = h * self.kv_heads // self.heads
@@ -124,11 +134,16 @@ class Sample:
                     top = max(scores)
                     weights = [math.exp(s - top) for s in scores]
                     total = top + math.log(sum(weights))
-                    out[h, i] = [sum(w * self.row("v", kv, j)[d] for w, j in zip(weights, keys)) / sum(weights)
-                                 for d in range(self.dim_v)]
+                    out[h, i] = [
+                        sum(w * self.row("v", kv, j)[d] for w, j in zip(weights, keys)) / sum(weights)
+                        for d in range(self.dim_v)
+                    ]
                 lse.append(-math.inf if total is None else total)
-        order = ([(h, i) for h in range(self.heads) for i in range(self.seqlen_q)] if self.layout == "bhsd" else
-                 [(h, i) for i in range(self.seqlen_q) for h in range(self.heads)])
+        order = (
+            [(h, i) for h in range(self.heads) for i in range(self.seqlen_q)]
+            if self.layout == "bhsd"
+            else [(h, i) for i in range(self.seqlen_q) for h in range(self.heads)]
+        )
         return [x for key in order for x in out[key]], lse
 
 
@@ -183,50 +198,88 @@ class CliTest(unittest.TestCase):
         sample = self.dir / "x.safetensors"
         write_safetensors(sample, Sample().tensors)
         for args in (
-                [], ["nothing"], ["--nothing"], ["bench", "--nothing"], ["bench", "extra"],
-                ["bench", "--pass", "sideways"], ["bench", "--pass", "fwd,bwd"], ["bench", "--dtype", "int8"],
-                ["bench", "--seq", "abc"], ["bench", "--seq", "0"], ["bench", "--seq", "-5"], ["bench", "--seq"],
-                ["bench", "--isa", "pentium"], ["bench", "--heads", "8", "--kv-heads", "3"],
-                ["bench", "--pattern", "nothing"], ["bench", "--density", "0"], ["bench", "--density", "1.5"],
-                ["bench", "--density", "nan"], ["bench", "--block", "17"], ["bench", "--block", "512"],
-                ["bench", "--format", "xml"], ["bench", "--repeat", "0"], ["bench", "--threads", "-1"],
-                ["bench", "--seq", "64", "--pattern", "dense", "--density", "0.5"],
-                ["bench", "--seq", "64", "--pattern", "dilated_sparse", "--stride", "2"],
-                ["pattern"], ["pattern", "--pattern", "dense"], ["pattern", "--seq", "64"],
-                ["pattern", "--seq", "64", "--pattern", "dense", "--window", "5"],
-                ["pattern", "--seq", "64", "--pattern", "dense,random", "--output", self.dir / "p.json"],
-                ["pattern", "--seq", "64", "--pattern", "dilated_segments", "--segment-lengths", "32"],
-                ["attend"], ["attend", "--input", sample], ["attend", "--pattern", "dense"],
-                ["attend", "--input", sample, "--q", sample, "--pattern", "dense"],
-                ["attend", "--q", sample, "--pattern", "dense"],
-                ["attend", "--input", sample, "--pattern", "dense,random"],
-                ["attend", "--input", sample, "--pattern", "dense", "--pattern-file", "p.json"],
-                ["attend", "--input", sample, "--pattern", "dense", "--scale", "nan"],
-                ["attend", "--input", sample, "--pattern", "dense", "--softcap", "-1"],
-                ["attend", "--input", sample, "--pattern", "dense", "--layout", "sbhd"],
-                ["attend", "--input", sample, "--pattern", "dense", "--segment-lengths", "32"],
-                ["attend", "--input", sample, "--segment-lengths", "32,64", "--dilation-rates", "1"],
-                ["attend", "--input", sample, "--pattern", "dense", "--dilation-rates", "1"],
-                ["attend", "--input", sample, "--segment-lengths", "32", "--dilation-rates", "0"],
-                ["attend", "--input", sample, "--pattern-file", "p.json", "--segment-lengths", "32",
-                 "--dilation-rates", "1"],
-                ["attend", "--input", sample, "--pattern", "dense", "--dtype", "bf16", "--output", "o.npy"],
-                ["analyze"], ["analyze", "--input", sample, "--target-coverage", "2"],
-                ["bench", "--seq", "9223372036854775808"], ["bench", "--seq", "64x"], ["bench", "--seq", "1e3"],
-                ["bench", "--seq", "64", "--segment-lengths", "32,64", "--dilation-rates", "1"],
-                ["bench", "--seq", "64", "--segment-lengths", "32", "--dilation-rates", "2", "--pass", "decode"],
-                ["bench", "--pass", "decode", "--queries", "17"], ["bench", "--threads", "99999"],
-                ["pattern", "--seq", "64", "--pattern", "random", "--seed", "-1"],
-                ["attend", "--input", sample, "--pattern", "dense", "--output", sample],
-                ["attend", "--input", sample, "--pattern", "dense", "--output", "o.txt"],
-                ["bench", "--seq", "64", "--queries", "3"], ["check", "--isa", "auto"],
-                ["check", "--cases", "-1"], ["check", "--isa", "nothing"], ["check", "--pass", "sideways"],
-                ["info", "--format", "yaml"]):
+            [],
+            ["nothing"],
+            ["--nothing"],
+            ["bench", "--nothing"],
+            ["bench", "extra"],
+            ["bench", "--pass", "sideways"],
+            ["bench", "--pass", "fwd,bwd"],
+            ["bench", "--dtype", "int8"],
+            ["bench", "--seq", "abc"],
+            ["bench", "--seq", "0"],
+            ["bench", "--seq", "-5"],
+            ["bench", "--seq"],
+            ["bench", "--isa", "pentium"],
+            ["bench", "--heads", "8", "--kv-heads", "3"],
+            ["bench", "--pattern", "nothing"],
+            ["bench", "--density", "0"],
+            ["bench", "--density", "1.5"],
+            ["bench", "--density", "nan"],
+            ["bench", "--block", "17"],
+            ["bench", "--block", "512"],
+            ["bench", "--format", "xml"],
+            ["bench", "--repeat", "0"],
+            ["bench", "--threads", "-1"],
+            ["bench", "--seq", "64", "--pattern", "dense", "--density", "0.5"],
+            ["bench", "--seq", "64", "--pattern", "dilated_sparse", "--stride", "2"],
+            ["pattern"],
+            ["pattern", "--pattern", "dense"],
+            ["pattern", "--seq", "64"],
+            ["pattern", "--seq", "64", "--pattern", "dense", "--window", "5"],
+            ["pattern", "--seq", "64", "--pattern", "dense,random", "--output", self.dir / "p.json"],
+            ["pattern", "--seq", "64", "--pattern", "dilated_segments", "--segment-lengths", "32"],
+            ["attend"],
+            ["attend", "--input", sample],
+            ["attend", "--pattern", "dense"],
+            ["attend", "--input", sample, "--q", sample, "--pattern", "dense"],
+            ["attend", "--q", sample, "--pattern", "dense"],
+            ["attend", "--input", sample, "--pattern", "dense,random"],
+            ["attend", "--input", sample, "--pattern", "dense", "--pattern-file", "p.json"],
+            ["attend", "--input", sample, "--pattern", "dense", "--scale", "nan"],
+            ["attend", "--input", sample, "--pattern", "dense", "--softcap", "-1"],
+            ["attend", "--input", sample, "--pattern", "dense", "--layout", "sbhd"],
+            ["attend", "--input", sample, "--pattern", "dense", "--segment-lengths", "32"],
+            ["attend", "--input", sample, "--segment-lengths", "32,64", "--dilation-rates", "1"],
+            ["attend", "--input", sample, "--pattern", "dense", "--dilation-rates", "1"],
+            ["attend", "--input", sample, "--segment-lengths", "32", "--dilation-rates", "0"],
+            [
+                "attend",
+                "--input",
+                sample,
+                "--pattern-file",
+                "p.json",
+                "--segment-lengths",
+                "32",
+                "--dilation-rates",
+                "1",
+            ],
+            ["attend", "--input", sample, "--pattern", "dense", "--dtype", "bf16", "--output", "o.npy"],
+            ["analyze"],
+            ["analyze", "--input", sample, "--target-coverage", "2"],
+            ["bench", "--seq", "9223372036854775808"],
+            ["bench", "--seq", "64x"],
+            ["bench", "--seq", "1e3"],
+            ["bench", "--seq", "64", "--segment-lengths", "32,64", "--dilation-rates", "1"],
+            ["bench", "--seq", "64", "--segment-lengths", "32", "--dilation-rates", "2", "--pass", "decode"],
+            ["bench", "--pass", "decode", "--queries", "17"],
+            ["bench", "--threads", "99999"],
+            ["pattern", "--seq", "64", "--pattern", "random", "--seed", "-1"],
+            ["attend", "--input", sample, "--pattern", "dense", "--output", sample],
+            ["attend", "--input", sample, "--pattern", "dense", "--output", "o.txt"],
+            ["bench", "--seq", "64", "--queries", "3"],
+            ["check", "--isa", "auto"],
+            ["check", "--cases", "-1"],
+            ["check", "--isa", "nothing"],
+            ["check", "--pass", "sideways"],
+            ["info", "--format", "yaml"],
+        ):
             with self.subTest(args=args):
                 self.refused(2, *args)
         self.refused(2, "bench", "--pass", "sideways", says="fwdbwd")
-        self.refused(2, "attend", "--input", sample, "--pattern", "random", "--segment-lengths", "32",
-                     says="--dilation-rates")
+        self.refused(
+            2, "attend", "--input", sample, "--pattern", "random", "--segment-lengths", "32", says="--dilation-rates"
+        )
 
     # ---- formats ----
 
@@ -266,13 +319,26 @@ class CliTest(unittest.TestCase):
 
     def pattern_json(self, sample, *args):
         path = self.dir / "pattern.json"
-        self.ok("pattern", "--seq", sample.seqlen_q, "--seq-k", sample.seqlen_k, "--heads", sample.heads, *args,
-                "--output", path)
+        self.ok(
+            "pattern",
+            "--seq",
+            sample.seqlen_q,
+            "--seq-k",
+            sample.seqlen_k,
+            "--heads",
+            sample.heads,
+            *args,
+            "--output",
+            path,
+        )
         return path, json.loads(path.read_text())
 
     def test_attend_is_attention(self):
-        patterns = [["--pattern", "dense"], ["--pattern", "random", "--density", "0.4", "--pattern-heads", "2"],
-                    ["--pattern", "local_window", "--window", "20"]]
+        patterns = [
+            ["--pattern", "dense"],
+            ["--pattern", "random", "--density", "0.4", "--pattern-heads", "2"],
+            ["--pattern", "local_window", "--window", "20"],
+        ]
         for layout in ("bhsd", "bshd"):
             for causal in (False, True):
                 for lengths in ((40, 40), (17, 50), (50, 17)):
@@ -286,8 +352,9 @@ class CliTest(unittest.TestCase):
                             want_out, want_lse = sample.attention(kept, causal)
                             output = self.dir / "out.safetensors"
                             for given in (args, ["--pattern-file", file] + (["--causal"] if causal else [])):
-                                self.ok("attend", "--input", path, "--layout", layout, *given, "--check", "--output",
-                                        output)
+                                self.ok(
+                                    "attend", "--input", path, "--layout", layout, *given, "--check", "--output", output
+                                )
                                 got = read_safetensors(output)
                                 shape = list(sample.tensors["q"][0])
                                 shape[3] = sample.dim_v
@@ -304,18 +371,32 @@ class CliTest(unittest.TestCase):
         for causal in (False, True):
             flags = ["--block", "16"] + (["--causal"] if causal else [])
             left, right = (7, 10**9) if causal else (3, 3)
-            for pattern, window in ((["--pattern", "dense"], ["--window", "7"]),
-                                    (["--pattern", "dense"], ["--token-window", "7"]),
-                                    (["--pattern", "local_window", "--window", "20"], ["--token-window", "7"])):
+            for pattern, window in (
+                (["--pattern", "dense"], ["--window", "7"]),
+                (["--pattern", "dense"], ["--token-window", "7"]),
+                (["--pattern", "local_window", "--window", "20"], ["--token-window", "7"]),
+            ):
                 with self.subTest(causal=causal, pattern=pattern, window=window):
                     kept = self.pattern_json(sample, *pattern, *flags)[1]
                     self.ok("attend", "--input", path, *pattern, *window, *flags, "--output", output)
-                    self.assertNear(read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0],
-                                    2e-6)
-                    self.ok("attend", "--input", path, "--pattern-file", self.dir / "pattern.json", "--token-window",
-                            "7", *flags[2:], "--output", output)
-                    self.assertNear(read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0],
-                                    2e-6)
+                    self.assertNear(
+                        read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0], 2e-6
+                    )
+                    self.ok(
+                        "attend",
+                        "--input",
+                        path,
+                        "--pattern-file",
+                        self.dir / "pattern.json",
+                        "--token-window",
+                        "7",
+                        *flags[2:],
+                        "--output",
+                        output,
+                    )
+                    self.assertNear(
+                        read_safetensors(output)["out"][2], sample.attention(kept, causal, left, right)[0], 2e-6
+                    )
 
     def test_attend_dilated(self):
         """Clipped and ragged segments, rates that leave tokens to no one; dense and with a window inside."""
@@ -324,13 +405,33 @@ class CliTest(unittest.TestCase):
             sample = Sample(heads=4, kv_heads=2, layout=layout)
             write_safetensors(path, sample.tensors)
             for dilation in ([(16, 1), (64, 3)], [(12, 5)]):
-                lists = ["--segment-lengths", ",".join(str(w) for w, _ in dilation),
-                         "--dilation-rates", ",".join(str(r) for _, r in dilation)]
+                lists = [
+                    "--segment-lengths",
+                    ",".join(str(w) for w, _ in dilation),
+                    "--dilation-rates",
+                    ",".join(str(r) for _, r in dilation),
+                ]
                 for pattern, left in ([], 10**9), (["--pattern", "dense", "--window", "9"], 9):
                     with self.subTest(layout=layout, dilation=dilation, pattern=pattern):
-                        record = json.loads(self.ok(
-                            "attend", "--input", path, "--layout", layout, *pattern, *lists, "--causal", "--block",
-                            "16", "--check", "--output", output, "--format", "json"))
+                        record = json.loads(
+                            self.ok(
+                                "attend",
+                                "--input",
+                                path,
+                                "--layout",
+                                layout,
+                                *pattern,
+                                *lists,
+                                "--causal",
+                                "--block",
+                                "16",
+                                "--check",
+                                "--output",
+                                output,
+                                "--format",
+                                "json",
+                            )
+                        )
                         want_out, want_lse = sample.attention(None, True, left, dilation=dilation)
                         got = read_safetensors(output)
                         self.assertNear(got["out"][2], want_out, 2e-6)
@@ -338,14 +439,68 @@ class CliTest(unittest.TestCase):
                         self.assertEqual(record["check"], "passed")
                         self.assertEqual(record["dilation_rates"], lists[3])
             # A block pattern that takes the same flags stays one; a pattern inside has its budget there.
-            self.ok("attend", "--input", path, "--layout", layout, "--pattern", "dilated_segments", "--block", "16",
-                    "--segment-lengths", "32", "--dilation-rates", "2", "--check", "--output", output)
-            self.assertNotIn("segment_lengths", json.loads(self.ok(
-                "attend", "--input", path, "--layout", layout, "--pattern", "dilated_segments", "--block", "16",
-                "--segment-lengths", "32", "--dilation-rates", "2", "--format", "json")))
-            self.ok("attend", "--input", path, "--layout", layout, "--pattern", "dilated_sparse", "--density", "0.5",
-                    "--block", "16", "--segment-lengths", "32,64", "--dilation-rates", "1,2", "--dtype", "bf16",
-                    "--check", "--output", output)
+            self.ok(
+                "attend",
+                "--input",
+                path,
+                "--layout",
+                layout,
+                "--pattern",
+                "dilated_segments",
+                "--block",
+                "16",
+                "--segment-lengths",
+                "32",
+                "--dilation-rates",
+                "2",
+                "--check",
+                "--output",
+                output,
+            )
+            self.assertNotIn(
+                "segment_lengths",
+                json.loads(
+                    self.ok(
+                        "attend",
+                        "--input",
+                        path,
+                        "--layout",
+                        layout,
+                        "--pattern",
+                        "dilated_segments",
+                        "--block",
+                        "16",
+                        "--segment-lengths",
+                        "32",
+                        "--dilation-rates",
+                        "2",
+                        "--format",
+                        "json",
+                    )
+                ),
+            )
+            self.ok(
+                "attend",
+                "--input",
+                path,
+                "--layout",
+                layout,
+                "--pattern",
+                "dilated_sparse",
+                "--density",
+                "0.5",
+                "--block",
+                "16",
+                "--segment-lengths",
+                "32,64",
+                "--dilation-rates",
+                "1,2",
+                "--dtype",
+                "bf16",
+                "--check",
+                "--output",
+                output,
+            )
 
     def test_attend_npy_and_scale(self):
         sample = Sample(layout="bshd", heads=4, kv_heads=2)
@@ -353,8 +508,20 @@ class CliTest(unittest.TestCase):
             write_npy(self.dir / f"{name}.npy", shape, values)
         files = [x for name in "qkv" for x in (f"--{name}", self.dir / f"{name}.npy")]
         kept = self.pattern_json(sample, "--pattern", "dense", "--block", "16")[1]
-        self.ok("attend", *files, "--layout", "bshd", "--pattern", "dense", "--block", "16", "--scale", "0.3",
-                "--output", self.dir / "out.npy")
+        self.ok(
+            "attend",
+            *files,
+            "--layout",
+            "bshd",
+            "--pattern",
+            "dense",
+            "--block",
+            "16",
+            "--scale",
+            "0.3",
+            "--output",
+            self.dir / "out.npy",
+        )
         want_out, want_lse = sample.attention(kept, scale=0.3)
         shape, out = read_npy(self.dir / "out.npy")
         self.assertEqual(shape, (1, 40, 4, 3))
@@ -383,17 +550,34 @@ class CliTest(unittest.TestCase):
         write_safetensors(path, sample.tensors)
         kept = self.pattern_json(sample, "--pattern", "dense", "--block", "16")[1]
         want = sample.attention(kept)[0]
-        for dtype, name, tolerance in (("bf16", "BF16", 0.05), ("fp16", "F16", 5e-3), ("fp32", "F32", 2e-6),
-                                       ("fp64", "F64", 1e-6)):
-            self.ok("attend", "--input", path, "--pattern", "dense", "--block", "16", "--dtype", dtype, "--check",
-                    "--output", output)
+        for dtype, name, tolerance in (
+            ("bf16", "BF16", 0.05),
+            ("fp16", "F16", 5e-3),
+            ("fp32", "F32", 2e-6),
+            ("fp64", "F64", 1e-6),
+        ):
+            self.ok(
+                "attend",
+                "--input",
+                path,
+                "--pattern",
+                "dense",
+                "--block",
+                "16",
+                "--dtype",
+                dtype,
+                "--check",
+                "--output",
+                output,
+            )
             got = read_safetensors(output)
             self.assertEqual(got["out"][0], name)
             self.assertNear(got["out"][2], want, tolerance)
             # A 16-bit file is computed in its own dtype.
             if dtype != "fp64":
-                record = json.loads(self.ok("attend", "--input", path, "--pattern", "dense", "--dtype", dtype,
-                                            "--format", "json"))
+                record = json.loads(
+                    self.ok("attend", "--input", path, "--pattern", "dense", "--dtype", dtype, "--format", "json")
+                )
                 self.assertEqual(record["dtype"], dtype)
 
     def test_hostile_files(self):
@@ -404,7 +588,11 @@ class CliTest(unittest.TestCase):
         tensors = Sample().tensors
         shape, values = tensors["q"]
         cases = {
-            "missing": None, "empty": b"", "short": raw[:7], "cut": raw[:-1], "left over": raw + b"x",
+            "missing": None,
+            "empty": b"",
+            "short": raw[:7],
+            "cut": raw[:-1],
+            "left over": raw + b"x",
             "huge header": struct.pack("<Q", 1 << 60) + raw[8:],
             "no json": struct.pack("<Q", 4) + b"nope" + raw,
             "overflow": struct.pack("<Q", len(text)) + text + b"\0" * 4,
@@ -416,18 +604,28 @@ class CliTest(unittest.TestCase):
                 path.write_bytes(content)
             with self.subTest(file=name):
                 self.refused(1, "attend", "--input", path, "--pattern", "dense", says="bad.safetensors")
-        for name, change in {"rank": ((4, 40, 2, 1, 1), values), "no batch": (shape[1:], values),
-                             "head dim": ((1, 2, 20, 8), values), "no v": None}.items():
+        for name, change in {
+            "rank": ((4, 40, 2, 1, 1), values),
+            "no batch": (shape[1:], values),
+            "head dim": ((1, 2, 20, 8), values),
+            "no v": None,
+        }.items():
             bad = dict(tensors)
             if change is None:
                 del bad["v"]
             else:
-                bad["q"] = (change[0], (values * 2)[:math.prod(change[0])])
+                bad["q"] = (change[0], (values * 2)[: math.prod(change[0])])
             write_safetensors(self.dir / "bad.safetensors", bad)
             with self.subTest(tensors=name):
                 self.refused(1, "attend", "--input", self.dir / "bad.safetensors", "--pattern", "dense")
-        for text in ("", "[]", "{", '{"seqlen_q": 40}', '{"seqlen_q": 40, "seqlen_k": 40, "block_q": 16, "block_k": 16,'
-                     ' "heads": [{"indptr": [0, 1, 2, 3], "indices": [0, 1, 7]}]}'):
+        for text in (
+            "",
+            "[]",
+            "{",
+            '{"seqlen_q": 40}',
+            '{"seqlen_q": 40, "seqlen_k": 40, "block_q": 16, "block_k": 16,'
+            ' "heads": [{"indptr": [0, 1, 2, 3], "indices": [0, 1, 7]}]}',
+        ):
             (self.dir / "p.json").write_text(text)
             with self.subTest(pattern=text):
                 self.refused(1, "attend", "--input", good, "--pattern-file", self.dir / "p.json")
@@ -453,20 +651,57 @@ class CliTest(unittest.TestCase):
     # ---- pattern ----
 
     def test_pattern_ascii_and_picture(self):
-        text = self.ok("pattern", "--seq", "64", "--pattern", "local_window", "--window", "16", "--block", "16",
-                       "--causal", "--ascii", "--png", self.dir / "p.png")
+        text = self.ok(
+            "pattern",
+            "--seq",
+            "64",
+            "--pattern",
+            "local_window",
+            "--window",
+            "16",
+            "--block",
+            "16",
+            "--causal",
+            "--ascii",
+            "--png",
+            self.dir / "p.png",
+        )
         self.assertIn("#...\n##..\n.##.\n..##\n", text)
         self.assertEqual((self.dir / "p.png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
-        self.ok("pattern", "--seq", "64", "--pattern", "random,strided", "--density", "0.3,0.6", "--png",
-                self.dir / "sheet.png")
+        self.ok(
+            "pattern",
+            "--seq",
+            "64",
+            "--pattern",
+            "random,strided",
+            "--density",
+            "0.3,0.6",
+            "--png",
+            self.dir / "sheet.png",
+        )
         self.assertEqual((self.dir / "sheet.png").read_bytes()[:8], b"\x89PNG\r\n\x1a\n")
 
     def test_pattern_sweep(self):
-        records = json.loads(self.ok("pattern", "--seq", "1024", "--pattern", "dense,local_window,random", "--density",
-                                     "0.25,0.5", "--block", "16,32", "--format", "json"))
-        self.assertEqual([(r["pattern"], r.get("requested_density"), r["block_q"]) for r in records],
-                         [("dense", None, 16), ("dense", None, 32)] +
-                         [(p, d, b) for p in ("local_window", "random") for d in (0.25, 0.5) for b in (16, 32)])
+        records = json.loads(
+            self.ok(
+                "pattern",
+                "--seq",
+                "1024",
+                "--pattern",
+                "dense,local_window,random",
+                "--density",
+                "0.25,0.5",
+                "--block",
+                "16,32",
+                "--format",
+                "json",
+            )
+        )
+        self.assertEqual(
+            [(r["pattern"], r.get("requested_density"), r["block_q"]) for r in records],
+            [("dense", None, 16), ("dense", None, 32)]
+            + [(p, d, b) for p in ("local_window", "random") for d in (0.25, 0.5) for b in (16, 32)],
+        )
         for r in records:
             self.assertAlmostEqual(r["density"], r.get("requested_density", 1))
             self.assertAlmostEqual(r["density"] + r["sparsity"], 1)
@@ -485,21 +720,42 @@ class CliTest(unittest.TestCase):
     def test_analyze(self):
         path = self.dir / "x.safetensors"
         write_safetensors(path, Sample().tensors)
-        dense, half = json.loads(self.ok("analyze", "--input", path, "--pattern", "dense,local_window", "--density",
-                                         "0.5", "--block", "16", "--format", "json"))
+        dense, half = json.loads(
+            self.ok(
+                "analyze",
+                "--input",
+                path,
+                "--pattern",
+                "dense,local_window",
+                "--density",
+                "0.5",
+                "--block",
+                "16",
+                "--format",
+                "json",
+            )
+        )
         self.assertAlmostEqual(dense["coverage"], 1, places=5)
         self.assertAlmostEqual(dense["output_error"], 0, places=5)
         self.assertLess(half["coverage"], 1)
         self.assertGreater(half["output_error"], 0.01)
         self.assertGreaterEqual(half["oracle_coverage"] + 1e-6, half["coverage"])
         self.assertEqual(len(half["heads"]), 2)
-        rows = list(csv.DictReader(io.StringIO(self.ok("analyze", "--input", path, "--density", "0.5", "--block", "16",
-                                                       "--per-head", "--format", "csv"))))
+        rows = list(
+            csv.DictReader(
+                io.StringIO(
+                    self.ok(
+                        "analyze", "--input", path, "--density", "0.5", "--block", "16", "--per-head", "--format", "csv"
+                    )
+                )
+            )
+        )
         self.assertEqual([r["head"] for r in rows], ["all", "0", "1"])
         self.ok("analyze", "--input", path, "--density", "0.3,0.6,0.9", "--block", "16", "--png", self.dir / "pictures")
-        self.assertEqual(sorted(p.name for p in (self.dir / "pictures").iterdir()),
-                         ["local_window-0.3-b16.png", "local_window-0.6-b16.png", "local_window-0.9-b16.png",
-                          "quality.png"])
+        self.assertEqual(
+            sorted(p.name for p in (self.dir / "pictures").iterdir()),
+            ["local_window-0.3-b16.png", "local_window-0.6-b16.png", "local_window-0.9-b16.png", "quality.png"],
+        )
 
     def test_analyze_coverage_is_the_attention_mass(self):
         """Coverage of a pattern is the mean share of exp(lse), which attend writes for both."""
@@ -510,16 +766,30 @@ class CliTest(unittest.TestCase):
             self.ok("attend", "--input", path, *pattern, "--block", "16", "--output", output)
             lse.append(read_safetensors(output)["lse"][2])
         share = [math.exp(a - b) for a, b in zip(*lse)]
-        record = json.loads(self.ok("analyze", "--input", path, "--pattern", "random", "--density", "0.4", "--block",
-                                    "16", "--format", "json"))[0]
+        record = json.loads(
+            self.ok(
+                "analyze",
+                "--input",
+                path,
+                "--pattern",
+                "random",
+                "--density",
+                "0.4",
+                "--block",
+                "16",
+                "--format",
+                "json",
+            )
+        )[0]
         self.assertAlmostEqual(record["coverage"], sum(share) / len(share), places=5)
         self.assertAlmostEqual(record["coverage_min"], min(share), places=5)
 
     def test_analyze_search(self):
         path = self.dir / "x.safetensors"
         write_safetensors(path, Sample().tensors)
-        found = json.loads(self.ok("analyze", "--input", path, "--block", "16", "--target-coverage", "0.6", "--format",
-                                   "json"))
+        found = json.loads(
+            self.ok("analyze", "--input", path, "--block", "16", "--target-coverage", "0.6", "--format", "json")
+        )
         best = [c for c in found if c["best"]]
         self.assertTrue(best)
         self.assertGreaterEqual(best[0]["coverage"], 0.6)
@@ -528,7 +798,7 @@ class CliTest(unittest.TestCase):
     # ---- bench ----
 
     def test_bench_record(self):
-        record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--vs-dense", "--format", "json"))
+        (record,) = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--vs-dense", "--format", "json"))
         for key in BENCH_KEYS + ["dense_seconds", "speedup_vs_dense"]:
             self.assertIn(key, record)
         self.assertEqual((record["pass"], record["dtype"], record["seq"], record["block"]), ("fwd", "fp32", 64, 16))
@@ -541,31 +811,55 @@ class CliTest(unittest.TestCase):
         self.assertGreater(record["peak_rss_bytes"], 1 << 20)
 
     def test_bench_counts_admitted_pairs_only(self):
-        record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "causal", "--format", "json"))
+        (record,) = json.loads(self.ok(*TINY_BENCH, "--pattern", "causal", "--format", "json"))
         self.assertTrue(record["causal"])
         self.assertAlmostEqual(record["gflops"], 4 * 8 * (64 * 65 // 2) / record["seconds"] / 1e9)
-        record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--causal", "--window", "9", "--format",
-                                     "json"))
+        (record,) = json.loads(
+            self.ok(*TINY_BENCH, "--pattern", "dense", "--causal", "--window", "9", "--format", "json")
+        )
         pairs = sum(min(i + 1, 10) for i in range(64))
         self.assertAlmostEqual(record["gflops"], 4 * 8 * pairs / record["seconds"] / 1e9)
 
     def test_bench_sweep(self):
         tiny = ["bench", "--heads", "2", "--head-dim", "8", "--repeat", "1", "--block", "16", "--format", "json"]
         records = json.loads(self.ok(*tiny, "--seq", "64", "--dtype", "fp32,bf16", "--threads", "1,2"))
-        self.assertEqual([(r["threads"], r["dtype"]) for r in records],
-                         [(t, d) for t in (1, 2) for d in ("fp32", "bf16")])
+        self.assertEqual(
+            [(r["threads"], r["dtype"]) for r in records], [(t, d) for t in (1, 2) for d in ("fp32", "bf16")]
+        )
         records = json.loads(self.ok(*tiny, "--seq", "64,96", "--pattern", "dense,random", "--density", "0.3,0.5"))
-        self.assertEqual([(r["seq"], r["pattern"], r.get("requested_density")) for r in records],
-                         [(s, p, d) for s in (64, 96) for p, d in (("dense", None), ("random", 0.3), ("random", 0.5))])
+        self.assertEqual(
+            [(r["seq"], r["pattern"], r.get("requested_density")) for r in records],
+            [(s, p, d) for s in (64, 96) for p, d in (("dense", None), ("random", 0.3), ("random", 0.5))],
+        )
 
     def test_bench_training(self):
         # 6 D + 4 Dv a pair backward: five products, three of them over D.
-        args = ["bench", "--seq", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "8", "--head-dim-v", "24",
-                "--block", "16", "--pattern", "causal", "--vs-dense", "--repeat", "1", "--format", "json"]
+        args = [
+            "bench",
+            "--seq",
+            "64",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "2",
+            "--head-dim",
+            "8",
+            "--head-dim-v",
+            "24",
+            "--block",
+            "16",
+            "--pattern",
+            "causal",
+            "--vs-dense",
+            "--repeat",
+            "1",
+            "--format",
+            "json",
+        ]
         pairs = 4 * (64 * 65 // 2)
         for dtype in ("fp32", "bf16", "fp16", "fp64"):
             for one_pass, flops in (("bwd", 6 * 8 + 4 * 24), ("fwdbwd", 6 * 8 + 4 * 24 + 2 * 8 + 2 * 24)):
-                record, = json.loads(self.ok(*args, "--pass", one_pass, "--dtype", dtype))
+                (record,) = json.loads(self.ok(*args, "--pass", one_pass, "--dtype", dtype))
                 for key in BENCH_KEYS if dtype != "fp64" else ["scratch_bytes", "peak_rss_bytes"]:
                     self.assertIn(key, record)
                 self.assertEqual((record["pass"], record["dtype"], record["kv_heads"]), (one_pass, dtype, 2))
@@ -582,32 +876,70 @@ class CliTest(unittest.TestCase):
 
     def test_bench_dilated(self):
         # Segments of 64 are all 128 tokens in halves; of 200, clipped, every second token by the parity of the head.
-        args = ["bench", "--seq", "128", "--heads", "2", "--head-dim", "8", "--block", "16", "--repeat", "1",
-                "--segment-lengths", "64,200", "--dilation-rates", "1,2", "--format", "json"]
+        args = [
+            "bench",
+            "--seq",
+            "128",
+            "--heads",
+            "2",
+            "--head-dim",
+            "8",
+            "--block",
+            "16",
+            "--repeat",
+            "1",
+            "--segment-lengths",
+            "64,200",
+            "--dilation-rates",
+            "1,2",
+            "--format",
+            "json",
+        ]
         pairs = 2 * (2 * 64 * 64 + 64 * 64)
         for one_pass, flops in (("fwd", 4 * 8), ("bwd", 10 * 8), ("fwdbwd", 14 * 8)):
-            record, = json.loads(self.ok(*args, "--pass", one_pass, "--vs-dense"))
+            (record,) = json.loads(self.ok(*args, "--pass", one_pass, "--vs-dense"))
             for key in BENCH_KEYS + ["dense_seconds", "speedup_vs_dense"]:
                 self.assertIn(key, record)
-            self.assertEqual((record["pattern"], record["segment_lengths"], record["dilation_rates"]),
-                             ("dense", "64,200", "1,2"))
+            self.assertEqual(
+                (record["pattern"], record["segment_lengths"], record["dilation_rates"]), ("dense", "64,200", "1,2")
+            )
             self.assertAlmostEqual(record["density"], pairs / (2 * 128 * 128))
             self.assertAlmostEqual(record["gflops"], flops * pairs / record["seconds"] / 1e9)
-        sparse, = json.loads(self.ok(*args, "--pattern", "dilated_sparse", "--density", "0.25", "--causal"))
+        (sparse,) = json.loads(self.ok(*args, "--pattern", "dilated_sparse", "--density", "0.25", "--causal"))
         self.assertEqual((sparse["pattern"], sparse["segment_lengths"]), ("dilated_sparse", "64,200"))
         self.assertLess(sparse["density"], record["density"])
 
     def test_bench_decode(self):
-        record, = json.loads(self.ok("bench", "--pass", "decode", "--seq", "100", "--heads", "4", "--kv-heads", "2",
-                                     "--head-dim", "8", "--block", "16", "--pattern", "dense", "--repeat", "1",
-                                     "--format", "json"))
+        (record,) = json.loads(
+            self.ok(
+                "bench",
+                "--pass",
+                "decode",
+                "--seq",
+                "100",
+                "--heads",
+                "4",
+                "--kv-heads",
+                "2",
+                "--head-dim",
+                "8",
+                "--block",
+                "16",
+                "--pattern",
+                "dense",
+                "--repeat",
+                "1",
+                "--format",
+                "json",
+            )
+        )
         self.assertEqual((record["pass"], record["queries"], record["seq"]), ("decode", 1, 100))
         self.assertAlmostEqual(record["gbytes_per_second"], 2 * 100 * (8 + 8) * 4 / record["seconds"] / 1e9)
         self.assertGreater(record["read_gbytes_per_second"], 0)
 
     def test_isa_is_the_one_asked_for(self):
         for isa in json.loads(self.ok("info", "--no-peaks", "--format", "json"))["isas_usable"]:
-            record, = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--isa", isa, "--format", "json"))
+            (record,) = json.loads(self.ok(*TINY_BENCH, "--pattern", "dense", "--isa", isa, "--format", "json"))
             self.assertEqual(record["isa"], isa)
             report = json.loads(self.ok("check", "--cases", "3", "--isa", isa, "--format", "json"))
             self.assertTrue(report["passed"])
@@ -652,9 +984,14 @@ class CliTest(unittest.TestCase):
         self.assertTrue(all(r["passed"] for r in results["errors"]))
         # Dilated attention of the whole sample by tokens 0, 1 of every 1, 4, 16: all (w, r) are longer than it. Inside,
         # blocks of 128 by the budget of 1 %, one a row: the diagonal. Pairs count once for each (w, r).
-        ultra, = [r for r in results["quality"] if r["pattern"] == "preset ultra_sparse"]
-        pairs = sum(j <= i and i // 128 == j // 128 for h in (0, 1) for r in (1, 4, 16)
-                    for i in range(len(range(h % r, 300, r))) for j in range(i + 1))
+        (ultra,) = [r for r in results["quality"] if r["pattern"] == "preset ultra_sparse"]
+        pairs = sum(
+            j <= i and i // 128 == j // 128
+            for h in (0, 1)
+            for r in (1, 4, 16)
+            for i in range(len(range(h % r, 300, r)))
+            for j in range(i + 1)
+        )
         self.assertAlmostEqual(ultra["density"], pairs / (2 * 300 * 301 / 2))
         self.assertNotIn("oracle_coverage", ultra)
         for picture in ("patterns.png", "quality.png"):
@@ -667,8 +1004,12 @@ class CliTest(unittest.TestCase):
     # ---- terminals and pipes ----
 
     def test_closed_pipe_is_quiet(self):
-        for args in (["pattern", "--seq", "64", "--pattern", "dense"], ["--help"], ["--version"],
-                     ["check", "--cases", "1", "--format", "json"]):
+        for args in (
+            ["pattern", "--seq", "64", "--pattern", "dense"],
+            ["--help"],
+            ["--version"],
+            ["check", "--cases", "1", "--format", "json"],
+        ):
             read, write = os.pipe()
             os.close(read)
             process = subprocess.run([PROGRAM, *args], stdout=write, stderr=subprocess.PIPE, timeout=300)

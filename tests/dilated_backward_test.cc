@@ -96,8 +96,8 @@ struct Setting {
     }
     // Errors of a weight exp(s - lse), of sums of at most S (w, r) H / Hkv terms (Higham, section 3.1), and in 16-bit
     // dtypes the roundings of weights, dscores and out.
-    const double weight = std::expm1(u * ((static_cast<double>(c.head_dim) + 16) * truth.largest_score +
-                                          8 * c.softcap + 16 + (n + 16) * (1 + largest_lse)));
+    const double weight = std::expm1(u * ((static_cast<double>(c.head_dim) + 16) * truth.largest_score + 8 * c.softcap +
+                                          16 + (n + 16) * (1 + largest_lse)));
     const double terms = static_cast<double>(c.seqlen) * static_cast<double>(c.segment_lengths.size()) *
                          static_cast<double>(c.heads) / static_cast<double>(c.kv_heads);
     const double relative = 3 * weight + u * (terms + 4 * static_cast<double>(c.head_dim_v) + 64) +
@@ -294,8 +294,17 @@ TEST(DilatedBackward, EachGradientAlone) {
 // ragged.
 TEST(DilatedBackward, AttnBiasOfEverySize) {
   InlineExecutor executor;
-  DilatedCase c{.name = "bias", .batch = 2, .seqlen = 40, .heads = 6, .kv_heads = 2, .head_dim = 8, .head_dim_v = 8,
-                .segment_lengths = {10, 16, 40}, .dilation_rates = {1, 2, 4}, .causal = true, .key_lengths = {40, 31},
+  DilatedCase c{.name = "bias",
+                .batch = 2,
+                .seqlen = 40,
+                .heads = 6,
+                .kv_heads = 2,
+                .head_dim = 8,
+                .head_dim_v = 8,
+                .segment_lengths = {10, 16, 40},
+                .dilation_rates = {1, 2, 4},
+                .causal = true,
+                .key_lengths = {40, 31},
                 .dropout = {.p = 0.2, .seed = 3, .offset = 1}};
   for (int shape = 0; shape < 16; ++shape) {
     const auto size = [&](int bit, int64_t n) { return shape >> bit & 1 ? n : 1; };
@@ -303,8 +312,10 @@ TEST(DilatedBackward, AttnBiasOfEverySize) {
       c.batch = batch;
       c.key_lengths.assign(batch, 31);
       const DilatedCase biased = c.with_bias({size(3, batch), size(2, c.heads), size(1, c.seqlen), size(0, c.seqlen)});
-      for (const auto& [dtype, bias_dtype] : {std::pair{DType::f64, DType::f64}, {DType::f64, DType::f32},
-                                              {DType::f32, DType::bf16}, {DType::bf16, DType::f32}}) {
+      for (const auto& [dtype, bias_dtype] : {std::pair{DType::f64, DType::f64},
+                                              {DType::f64, DType::f32},
+                                              {DType::f32, DType::bf16},
+                                              {DType::bf16, DType::f32}}) {
         Setting setting(biased, dtype, dtype, batch == 1 ? Layout::bhsd : Layout::bshd, bias_dtype);
         setting.run_forward(Isa::automatic, executor);
         dilated_backward(setting.args, executor);
@@ -336,8 +347,15 @@ TEST(DilatedBackward, BitsDoNotDependOnThreads) {
 // One (w, r) of rate 1 over the whole sequence is the ordinary call, bit for bit.
 TEST(DilatedBackward, OneSegmentOfRateOneIsBackward) {
   InlineExecutor executor;
-  DilatedCase c{.name = "whole", .batch = 2, .seqlen = 130, .heads = 4, .kv_heads = 2, .segment_lengths = {1000},
-                .dilation_rates = {1}, .causal = true, .dropout = {.p = 0.2, .seed = 5, .offset = 1}};
+  DilatedCase c{.name = "whole",
+                .batch = 2,
+                .seqlen = 130,
+                .heads = 4,
+                .kv_heads = 2,
+                .segment_lengths = {1000},
+                .dilation_rates = {1},
+                .causal = true,
+                .dropout = {.p = 0.2, .seed = 5, .offset = 1}};
   Setting setting(c, DType::f32, DType::f32, Layout::bshd);
   setting.run_forward(Isa::automatic, executor);
   dilated_backward(setting.args, executor);
@@ -366,7 +384,11 @@ TEST(DilatedBackward, OneSegmentOfRateOneIsBackward) {
 // fp32 gradients are summed in place; 16-bit ones have an fp32 buffer of their size (twice their bytes).
 TEST(DilatedBackward, ScratchIsTheSumsOf16BitGradients) {
   InlineExecutor executor;
-  DilatedCase c{.name = "memory", .seqlen = 128, .heads = 2, .kv_heads = 2, .segment_lengths = {64, 128},
+  DilatedCase c{.name = "memory",
+                .seqlen = 128,
+                .heads = 2,
+                .kv_heads = 2,
+                .segment_lengths = {64, 128},
                 .dilation_rates = {1, 2}};
   size_t bytes[2];
   for (const bool wide : {false, true}) {
@@ -380,9 +402,14 @@ TEST(DilatedBackward, ScratchIsTheSumsOf16BitGradients) {
 // What is not wanted costs no memory: sums of dq, of dk and dv, of dattn_bias.
 TEST(DilatedBackward, ScratchIsOfWantedGradientsOnly) {
   InlineExecutor executor;
-  const DilatedCase c = DilatedCase{.name = "memory", .seqlen = 128, .heads = 2, .kv_heads = 2,
-                                    .segment_lengths = {64, 128}, .dilation_rates = {1, 2}}
-                            .with_bias({1, 1, 128, 128});
+  const DilatedCase c = DilatedCase{
+      .name = "memory",
+      .seqlen = 128,
+      .heads = 2,
+      .kv_heads = 2,
+      .segment_lengths = {64, 128},
+      .dilation_rates = {1,
+                         2}}.with_bias({1, 1, 128, 128});
   Setting setting(c, DType::bf16, DType::bf16, Layout::bshd);
   setting.run_forward(Isa::automatic, executor);
   const auto bytes = [&](bool dq, bool dkv, bool bias) {
@@ -403,8 +430,14 @@ TEST(DilatedBackward, ScratchIsOfWantedGradientsOnly) {
 TEST(DilatedBackward, ReferenceBoundsTheGradientOfAttnBias) {
   InlineExecutor executor;
   for (const std::array<int64_t, 4>& sizes : {std::array<int64_t, 4>{2, 4, 60, 60}, {1, 1, 60, 60}, {1, 4, 1, 60}}) {
-    const DilatedCase c = DilatedCase{.name = "bounds", .batch = 2, .seqlen = 60, .heads = 4, .kv_heads = 2,
-                                      .segment_lengths = {20, 60}, .dilation_rates = {1, 3}, .causal = true}
+    const DilatedCase c = DilatedCase{.name = "bounds",
+                                      .batch = 2,
+                                      .seqlen = 60,
+                                      .heads = 4,
+                                      .kv_heads = 2,
+                                      .segment_lengths = {20, 60},
+                                      .dilation_rates = {1, 3},
+                                      .causal = true}
                               .with_bias(sizes);
     for (const DType dtype : {DType::f32, DType::bf16}) {
       Setting setting(c, dtype, DType::f32, Layout::bshd);
@@ -449,8 +482,8 @@ TEST(DilatedBackward, EmptyTensors) {
 
 TEST(DilatedBackward, RefusesWhatItCannotDo) {
   InlineExecutor executor;
-  DilatedCase c{.name = "errors", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 40},
-                .dilation_rates = {1, 2}};
+  DilatedCase c{
+      .name = "errors", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 40}, .dilation_rates = {1, 2}};
   Setting setting(c, DType::bf16, DType::bf16, Layout::bshd);
   setting.run_forward(Isa::automatic, executor);
   const auto argument = [&](auto change) {

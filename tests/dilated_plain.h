@@ -26,7 +26,7 @@ struct DilatedCase {
   std::optional<double> scale;
   double softcap = 0;
   std::vector<int64_t> key_lengths;
-  std::vector<float> slopes;     // [H], or [B, H]
+  std::vector<float> slopes;            // [H], or [B, H]
   std::array<int64_t, 4> bias_sizes{};  // of attn_bias: B or 1, H or 1, S or 1, S or 1; 0: none
   std::vector<float> bias;
   Dropout dropout;
@@ -79,8 +79,8 @@ struct PlainResult {
   std::vector<char> q_read;   // [B, S, H] rows that some (w, r) covers
   std::vector<char> kv_read;  // [B, S, Hkv] rows that some query admits
   int64_t pairs = 0;
-  int64_t most_keys = 0;      // of a query, over all (w, r)
-  double largest_score = 0;   // largest sum of |scale q k|, and of what is added
+  int64_t most_keys = 0;     // of a query, over all (w, r)
+  double largest_score = 0;  // largest sum of |scale q k|, and of what is added
 };
 
 inline bool keeps(const BlockPatternView& pattern, int64_t h, int64_t q, int64_t k) {
@@ -177,8 +177,8 @@ inline PlainResult plain_dilated(const DilatedCase& c, const Dense4& q, const De
               double keep = 1;
               if (c.dropout.p > 0) {
                 const uint64_t stream = static_cast<uint64_t>((b * segments + segment) * c.heads + h);
-                const uint32_t random = dropout_random(dropout, stream, static_cast<int64_t>(i),
-                                                       static_cast<int64_t>(admitted[n]));
+                const uint32_t random =
+                    dropout_random(dropout, stream, static_cast<int64_t>(i), static_cast<int64_t>(admitted[n]));
                 keep = random < drop_threshold(dropout.p) ? 0 : 1 / (1 - dropout.p);
               }
               const double weight = std::exp(scores[n]) / sum * keep;
@@ -306,65 +306,190 @@ struct LaidOut {
 inline std::vector<DilatedCase> dilated_cases() {
   std::vector<DilatedCase> cases;
   const auto add = [&](DilatedCase c) { cases.push_back(std::move(c)); };
-  add({.name = "ragged segments, rates that do not divide", .seqlen = 100, .heads = 4, .kv_heads = 4,
-       .segment_lengths = {32, 48, 200}, .dilation_rates = {1, 3, 5}});
-  add({.name = "causal", .seqlen = 100, .heads = 4, .kv_heads = 4, .segment_lengths = {40, 64},
-       .dilation_rates = {2, 3}, .causal = true});
-  add({.name = "LongNet: doubling, causal", .batch = 2, .seqlen = 128, .heads = 4, .kv_heads = 2,
-       .segment_lengths = {32, 64, 128}, .dilation_rates = {1, 2, 4}, .causal = true});
-  add({.name = "one head: most is uncovered", .seqlen = 61, .heads = 1, .kv_heads = 1, .segment_lengths = {20, 45},
+  add({.name = "ragged segments, rates that do not divide",
+       .seqlen = 100,
+       .heads = 4,
+       .kv_heads = 4,
+       .segment_lengths = {32, 48, 200},
+       .dilation_rates = {1, 3, 5}});
+  add({.name = "causal",
+       .seqlen = 100,
+       .heads = 4,
+       .kv_heads = 4,
+       .segment_lengths = {40, 64},
+       .dilation_rates = {2, 3},
+       .causal = true});
+  add({.name = "LongNet: doubling, causal",
+       .batch = 2,
+       .seqlen = 128,
+       .heads = 4,
+       .kv_heads = 2,
+       .segment_lengths = {32, 64, 128},
+       .dilation_rates = {1, 2, 4},
+       .causal = true});
+  add({.name = "one head: most is uncovered",
+       .seqlen = 61,
+       .heads = 1,
+       .kv_heads = 1,
+       .segment_lengths = {20, 45},
        .dilation_rates = {3, 4}});
-  add({.name = "one (w, r) of rate 1", .batch = 2, .seqlen = 70, .heads = 3, .kv_heads = 3, .segment_lengths = {33},
+  add({.name = "one (w, r) of rate 1",
+       .batch = 2,
+       .seqlen = 70,
+       .heads = 3,
+       .kv_heads = 3,
+       .segment_lengths = {33},
        .dilation_rates = {1}});
-  add({.name = "one (w, r) with gaps", .batch = 2, .seqlen = 75, .heads = 2, .kv_heads = 1, .segment_lengths = {30},
-       .dilation_rates = {4}, .layout = Layout::bhsd});
-  add({.name = "kv heads shared unevenly", .batch = 2, .seqlen = 90, .heads = 12, .kv_heads = 2,
-       .segment_lengths = {45, 60, 90, 50}, .dilation_rates = {4, 6, 3, 12}, .layout = Layout::bhsd, .causal = true});
-  add({.name = "rates beyond the heads and beyond the segment", .seqlen = 50, .heads = 5, .kv_heads = 5,
-       .segment_lengths = {3, 25, 50}, .dilation_rates = {7, 8, 2}});
-  add({.name = "tiny segments in batches", .batch = 3, .seqlen = 24, .heads = 2, .kv_heads = 2,
-       .segment_lengths = {1, 4, 8}, .dilation_rates = {1, 2, 1}});
-  add({.name = "the same (w, r) twice", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 20},
+  add({.name = "one (w, r) with gaps",
+       .batch = 2,
+       .seqlen = 75,
+       .heads = 2,
+       .kv_heads = 1,
+       .segment_lengths = {30},
+       .dilation_rates = {4},
+       .layout = Layout::bhsd});
+  add({.name = "kv heads shared unevenly",
+       .batch = 2,
+       .seqlen = 90,
+       .heads = 12,
+       .kv_heads = 2,
+       .segment_lengths = {45, 60, 90, 50},
+       .dilation_rates = {4, 6, 3, 12},
+       .layout = Layout::bhsd,
+       .causal = true});
+  add({.name = "rates beyond the heads and beyond the segment",
+       .seqlen = 50,
+       .heads = 5,
+       .kv_heads = 5,
+       .segment_lengths = {3, 25, 50},
+       .dilation_rates = {7, 8, 2}});
+  add({.name = "tiny segments in batches",
+       .batch = 3,
+       .seqlen = 24,
+       .heads = 2,
+       .kv_heads = 2,
+       .segment_lengths = {1, 4, 8},
+       .dilation_rates = {1, 2, 1}});
+  add({.name = "the same (w, r) twice",
+       .seqlen = 40,
+       .heads = 2,
+       .kv_heads = 2,
+       .segment_lengths = {20, 20},
        .dilation_rates = {2, 2}});
-  add({.name = "wide values", .seqlen = 64, .heads = 2, .kv_heads = 2, .head_dim = 20, .head_dim_v = 36,
-       .segment_lengths = {32, 64}, .dilation_rates = {1, 2}});
-  add({.name = "window", .seqlen = 120, .heads = 4, .kv_heads = 4, .segment_lengths = {60, 120},
-       .dilation_rates = {2, 3}, .window_left = 10, .window_right = 7});
-  add({.name = "window, causal", .seqlen = 120, .heads = 3, .kv_heads = 3, .segment_lengths = {60, 120},
-       .dilation_rates = {1, 3}, .causal = true, .window_left = 11});
-  add({.name = "softcap and scale", .seqlen = 64, .heads = 2, .kv_heads = 2, .segment_lengths = {40},
-       .dilation_rates = {2}, .scale = 0.7, .softcap = 2.5});
-  add({.name = "key lengths", .batch = 3, .seqlen = 96, .heads = 4, .kv_heads = 2, .segment_lengths = {32, 48, 96},
-       .dilation_rates = {1, 2, 3}, .key_lengths = {96, 37, 0}});
-  add({.name = "ALiBi", .batch = 2, .seqlen = 96, .heads = 3, .kv_heads = 3, .segment_lengths = {32, 96},
-       .dilation_rates = {1, 2}, .causal = true, .slopes = {0.5f, 0.25f, 0.125f}});
-  add({.name = "ALiBi by batch", .batch = 2, .seqlen = 96, .heads = 3, .kv_heads = 3, .segment_lengths = {32, 48, 96},
-       .dilation_rates = {1, 2, 2}, .slopes = {0.5f, 0.25f, 0.125f, 0.0625f, 0.1f, 0.2f}});
-  DilatedCase bias{.name = "attn_bias of keys", .batch = 2, .seqlen = 48, .heads = 2, .kv_heads = 2,
-                   .segment_lengths = {24, 48}, .dilation_rates = {1, 2}};
+  add({.name = "wide values",
+       .seqlen = 64,
+       .heads = 2,
+       .kv_heads = 2,
+       .head_dim = 20,
+       .head_dim_v = 36,
+       .segment_lengths = {32, 64},
+       .dilation_rates = {1, 2}});
+  add({.name = "window",
+       .seqlen = 120,
+       .heads = 4,
+       .kv_heads = 4,
+       .segment_lengths = {60, 120},
+       .dilation_rates = {2, 3},
+       .window_left = 10,
+       .window_right = 7});
+  add({.name = "window, causal",
+       .seqlen = 120,
+       .heads = 3,
+       .kv_heads = 3,
+       .segment_lengths = {60, 120},
+       .dilation_rates = {1, 3},
+       .causal = true,
+       .window_left = 11});
+  add({.name = "softcap and scale",
+       .seqlen = 64,
+       .heads = 2,
+       .kv_heads = 2,
+       .segment_lengths = {40},
+       .dilation_rates = {2},
+       .scale = 0.7,
+       .softcap = 2.5});
+  add({.name = "key lengths",
+       .batch = 3,
+       .seqlen = 96,
+       .heads = 4,
+       .kv_heads = 2,
+       .segment_lengths = {32, 48, 96},
+       .dilation_rates = {1, 2, 3},
+       .key_lengths = {96, 37, 0}});
+  add({.name = "ALiBi",
+       .batch = 2,
+       .seqlen = 96,
+       .heads = 3,
+       .kv_heads = 3,
+       .segment_lengths = {32, 96},
+       .dilation_rates = {1, 2},
+       .causal = true,
+       .slopes = {0.5f, 0.25f, 0.125f}});
+  add({.name = "ALiBi by batch",
+       .batch = 2,
+       .seqlen = 96,
+       .heads = 3,
+       .kv_heads = 3,
+       .segment_lengths = {32, 48, 96},
+       .dilation_rates = {1, 2, 2},
+       .slopes = {0.5f, 0.25f, 0.125f, 0.0625f, 0.1f, 0.2f}});
+  DilatedCase bias{.name = "attn_bias of keys",
+                   .batch = 2,
+                   .seqlen = 48,
+                   .heads = 2,
+                   .kv_heads = 2,
+                   .segment_lengths = {24, 48},
+                   .dilation_rates = {1, 2}};
   add(bias.with_bias({1, 2, 1, 48}));
   bias.name = "attn_bias of pairs";
   add(bias.with_bias({2, 1, 48, 48}));
-  add({.name = "dropout", .batch = 2, .seqlen = 80, .heads = 4, .kv_heads = 2, .segment_lengths = {20, 40, 80},
-       .dilation_rates = {1, 2, 3}, .dropout = {.p = 0.3, .seed = 7, .offset = 11}});
+  add({.name = "dropout",
+       .batch = 2,
+       .seqlen = 80,
+       .heads = 4,
+       .kv_heads = 2,
+       .segment_lengths = {20, 40, 80},
+       .dilation_rates = {1, 2, 3},
+       .dropout = {.p = 0.3, .seed = 7, .offset = 11}});
   PatternSpec sparse;
   sparse.kind = PatternKind::dilated_sparse;
   sparse.density = 0.4;
   sparse.dilation_rates = {1, 2};
   sparse.block_q = sparse.block_k = 16;
-  add({.name = "sparse inside", .batch = 2, .seqlen = 200, .heads = 2, .kv_heads = 2, .segment_lengths = {100, 200},
-       .dilation_rates = {1, 2}, .pattern = sparse});
+  add({.name = "sparse inside",
+       .batch = 2,
+       .seqlen = 200,
+       .heads = 2,
+       .kv_heads = 2,
+       .segment_lengths = {100, 200},
+       .dilation_rates = {1, 2},
+       .pattern = sparse});
   sparse.block_k = 32;
-  add({.name = "sparse inside, causal", .seqlen = 190, .heads = 3, .kv_heads = 3, .segment_lengths = {100, 190},
-       .dilation_rates = {1, 2}, .pattern = sparse, .causal = true});
+  add({.name = "sparse inside, causal",
+       .seqlen = 190,
+       .heads = 3,
+       .kv_heads = 3,
+       .segment_lengths = {100, 190},
+       .dilation_rates = {1, 2},
+       .pattern = sparse,
+       .causal = true});
   sparse.kind = PatternKind::random;
   sparse.dilation_rates.clear();
   sparse.heads = 4;
   sparse.seed = 3;
-  add({.name = "a random pattern a head", .seqlen = 200, .heads = 4, .kv_heads = 2, .segment_lengths = {100, 200},
-       .dilation_rates = {1, 3}, .pattern = sparse});
-  DilatedCase own{.name = "a pattern of one's own, with bitmaps by head", .seqlen = 90, .heads = 2, .kv_heads = 2,
-                  .segment_lengths = {45, 90}, .dilation_rates = {1, 2}};
+  add({.name = "a random pattern a head",
+       .seqlen = 200,
+       .heads = 4,
+       .kv_heads = 2,
+       .segment_lengths = {100, 200},
+       .dilation_rates = {1, 3},
+       .pattern = sparse});
+  DilatedCase own{.name = "a pattern of one's own, with bitmaps by head",
+                  .seqlen = 90,
+                  .heads = 2,
+                  .kv_heads = 2,
+                  .segment_lengths = {45, 90},
+                  .dilation_rates = {1, 2}};
   own.make = [](const PatternSpec& spec) {
     PatternShape shape{spec.seqlen_q, spec.seqlen_k, 16, 16, 2};
     std::vector<int64_t> indptr{0};

@@ -205,8 +205,15 @@ TEST(Dilated, LseMayBeUndefined) {
 // One (w, r) of rate 1 over the whole sequence is the ordinary call, bit for bit, dropout included.
 TEST(Dilated, OneSegmentOfRateOneIsForward) {
   InlineExecutor executor;
-  DilatedCase c{.name = "whole", .batch = 2, .seqlen = 130, .heads = 4, .kv_heads = 2, .segment_lengths = {1000},
-                .dilation_rates = {1}, .causal = true, .dropout = {.p = 0.2, .seed = 5, .offset = 1}};
+  DilatedCase c{.name = "whole",
+                .batch = 2,
+                .seqlen = 130,
+                .heads = 4,
+                .kv_heads = 2,
+                .segment_lengths = {1000},
+                .dilation_rates = {1},
+                .causal = true,
+                .dropout = {.p = 0.2, .seed = 5, .offset = 1}};
   Setting setting(c, DType::f32, Layout::bshd);
   dilated_forward(setting.args, executor);
   const std::vector<char> out = setting.out.memory, lse = setting.lse.memory;
@@ -229,8 +236,13 @@ TEST(Dilated, OneSegmentOfRateOneIsForward) {
 // Each (w, r) draws its own dropout: with the same (w, r) twice and p > 0 the two differ, so out is not that of one.
 TEST(Dilated, GroupsDropOnTheirOwn) {
   InlineExecutor executor;
-  DilatedCase once{.name = "once", .seqlen = 64, .heads = 1, .kv_heads = 1, .segment_lengths = {64},
-                   .dilation_rates = {1}, .dropout = {.p = 0.5, .seed = 1}};
+  DilatedCase once{.name = "once",
+                   .seqlen = 64,
+                   .heads = 1,
+                   .kv_heads = 1,
+                   .segment_lengths = {64},
+                   .dilation_rates = {1},
+                   .dropout = {.p = 0.5, .seed = 1}};
   DilatedCase twice = once;
   twice.segment_lengths = {64, 64};
   twice.dilation_rates = {1, 1};
@@ -284,8 +296,14 @@ TEST(Dilated, PatternOverTheSequence) {
 // the threads (some hundred kilobytes) no longer hides a copy of q, k or v (2 MiB each).
 TEST(Dilated, ScratchIsPartialsOnly) {
   InlineExecutor executor;
-  DilatedCase c{.name = "memory", .seqlen = 4096, .heads = 4, .kv_heads = 4, .head_dim = 32, .head_dim_v = 32,
-                .segment_lengths = {64, 128, 256}, .dilation_rates = {1, 2, 4}};
+  DilatedCase c{.name = "memory",
+                .seqlen = 4096,
+                .heads = 4,
+                .kv_heads = 4,
+                .head_dim = 32,
+                .head_dim_v = 32,
+                .segment_lengths = {64, 128, 256},
+                .dilation_rates = {1, 2, 4}};
   const auto tensor = [&] { return LaidOut(DType::f32, Layout::bshd, 1, c.seqlen, c.heads, c.head_dim); };
   LaidOut q = tensor(), k = tensor(), v = tensor(), out = tensor();
   DilatedForwardArgs args;
@@ -366,8 +384,8 @@ TEST(Dilated, HugeRates) {
 
 TEST(Dilated, RefusesWhatItCannotDo) {
   InlineExecutor executor;
-  DilatedCase c{.name = "errors", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 40},
-                .dilation_rates = {1, 2}};
+  DilatedCase c{
+      .name = "errors", .seqlen = 40, .heads = 2, .kv_heads = 2, .segment_lengths = {20, 40}, .dilation_rates = {1, 2}};
   Setting setting(c, DType::f32, Layout::bshd);
   const auto argument = [&](auto change) {
     DilatedForwardArgs args = setting.args;

@@ -12,13 +12,51 @@ namespace {
 constexpr int kCases = 4000;
 
 const std::vector<std::string>& pieces() {
-  static const std::vector<std::string> list{
-      "0", "-1", "1", "9223372036854775807", "9223372036854775808", "18446744073709551615", "1e308", "1e999", "null",
-      "true", "[]", "{}", "[", "]", "{", "}", "\"", "\\u0000", "\\ud800", ",", ":", "(", ")", "'", "\n", " ", "[0,0]",
-      "\"F64\"", "\"BOOL\"", "'>f8'", "'|O'", "'|b1'", "True", "(4294967296, 4294967296)", "4294967296",
-      std::string(1, '\0'), std::string(8, '\xff'), std::string("\0\0\0\0\0\0\0\x80", 8), "\xf0\x9f\x98\x80",
-      "\xc3\x28",
-      std::string(300, '['), std::string(64, ' '), "1099511627776", "2147483648", "-9223372036854775808"};
+  static const std::vector<std::string> list{"0",
+                                             "-1",
+                                             "1",
+                                             "9223372036854775807",
+                                             "9223372036854775808",
+                                             "18446744073709551615",
+                                             "1e308",
+                                             "1e999",
+                                             "null",
+                                             "true",
+                                             "[]",
+                                             "{}",
+                                             "[",
+                                             "]",
+                                             "{",
+                                             "}",
+                                             "\"",
+                                             "\\u0000",
+                                             "\\ud800",
+                                             ",",
+                                             ":",
+                                             "(",
+                                             ")",
+                                             "'",
+                                             "\n",
+                                             " ",
+                                             "[0,0]",
+                                             "\"F64\"",
+                                             "\"BOOL\"",
+                                             "'>f8'",
+                                             "'|O'",
+                                             "'|b1'",
+                                             "True",
+                                             "(4294967296, 4294967296)",
+                                             "4294967296",
+                                             std::string(1, '\0'),
+                                             std::string(8, '\xff'),
+                                             std::string("\0\0\0\0\0\0\0\x80", 8),
+                                             "\xf0\x9f\x98\x80",
+                                             "\xc3\x28",
+                                             std::string(300, '['),
+                                             std::string(64, ' '),
+                                             "1099511627776",
+                                             "2147483648",
+                                             "-9223372036854775808"};
   return list;
 }
 
@@ -28,8 +66,12 @@ std::string mutated(std::string file, std::mt19937_64& random) {
   for (size_t i = 0; i < steps; ++i) {
     const size_t at = below(file.size() + 1), length = below(std::min<size_t>(16, file.size() - at) + 1);
     switch (random() % 7) {
-      case 0: if (at < file.size()) file[at] = static_cast<char>(file[at] ^ (1 << random() % 8)); break;
-      case 1: if (at < file.size()) file[at] = static_cast<char>(random()); break;
+      case 0:
+        if (at < file.size()) file[at] = static_cast<char>(file[at] ^ (1 << random() % 8));
+        break;
+      case 1:
+        if (at < file.size()) file[at] = static_cast<char>(random());
+        break;
       case 2: file.erase(at, length); break;
       case 3: file.insert(at, file.substr(at, length)); break;
       case 4: file.replace(at, length, pieces()[below(pieces().size())]); break;
@@ -95,9 +137,8 @@ TEST(Fuzz, Npy) {
       seeds.push_back(test::file_content(path));
     }
   }
-  const int accepted = fuzz(seeds, 2, [](const std::string& file) {
-    EXPECT_LE(parse_npy(test::as_bytes(file)).size_bytes(), file.size());
-  });
+  const int accepted = fuzz(
+      seeds, 2, [](const std::string& file) { EXPECT_LE(parse_npy(test::as_bytes(file)).size_bytes(), file.size()); });
   EXPECT_GT(accepted, 0);
   EXPECT_LT(accepted, kCases);
 }
@@ -106,9 +147,9 @@ TEST(Fuzz, PatternJson) {
   std::vector<std::string> seeds;
   seeds.push_back(pattern_json(BlockPattern()));
   seeds.push_back(pattern_json(BlockPattern::from_csr({100, 70, 32, 16, 1, 1}, {0, 2, 3, 3, 4}, {0, 2, 1, 4})));
-  seeds.push_back(pattern_json(BlockPattern::from_csr({32, 48, 16, 48, 2, 2}, {0, 1, 1, 2, 3, 4, 4, 4, 5},
-                                                      {0, 0, 0, 0, 0}, {-1, 0, 1, 0, -1},
-                                                      std::vector<uint64_t>(32, 0x123456789abc))));
+  seeds.push_back(
+      pattern_json(BlockPattern::from_csr({32, 48, 16, 48, 2, 2}, {0, 1, 1, 2, 3, 4, 4, 4, 5}, {0, 0, 0, 0, 0},
+                                          {-1, 0, 1, 0, -1}, std::vector<uint64_t>(32, 0x123456789abc))));
   const int accepted = fuzz(seeds, 3, [](const std::string& file) {
     const BlockPattern p = parse_pattern(file);
     EXPECT_LE(p.num_blocks(), static_cast<int64_t>(file.size()));

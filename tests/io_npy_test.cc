@@ -29,8 +29,8 @@ void expect_bad(const std::string& dict, const std::string& data, const std::str
 TEST(Npy, ReadsWhatNumpyWrites) {
   // numpy.save("x.npy", numpy.array([[1, -2, 3]], "<i4"))
   const std::string file = std::string("\x93NUMPY\x01\x00\x76\x00", 10) +
-                           "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 3), }" +
-                           std::string(58, ' ') + "\n" + std::string("\1\0\0\0\xfe\xff\xff\xff\3\0\0\0", 12);
+                           "{'descr': '<i4', 'fortran_order': False, 'shape': (1, 3), }" + std::string(58, ' ') + "\n" +
+                           std::string("\1\0\0\0\xfe\xff\xff\xff\3\0\0\0", 12);
   ASSERT_EQ(file.size(), 140u);
   const Tensor x = parse(file);
   EXPECT_EQ(x.dtype(), DType::i32);
@@ -88,8 +88,8 @@ TEST(Npy, FaultsOfTheHeader) {
   expect_bad(dict_of("'>f4'", "(1,)"), data, "big-endian");
   expect_bad(dict_of("'|O'", "(1,)"), data, "pickled");
   expect_bad(dict_of("[('a', '<f4')]", "(1,)"), data, "structured");
-  for (const char* descr : {"'<c8'", "'=f4'", "'f4'", "'<U1'", "'|S4'", "'<u4'", "'|i1'", "'<M8[ns]'", "''",
-                            "'<f16'"}) {
+  for (const char* descr :
+       {"'<c8'", "'=f4'", "'f4'", "'<U1'", "'|S4'", "'<u4'", "'|i1'", "'<M8[ns]'", "''", "'<f16'"}) {
     expect_bad(dict_of(descr, "(1,)"), data, "dtype");
   }
   for (const char* shape : {"(-4,)", "(4.0,)", "(0x4,)", "(4L,)", "[4]", "4", "(4)", "(4,,)", "(,)", "(4, 1", "('4',)",

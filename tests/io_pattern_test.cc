@@ -38,9 +38,9 @@ TEST(PatternJson, BitmapDigitsMeanKeys) {
   std::string rows = "\"0001\"";
   for (int i = 1; i < 15; ++i) rows += ",\"0000\"";
   rows += ",\"8f02\"";
-  const BlockPattern p = parse_pattern(
-      R"({"seqlen_q":16,"seqlen_k":16,"block_q":16,"block_k":16,)"
-      R"("heads":[{"indptr":[0,1],"indices":[0],"bitmap_index":[0]}],"bitmaps":[[)" + rows + "]]}");
+  const BlockPattern p = parse_pattern(R"({"seqlen_q":16,"seqlen_k":16,"block_q":16,"block_k":16,)"
+                                       R"("heads":[{"indptr":[0,1],"indices":[0],"bitmap_index":[0]}],"bitmaps":[[)" +
+                                       rows + "]]}");
   ASSERT_EQ(p.num_bitmaps(), 1);
   const uint64_t* bitmap = p.view().bitmap(0);
   EXPECT_EQ(bitmap[0], 1u);  // query 0 sees key 0
@@ -109,13 +109,13 @@ TEST(PatternJson, FaultsOfTheShape) {
 }
 
 TEST(PatternJson, FaultsOfTheBlocks) {
-  for (const char* indptr : {"[]", "[0,3]", "[0,2,3,3]", "[1,2,3]", "[0,2,2]", "[0,4,3]", "[0,2,4]", "[0,-1,3]",
-                             "[0,2.0,3]", "null", "[0,null,3]", "[0,9223372036854775807,3]",
-                             "[0,18446744073709551615,3]"}) {
+  for (const char* indptr :
+       {"[]", "[0,3]", "[0,2,3,3]", "[1,2,3]", "[0,2,2]", "[0,4,3]", "[0,2,4]", "[0,-1,3]", "[0,2.0,3]", "null",
+        "[0,null,3]", "[0,9223372036854775807,3]", "[0,18446744073709551615,3]"}) {
     expect_bad(with("[0,2,3]", indptr), "indptr");
   }
-  for (const char* indices : {"[0,2]", "[0,3,1]", "[2,0,1]", "[0,0,1]", "[0,-1,1]", "[0,4294967296,1]", "[0,2,1.5]",
-                              "[0,2,\"1\"]", "{}"}) {
+  for (const char* indices :
+       {"[0,2]", "[0,3,1]", "[2,0,1]", "[0,0,1]", "[0,-1,1]", "[0,4294967296,1]", "[0,2,1.5]", "[0,2,\"1\"]", "{}"}) {
     SCOPED_TRACE(indices);
     EXPECT_THROW(parse_pattern(with("[0,2,1]", indices)), Error);
   }

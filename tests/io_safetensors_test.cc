@@ -33,10 +33,10 @@ std::string entry(const std::string& dtype, const std::string& shape, const std:
 
 TEST(Safetensors, ReadsAFileBuiltByHand) {
   const std::string one_two("\x00\x00\x80\x3f\x00\x00\x00\x40", 8);  // fp32 1, 2
-  const auto tensors = parse(
-      R"({"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[1,1],"data_offsets":[8,10]},)"
-      R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   )",
-      one_two + std::string("\x40\xc0", 2));
+  const auto tensors =
+      parse(R"({"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[1,1],"data_offsets":[8,10]},)"
+            R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   )",
+            one_two + std::string("\x40\xc0", 2));
   ASSERT_EQ(tensors.size(), 2u);
   const Tensor& a = tensors.at("a");
   EXPECT_EQ(a.dtype(), DType::f32);
@@ -52,7 +52,8 @@ TEST(Safetensors, ReadsAFileBuiltByHand) {
 TEST(Safetensors, EmptyFilesAndEmptyTensors) {
   EXPECT_TRUE(parse("{}", "").empty());
   const auto tensors = parse(R"({"x":{"dtype":"F64","shape":[0,7],"data_offsets":[0,0]},)"
-                             R"("y":{"dtype":"F64","shape":[3,0],"data_offsets":[0,0]}})", "");
+                             R"("y":{"dtype":"F64","shape":[3,0],"data_offsets":[0,0]}})",
+                             "");
   EXPECT_EQ(tensors.at("x").shape(), (std::vector<int64_t>{0, 7}));
   EXPECT_EQ(tensors.at("y").numel(), 0);
 }
@@ -85,8 +86,8 @@ TEST(Safetensors, FaultsOfATensor) {
   for (const char* dtype : {"\"F8_E4M3\"", "\"f32\"", "\"I16\"", "\"\"", "4", "null", "[\"U8\"]"}) {
     expect_bad(entry(dtype, "[4]", "[0,4]"), "abcd", "dtype");
   }
-  for (const char* shape : {"4", "null", "[-4]", "[4.0]", "[\"4\"]", "[18446744073709551615]", "[1e1]",
-                            "[99999999999999999999]"}) {
+  for (const char* shape :
+       {"4", "null", "[-4]", "[4.0]", "[\"4\"]", "[18446744073709551615]", "[1e1]", "[99999999999999999999]"}) {
     expect_bad(entry("\"U8\"", shape, "[0,4]"), "abcd", "shape");
   }
   expect_bad(entry("\"U8\"", "[4294967296,4294967296]", "[0,4]"), "abcd", "64 bits");

@@ -11,12 +11,23 @@ import sys
 
 # Room of each public header; one that is missing here is an error, so that a new header gets its place.
 HEADER_ROOMS = {
-    "error.h": "core", "dtype.h": "core", "tensor_view.h": "core", "executor.h": "core", "huge_pages.h": "core",
-    "block_pattern.h": "pattern", "patterns.h": "pattern", "pattern_combine.h": "pattern",
-    "pattern_cache.h": "pattern", "pattern_custom.h": "pattern", "pattern_statistics.h": "pattern",
-    "attention.h": "attention", "backward.h": "attention", "dilated.h": "attention",
+    "error.h": "core",
+    "dtype.h": "core",
+    "tensor_view.h": "core",
+    "executor.h": "core",
+    "huge_pages.h": "core",
+    "block_pattern.h": "pattern",
+    "patterns.h": "pattern",
+    "pattern_combine.h": "pattern",
+    "pattern_cache.h": "pattern",
+    "pattern_custom.h": "pattern",
+    "pattern_statistics.h": "pattern",
+    "attention.h": "attention",
+    "backward.h": "attention",
+    "dilated.h": "attention",
     "io.h": "io",
-    "analysis.h": "analysis", "picture.h": "analysis",
+    "analysis.h": "analysis",
+    "picture.h": "analysis",
     "check.h": "check",
 }
 # What each room may include. attention and cpu know each other: attention/forward.cc is the device switch.
@@ -30,18 +41,14 @@ ALLOWED = {
     "analysis": {"core", "pattern", "attention", "io"},
 }
 # Other people's headers: nowhere but here.
-LIBRARIES = {
-    "hwy": {"cpu", "attention", "analysis"},
-    "fmt": set(ALLOWED),
-    "nlohmann": {"io"},
-    "png.h": {"analysis"},
-}
+LIBRARIES = {"hwy": {"cpu", "attention", "analysis"}, "fmt": set(ALLOWED), "nlohmann": {"io"}, "png.h": {"analysis"}}
 # Torch's own headers: nowhere but in torch/ and what tests it.
 TORCH_FOLDERS = {"torch", "ATen", "c10", "caffe2"}
 # A library neither prints, nor ends the program, nor reads its environment.
 FORBIDDEN_WORDS = re.compile(
     r"\b(?:std::(?:cout|cerr|clog)|printf|fprintf|puts|fputs|putchar|perror|fmt::print|"
-    r"abort|_?exit|quick_exit|terminate|getenv|secure_getenv|setenv|putenv)\b\s*(?=[(<;])|\bstd::(?:cout|cerr|clog)\b")
+    r"abort|_?exit|quick_exit|terminate|getenv|secure_getenv|setenv|putenv)\b\s*(?=[(<;])|\bstd::(?:cout|cerr|clog)\b"
+)
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 
 
@@ -86,7 +93,9 @@ def check_file(path, room, public, root, errors):
             continue
         if top in LIBRARIES:
             if public or room not in LIBRARIES[top]:
-                errors.append(f"{where}: <{target}> has no business in {'a public header' if public else 'room ' + room}")
+                errors.append(
+                    f"{where}: <{target}> has no business in {'a public header' if public else 'room ' + room}"
+                )
         elif "/" in target and top not in ("sys", "linux", "asm"):
             errors.append(f"{where}: <{target}> is of no library that the core knows")
         elif public and target.endswith(".h"):
@@ -144,7 +153,7 @@ def self_test(scratch):
         "include/tessera/novel.h": ("#include <vector>", "has no room"),
         "src/pattern/a.cc": ('#include "cpu/attention.h"', "must not include"),
         "src/attention/b.cc": ("#include <torch/torch.h>", "no library that the core knows"),
-        "src/io/c.cc": ('void f() { std::cerr << 1; }', "must not use"),
+        "src/io/c.cc": ("void f() { std::cerr << 1; }", "must not use"),
         "src/cpu/d.cc": ('int f() { return getenv ("A") != 0; }', "must not use"),
         "src/core/e.cc": ('// getenv(, abort(\nauto x = "abort()"; void f() { snprintf(0, 0, ""); }', None),
         "src/gpu/f.cc": ("", "no room"),

@@ -23,7 +23,11 @@ namespace tessera {
 namespace {
 
 PatternSpec spec_of(int64_t seqlen, double density = 0.25) {
-  return {.kind = PatternKind::dilated_sparse, .seqlen_q = seqlen, .seqlen_k = seqlen, .block_q = 16, .block_k = 16,
+  return {.kind = PatternKind::dilated_sparse,
+          .seqlen_q = seqlen,
+          .seqlen_k = seqlen,
+          .block_q = 16,
+          .block_k = 16,
           .density = density};
 }
 

@@ -275,11 +275,10 @@ TEST(FromCsrMatrices, RefusesHostileArrays) {
   s.block_q = s.block_k = 16;
   const auto make = [&](std::vector<int64_t> indptr, std::vector<int64_t> indices, int64_t block_entries = -1) {
     Holder blocks(DType::u8, {std::max<int64_t>(0, block_entries), 16, 16});
-    const CsrMatrix m{make_view(static_cast<const void*>(indptr.data()), DType::i64,
-                                {static_cast<int64_t>(indptr.size())}),
-                      make_view(static_cast<const void*>(indices.data()), DType::i64,
-                                {static_cast<int64_t>(indices.size())}),
-                      block_entries < 0 ? TensorView{} : blocks.view};
+    const CsrMatrix m{
+        make_view(static_cast<const void*>(indptr.data()), DType::i64, {static_cast<int64_t>(indptr.size())}),
+        make_view(static_cast<const void*>(indices.data()), DType::i64, {static_cast<int64_t>(indices.size())}),
+        block_entries < 0 ? TensorView{} : blocks.view};
     return pattern_from_csr(s, std::span(&m, 1), ColumnOrder::any);
   };
   EXPECT_EQ(make({0, 2, 2, 3}, {3, 0, 1}).num_blocks(), 3);

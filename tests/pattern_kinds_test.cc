@@ -76,9 +76,8 @@ struct Definition {
   }
   bool in_window(int64_t i, int64_t j) const {
     const int64_t w = *spec.window;
-    return some_pair(i, j, [&](int64_t p, int64_t k) {
-      return spec.causal ? k <= p && p - k <= w : std::abs(p - k) <= w / 2;
-    });
+    return some_pair(
+        i, j, [&](int64_t p, int64_t k) { return spec.causal ? k <= p && p - k <= w : std::abs(p - k) <= w / 2; });
   }
   int64_t blocks(int64_t tokens, int block) const { return (tokens + block - 1) / block; }
 
@@ -180,7 +179,8 @@ struct Definition {
     const int64_t d = diagonal(i), count = static_cast<int64_t>(all.size());
     Columns kept;
     switch (spec.kind) {
-      case PatternKind::dense: case PatternKind::causal: return all;
+      case PatternKind::dense:
+      case PatternKind::causal: return all;
       case PatternKind::local_window:
         if (!spec.window) {
           fill_nearest(all, d, budget(*spec.density, count), kept);
@@ -194,13 +194,13 @@ struct Definition {
       case PatternKind::dilated_sparse: return dilated_sparse(i, all);
       case PatternKind::strided: return strided(i, all, stride());
       case PatternKind::random: return {d};
-      case PatternKind::global_local: case PatternKind::bigbird: {
+      case PatternKind::global_local:
+      case PatternKind::bigbird: {
         const int64_t tokens = spec.global_tokens.value_or(64);
         kept.insert(d);
         for (int64_t j : all) {
           const bool global = i < blocks(tokens, spec.block_q) || j < blocks(tokens, spec.block_k);
-          const bool near = spec.window ? in_window(i, j)
-                                        : spec.kind == PatternKind::bigbird && std::abs(j - d) <= 1;
+          const bool near = spec.window ? in_window(i, j) : spec.kind == PatternKind::bigbird && std::abs(j - d) <= 1;
           if (global || near) kept.insert(j);
         }
         if (spec.kind == PatternKind::global_local && !spec.window) {
@@ -228,8 +228,10 @@ PatternSpec random_spec(Random& random, PatternKind kind) {
   s.seed = random.word();
   const auto density = [&] { return random.chance(0.1) ? 1.0 : 0.01 + 0.98 * random.unit(); };
   switch (kind) {
-    case PatternKind::dense: case PatternKind::causal: break;
-    case PatternKind::local_window: case PatternKind::global_local:
+    case PatternKind::dense:
+    case PatternKind::causal: break;
+    case PatternKind::local_window:
+    case PatternKind::global_local:
       if (random.chance(0.5)) s.window = random.in(1, 200);
       if (!s.window || random.chance(0.3)) s.density = density();
       break;
@@ -337,14 +339,13 @@ TEST_P(PatternKinds, NeverVisitsAllPairs) {
   spec.kind = GetParam();
   spec.seqlen_q = spec.seqlen_k = int64_t{1} << 26;
   switch (GetParam()) {
-    case PatternKind::dense: case PatternKind::causal: return;  // keep them all
+    case PatternKind::dense:
+    case PatternKind::causal: return;  // keep them all
     case PatternKind::dilated_segments:
       spec.segment_lengths = {512, 1024};
       spec.dilation_rates = {1, 2};
       break;
-    case PatternKind::hierarchical:
-      spec.ranks = 1024;
-      [[fallthrough]];
+    case PatternKind::hierarchical: spec.ranks = 1024; [[fallthrough]];
     default: spec.density = 4.0 / (1 << 19);
   }
   const BlockPattern pattern = make_pattern(spec);
@@ -530,8 +531,8 @@ TEST(PatternSpecErrors, ForeignOptionsAreNamed) {
 TEST(PatternSpecErrors, ValuesOutOfRangeAreNamed) {
   using enum PatternKind;
   PatternSpec s = spec_of(random, 100, 16);
-  for (double bad : {0.0, -0.1, 1.0001, std::numeric_limits<double>::quiet_NaN(),
-                     std::numeric_limits<double>::infinity()}) {
+  for (double bad :
+       {0.0, -0.1, 1.0001, std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
     s.density = bad;
     expect_error(s, "density");
   }

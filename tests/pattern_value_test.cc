@@ -138,9 +138,9 @@ TEST(FromCsr, TakesEmptySequencesAndRows) {
 TEST(Bitmaps, AreCanonical) {
   const PatternShape shape = shape_of(24, 24);
   std::vector<uint64_t> full_within(16, 0), only_past(16, 0), once(16, 0);
-  for (int q = 0; q < 8; ++q) full_within[q] = 0xff;                // the corner's 8 x 8
+  for (int q = 0; q < 8; ++q) full_within[q] = 0xff;  // the corner's 8 x 8
   for (int q = 0; q < 16; ++q) only_past[q] = q < 8 ? ~uint64_t{0xff} : ~uint64_t{0};
-  once[3] = 0xffffffffffff0005u;                                    // past block_k too
+  once[3] = 0xffffffffffff0005u;  // past block_k too
   std::vector<uint64_t> bitmaps;
   for (const auto& b : {full_within, only_past, once, once}) bitmaps.insert(bitmaps.end(), b.begin(), b.end());
   const auto make = [&](std::vector<int32_t> bitmap_index) {

@@ -18,9 +18,7 @@ using test::expect_error;
 
 constexpr Rgb kBlack{0, 0, 0};
 
-int64_t count(const Image& image, Rgb color) {
-  return std::count(image.pixels.begin(), image.pixels.end(), color);
-}
+int64_t count(const Image& image, Rgb color) { return std::count(image.pixels.begin(), image.pixels.end(), color); }
 
 // rows x cols blocks of 16 x 16 tokens, those listed.
 BlockPattern blocks(int64_t rows, int64_t cols, const std::vector<std::vector<int32_t>>& kept) {

@@ -102,7 +102,11 @@ TEST(ThreadPool, WakesAfterSleeping) {
 TEST(ThreadPool, ExceptionReachesTheCallerAndThePoolStaysUsable) {
   ThreadPool pool(3);
   for (int bad = 0; bad < 3; ++bad) {
-    EXPECT_THROW(pool.run(3, [&](int i) { if (i == bad) throw std::bad_alloc(); }), std::bad_alloc);
+    EXPECT_THROW(pool.run(3,
+                          [&](int i) {
+                            if (i == bad) throw std::bad_alloc();
+                          }),
+                 std::bad_alloc);
     std::atomic<int> ran{0};
     pool.run(3, [&](int) { ++ran; });
     EXPECT_EQ(ran, 3);

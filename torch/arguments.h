@@ -45,7 +45,8 @@ class BackwardTensors {
                   const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse)
       : q_(q), k_(k), v_(v), out_(out), lse_(lse) {
     using Named = std::pair<const char*, const at::Tensor*>;
-    for (const auto& [name, t] : {Named{"dout", &dout}, {"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}}) {
+    for (const auto& [name, t] :
+         {Named{"dout", &dout}, {"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}}) {
       check_device(name, *t);
     }
     if (dlse.has_value()) check_device("dlse", *dlse);

@@ -132,8 +132,7 @@ PatternResult tensors_of(const BlockPattern& pattern) {
     std::copy_n(v.bitmap_index, entries, bitmap_index.mutable_data_ptr<int32_t>());
     std::copy_n(v.bitmaps, bitmaps.numel(), reinterpret_cast<uint64_t*>(bitmaps.mutable_data_ptr<int64_t>()));
   }
-  return {indptr, indices, bitmap_index, bitmaps,
-          {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
+  return {indptr, indices, bitmap_index, bitmaps, {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
 }
 
 Options::Options(const OptionArguments& a, int64_t batch) {

@@ -18,25 +18,26 @@ using ops::OptionArguments;
 using ops::PatternTensors;
 
 // Operators by their schemas in ops.cc. SymInt where those say so.
-#define PATTERN_TYPES \
-  const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, c10::SymIntArrayRef
+#define PATTERN_TYPES const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, c10::SymIntArrayRef
 using MaybeInt = std::optional<int64_t>;
-#define OPTION_TYPES                                                                                               \
-  std::optional<double>, bool, std::optional<int64_t>, std::optional<int64_t>, std::optional<c10::SymInt>,         \
-      c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,   \
+#define OPTION_TYPES                                                                                             \
+  std::optional<double>, bool, std::optional<int64_t>, std::optional<int64_t>, std::optional<c10::SymInt>,       \
+      c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, \
       const MaybeTensor&, double, const MaybeTensor&
 using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                    PATTERN_TYPES, OPTION_TYPES);
 using Decode = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                   PATTERN_TYPES, const MaybeTensor&, OPTION_TYPES);
-using Dilated = std::tuple<at::Tensor, at::Tensor>(
-    const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef,
-    std::optional<c10::string_view>, std::optional<double>, int64_t, MaybeInt, at::IntArrayRef, MaybeInt, MaybeInt,
-    int64_t, OPTION_TYPES);
-using Varlen = std::tuple<at::Tensor, at::Tensor>(
-    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList,
-    at::TensorList, at::TensorList, at::TensorList, c10::SymIntArrayRef, std::optional<double>, bool, MaybeInt,
-    MaybeInt, double, const MaybeTensor&, const MaybeTensor&, double, const MaybeTensor&);
+using Dilated = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                   c10::SymIntArrayRef, c10::SymIntArrayRef,
+                                                   std::optional<c10::string_view>, std::optional<double>, int64_t,
+                                                   MaybeInt, at::IntArrayRef, MaybeInt, MaybeInt, int64_t,
+                                                   OPTION_TYPES);
+using Varlen = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                  const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList,
+                                                  at::TensorList, at::TensorList, c10::SymIntArrayRef,
+                                                  std::optional<double>, bool, MaybeInt, MaybeInt, double,
+                                                  const MaybeTensor&, const MaybeTensor&, double, const MaybeTensor&);
 using Merge = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                  const at::Tensor&);
 using Weights = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, PATTERN_TYPES, OPTION_TYPES);
@@ -82,10 +83,10 @@ at::Tensor bias_of(const MultiheadArguments& a, int64_t batch, int64_t rows, int
   if (a.attn_mask.defined()) {
     const at::Tensor mask = additive("attn_mask", a.attn_mask, dtype);
     const at::IntArrayRef sizes = mask.sizes();
-    TORCH_CHECK_VALUE(sizes == at::IntArrayRef({rows, keys}) ||
-                          sizes == at::IntArrayRef({batch * a.num_heads, rows, keys}),
-                      "attn_mask: got ", sizes, "; allowed: [", rows, ", ", keys, "] or [", batch * a.num_heads, ", ", rows,
-                      ", ", keys, "]");
+    TORCH_CHECK_VALUE(
+        sizes == at::IntArrayRef({rows, keys}) || sizes == at::IntArrayRef({batch * a.num_heads, rows, keys}),
+        "attn_mask: got ", sizes, "; allowed: [", rows, ", ", keys, "] or [", batch * a.num_heads, ", ", rows, ", ",
+        keys, "]");
     bias = mask.dim() == 2 ? mask.view({1, 1, rows, keys}) : mask.reshape({batch, a.num_heads, rows, keys});
   }
   if (a.key_padding_mask.defined()) {
@@ -163,7 +164,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> project_in(const at::Tensor& quer
   return {F::linear(query, wq, bq), F::linear(key, wk, bk), F::linear(value, wv, bv)};
 }
 
-// Projections, masks, extra keys and weights around `attend`: (q, k, v, options) -> (out, lse); `weigh`: (q, k, options)
+// Projections, masks, extra keys and weights around `attend`: (q, k, v, options) -> (out, lse); `weigh`: (q, k,
+// options)
 // -> weights [N, H, L, S].
 template <class Attend, class Weigh>
 std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -227,8 +229,8 @@ PatternTensors pattern_tensors(const BlockPattern& pattern) {
   return tensors;
 }
 
-std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
-                                                          const at::Tensor& v, const PatternTensors& pattern,
+std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                          const PatternTensors& pattern,
                                                           const OptionArguments& options) {
   static const auto op = find_op<Forward>("tessera::forward");
   return call(op, drawn(options), q, k, v, pattern.indptr, pattern.indices, pattern.bitmap_index, pattern.bitmaps,
@@ -262,9 +264,10 @@ std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const 
   const PatternSpec spec = dilation.pattern.value_or(PatternSpec{});
   TORCH_CHECK_VALUE(spec.block_q == spec.block_k, "dilation.pattern: got blocks of ", spec.block_q, " x ", spec.block_k,
                     "; allowed: square ones");
-  TORCH_CHECK_VALUE(spec == taken(spec, options.causal),
-                    "dilation.pattern: got heads, causal without options.causal, segment_lengths, ranks or hierarchical "
-                    "densities; allowed: kind, block, density, window, dilation_rates, global_tokens, stride, seed");
+  TORCH_CHECK_VALUE(
+      spec == taken(spec, options.causal),
+      "dilation.pattern: got heads, causal without options.causal, segment_lengths, ranks or hierarchical "
+      "densities; allowed: kind, block, density, window, dilation_rates, global_tokens, stride, seed");
   std::optional<c10::string_view> kind;
   const std::string name(name_of(spec.kind));
   if (dilation.pattern) kind = name;

@@ -25,8 +25,8 @@ ops::PatternTensors pattern_tensors(const BlockPattern& pattern);
 // Differentiable: q, k, v, options.block_bias, options.attn_bias, options.sinks, through out and lse. ValueError where
 // another tensor of the options requires a gradient. dropout_p > 0 without rng draws seed and offset from torch's
 // default generator: torch::manual_seed decides.
-std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k,
-                                                          const at::Tensor& v, const ops::PatternTensors& pattern,
+std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                          const ops::PatternTensors& pattern,
                                                           const ops::OptionArguments& options = {});
 
 // LongNet: q [B, S, H, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv] -> out and lse as above. What tessera/dilated.h says of
@@ -65,13 +65,13 @@ at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const ops
 // are undefined.
 struct MultiheadArguments {
   int64_t num_heads = 1;
-  at::Tensor in_proj_weight;                                // [3 E, E], or
-  at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;   // [E, E], [E, kdim], [E, vdim]
-  at::Tensor in_proj_bias;                                  // [3 E]
-  at::Tensor bias_k, bias_v;                                // [1, 1, E]: one more key that all rows see
-  bool add_zero_attn = false;                               // and one of zeros
-  at::Tensor out_proj_weight, out_proj_bias;                // [E, E], [E]
-  double dropout_p = 0;                                     // 0..1, applied as it stands: 0 outside training
+  at::Tensor in_proj_weight;                               // [3 E, E], or
+  at::Tensor q_proj_weight, k_proj_weight, v_proj_weight;  // [E, E], [E, kdim], [E, vdim]
+  at::Tensor in_proj_bias;                                 // [3 E]
+  at::Tensor bias_k, bias_v;                               // [1, 1, E]: one more key that all rows see
+  bool add_zero_attn = false;                              // and one of zeros
+  at::Tensor out_proj_weight, out_proj_bias;               // [E, E], [E]
+  double dropout_p = 0;                                    // 0..1, applied as it stands: 0 outside training
   at::Tensor key_padding_mask;  // [N, S]; bool: true is hidden; floating: added to the scores
   at::Tensor attn_mask;         // [L, S] or [N * num_heads, L, S]; bool: true is hidden; floating: added
   bool causal = false;

@@ -55,8 +55,8 @@ BlockSparseAttentionImpl::BlockSparseAttentionImpl(BlockSparseAttentionOptions o
 
 void BlockSparseAttentionImpl::pretty_print(std::ostream& stream) const {
   stream << "tessera::nn::BlockSparseAttention(pattern=" << name_of(options.pattern.kind)
-         << ", block=" << options.pattern.block_q << "x" << options.pattern.block_k
-         << ", causal=" << std::boolalpha << is_causal(options.pattern);
+         << ", block=" << options.pattern.block_q << "x" << options.pattern.block_k << ", causal=" << std::boolalpha
+         << is_causal(options.pattern);
   if (!options.segment_lengths.empty()) {
     stream << ", segment_lengths=" << options.segment_lengths << ", dilation_rates=" << options.dilation_rates;
   }

@@ -38,8 +38,8 @@ class PatternSource {
 };
 
 struct BlockSparseAttentionOptions {
-  PatternSpec pattern;  // lengths come with the call. pattern.causal: causal attention, of tokens as well
-  std::optional<double> scale;                       // default 1 / sqrt(D)
+  PatternSpec pattern;          // lengths come with the call. pattern.causal: causal attention, of tokens as well
+  std::optional<double> scale;  // default 1 / sqrt(D)
   std::optional<int64_t> window_left, window_right;  // tokens
   double softcap = 0;
   double dropout = 0;  // in training
@@ -47,16 +47,15 @@ struct BlockSparseAttentionOptions {
   std::vector<int64_t> segment_lengths, dilation_rates;
 };
 
-// Attention without projections: q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> [B, Sq, H, Dv]. Over segments
-// Sq = Sk.
+// Attention without projections: q [B, Sq, H, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv] -> [B, Sq, H, Dv]. Over
+// segments Sq = Sk.
 class BlockSparseAttentionImpl : public torch::nn::Cloneable<BlockSparseAttentionImpl> {
  public:
   explicit BlockSparseAttentionImpl(BlockSparseAttentionOptions options = {});
   void reset() override {}
   void pretty_print(std::ostream& stream) const override;
   // key_lengths: int32 or int64 [B], valid keys; undefined: all.
-  at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                     const at::Tensor& key_lengths = {});
+  at::Tensor forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& key_lengths = {});
 
   BlockSparseAttentionOptions options;
 

@@ -161,8 +161,7 @@ std::tuple<at::Tensor, at::Tensor> dilated_forward_op(const at::Tensor& q, const
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dilated_backward_op(BACKWARD_PARAMETERS,
                                                                                std::array<bool, 4> wanted,
-                                                                               DILATION_PARAMETERS,
-                                                                               OPTION_PARAMETERS) {
+                                                                               DILATION_PARAMETERS, OPTION_PARAMETERS) {
   return translate_errors([&] {
     const Options options(OPTION_VALUE, q);
     const BackwardTensors tensors(BACKWARD_VALUE);
@@ -213,8 +212,8 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
   m.def("admitted_pairs(int batch, int heads, " PATTERN ", " OPTIONS ") -> int");
   m.def("dilated_pairs(Tensor q, " DILATION ", " OPTIONS ") -> int");
   m.def("forward(Tensor q, Tensor k, Tensor v, " PATTERN ", " OPTIONS ") -> (Tensor out, Tensor lse)");
-  m.def("backward(" BACKWARD ", bool[6] wanted, "
-        PATTERN ", " OPTIONS ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dblock_bias, Tensor dattn_bias, "
+  m.def("backward(" BACKWARD ", bool[6] wanted, " PATTERN ", " OPTIONS
+        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dblock_bias, Tensor dattn_bias, "
         "Tensor dsinks)");
   // forward without autograd: what eager calls take when no gradient is wanted; also with a paged cache.
   m.def("decode(Tensor q, Tensor k, Tensor v, " PATTERN ", Tensor? page_table=None, " OPTIONS
@@ -238,9 +237,9 @@ TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("dilated_backward", dilated_backward_op);
 }
 
-constexpr const char* kOperators[] = {"forward",        "backward",        "decode",          "weights", "merge",
-                                      "varlen_forward", "varlen_backward", "dilated_forward", "dilated_backward",
-                                      "admitted_pairs", "dilated_pairs"};
+constexpr const char* kOperators[] = {
+    "forward",         "backward",        "decode",           "weights",        "merge",        "varlen_forward",
+    "varlen_backward", "dilated_forward", "dilated_backward", "admitted_pairs", "dilated_pairs"};
 
 TORCH_LIBRARY_IMPL(tessera, CompositeExplicitAutograd, m) {
   for (const char* name : kOperators) m.impl(name, torch::CppFunction::makeFromBoxedFunction<&unsupported>());

@@ -65,20 +65,11 @@ TensorView integer_view(const char* name, const at::Tensor& t) {
   if (!t.device().is_cpu() || t.layout() != at::kStrided)
     fail(name, "a tensor on " + t.device().str(), "a dense tensor on cpu");
   switch (t.scalar_type()) {
-    case at::kLong:
-      v.dtype = DType::i64;
-      break;
-    case at::kInt:
-      v.dtype = DType::i32;
-      break;
-    case at::kByte:
-      v.dtype = DType::u8;
-      break;
-    case at::kBool:
-      v.dtype = DType::boolean;
-      break;
-    default:
-      fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "bool, uint8, int32 or int64");
+    case at::kLong: v.dtype = DType::i64; break;
+    case at::kInt: v.dtype = DType::i32; break;
+    case at::kByte: v.dtype = DType::u8; break;
+    case at::kBool: v.dtype = DType::boolean; break;
+    default: fail(name, std::string("dtype ") + c10::toString(t.scalar_type()), "bool, uint8, int32 or int64");
   }
   if (t.dim() < 1 || t.dim() > TensorView::kMaxRank) {
     fail(name, std::to_string(t.dim()) + " dimensions", "1 to " + std::to_string(TensorView::kMaxRank));

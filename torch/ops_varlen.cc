@@ -21,8 +21,9 @@
       double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks, double dropout_p,                   \
       const MaybeTensor &rng
 #define VARLEN_OPTION_VALUE                                                                                          \
-  OptionArguments{scale, causal, window_left, window_right, {}, 0, {}, false, softcap, alibi_slopes, {}, {}, sinks, \
-                  dropout_p, rng}
+  OptionArguments {                                                                                                  \
+    scale, causal, window_left, window_right, {}, 0, {}, false, softcap, alibi_slopes, {}, {}, sinks, dropout_p, rng \
+  }
 
 namespace tessera::ops {
 

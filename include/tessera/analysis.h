@@ -101,10 +101,10 @@ double oracle_density(const MassMap& mass, double coverage);
 double bound_density(const MassMap& mass, double coverage);
 
 struct OptimizeOptions {
-  double target_coverage = 0.9;     // in (0, 1]: mean over rows, heads and batches
-  std::vector<PatternKind> kinds;   // empty: local_window, dilated_sparse, global_local, strided, random, bigbird,
-                                    // dilated_segments
-  uint64_t seed = 0;                // of random kinds
+  double target_coverage = 0.9;    // in (0, 1]: mean over rows, heads and batches
+  std::vector<PatternKind> kinds;  // empty: local_window, dilated_sparse, global_local, strided, random, bigbird,
+                                   // dilated_segments
+  uint64_t seed = 0;               // of random kinds
 };
 
 struct OptimizeResult {

@@ -22,10 +22,10 @@ namespace tessera {
 // Error where the CPU or the build lacks it. avx512_bf16 differs from avx512 in the native bf16 dot product only.
 enum class Isa : uint8_t { automatic, sse4, avx2, avx512, avx512_bf16, neon };
 
-std::string_view name_of(Isa isa);      // "auto", "sse4", "avx2", "avx512", "avx512_bf16", "neon"
-Isa isa_of(std::string_view name);      // Error for an unknown name
-std::span<const Isa> compiled_isas();   // worst first
-std::span<const Isa> usable_isas();     // those that this CPU has, worst first
+std::string_view name_of(Isa isa);     // "auto", "sse4", "avx2", "avx512", "avx512_bf16", "neon"
+Isa isa_of(std::string_view name);     // Error for an unknown name
+std::span<const Isa> compiled_isas();  // worst first
+std::span<const Isa> usable_isas();    // those that this CPU has, worst first
 
 // Dropout on the normalised weights. The decision for (b, h, q, k) depends on seed, offset and the four positions
 // only (Philox 4x32-10, Salmon et al. 2011), never on threads, tiles or blocks.
@@ -40,15 +40,15 @@ struct AttentionOptions {
   // Position of query i is i + q_offset, of key j is j + k_offset. Default q_offset: Sk - Sq (bottom-right alignment).
   std::optional<int64_t> q_offset;
   int64_t k_offset = 0;
-  bool causal = false;                 // admits keys at positions <= the query's
-  std::optional<int64_t> window_left;  // tokens, >= 0: admits keys at most this far before the query
-  std::optional<int64_t> window_right; // tokens, >= 0: ... after the query (causal: none after it anyway)
+  bool causal = false;                  // admits keys at positions <= the query's
+  std::optional<int64_t> window_left;   // tokens, >= 0: admits keys at most this far before the query
+  std::optional<int64_t> window_right;  // tokens, >= 0: ... after the query (causal: none after it anyway)
   // [B] number of valid keys, each in 0..Sk. Empty: all Sk. Does not move the alignment, unless
   // align_to_key_lengths: then the default q_offset of batch b is key_lengths[b] - Sq (decode with a cache).
   std::span<const int64_t> key_lengths;
   bool align_to_key_lengths = false;
-  double softcap = 0;         // > 0: scores become softcap * tanh(score / softcap), before biases. 0: off
-  TensorView alibi_slopes;    // fp32 [H] or [B, H]: adds -slope * |query position - key position| (Press et al. 2022)
+  double softcap = 0;       // > 0: scores become softcap * tanh(score / softcap), before biases. 0: off
+  TensorView alibi_slopes;  // fp32 [H] or [B, H]: adds -slope * |query position - key position| (Press et al. 2022)
   // fp32 [B or 1, H or 1, entries]: added to all scores of the kept block at that entry of the pattern. Where the
   // pattern differs by head or batch, entries are those of all of them, and each uses its own.
   TensorView block_bias;
@@ -56,7 +56,7 @@ struct AttentionOptions {
   // finite ones below -2.35e38 count as that number (either bias), so that a row of nothing else still has weights. Its
   // gradients are not those weights': beside a bias beyond -1e6 or so lse has no room for the logarithm of a sum.
   TensorView attn_bias;
-  TensorView sinks;           // fp32 [H]: a logit that joins the denominator (and lse) of each row that sees a key
+  TensorView sinks;  // fp32 [H]: a logit that joins the denominator (and lse) of each row that sees a key
   Dropout dropout;
   bool deterministic = true;  // bit-equal from run to run and for any number of threads
 };
@@ -92,15 +92,15 @@ ForwardInfo forward(const ForwardArgs& args, Executor& executor);
 
 // Packed sequences: sequence i is rows cu_seqlens_q[i] .. cu_seqlens_q[i + 1] of q and out, likewise k and v.
 struct VarlenForwardArgs {
-  TensorView q;            // [total_q, H, D]
-  TensorView k;            // [total_k, Hkv, D]
-  TensorView v;            // [total_k, Hkv, Dv]
-  MutableTensorView out;   // [total_q, H, Dv]
-  MutableTensorView lse;   // fp32 [H, total_q]; may be undefined
-  std::span<const int64_t> cu_seqlens_q;    // [N + 1] from 0, non-decreasing, last total_q
-  std::span<const int64_t> cu_seqlens_k;    // [N + 1]
-  std::span<const BlockPattern> patterns;   // [N]: pattern i is of sequence i's lengths; heads 1 or H, batches 1
-  AttentionOptions options;  // key_lengths, q_offset, attn_bias must not be given; block_bias neither
+  TensorView q;                            // [total_q, H, D]
+  TensorView k;                            // [total_k, Hkv, D]
+  TensorView v;                            // [total_k, Hkv, Dv]
+  MutableTensorView out;                   // [total_q, H, Dv]
+  MutableTensorView lse;                   // fp32 [H, total_q]; may be undefined
+  std::span<const int64_t> cu_seqlens_q;   // [N + 1] from 0, non-decreasing, last total_q
+  std::span<const int64_t> cu_seqlens_k;   // [N + 1]
+  std::span<const BlockPattern> patterns;  // [N]: pattern i is of sequence i's lengths; heads 1 or H, batches 1
+  AttentionOptions options;                // key_lengths, q_offset, attn_bias must not be given; block_bias neither
   Isa isa = Isa::automatic;
 };
 ForwardInfo forward_varlen(const VarlenForwardArgs& args, Executor& executor);
@@ -122,9 +122,9 @@ struct BlockWeights {
     int64_t batch, head, row, col;  // block row and column
   };
   int block_q = 0, block_k = 0;
-  std::vector<Index> indices;     // [blocks], ordered by batch, head, row, column
-  std::vector<float> values;      // [blocks, block_q, block_k]; masked positions and positions past the end are 0
-  std::array<int64_t, 4> shape{}; // B, H, Sq, Sk
+  std::vector<Index> indices;      // [blocks], ordered by batch, head, row, column
+  std::vector<float> values;       // [blocks, block_q, block_k]; masked positions and positions past the end are 0
+  std::array<int64_t, 4> shape{};  // B, H, Sq, Sk
 };
 // Weights before dropout, from scores kept in fp32 whatever the inputs. `out` and `lse` of args are not used and may be
 // undefined. Error if the result would need more than max_bytes.

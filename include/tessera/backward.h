@@ -16,20 +16,20 @@
 namespace tessera {
 
 struct BackwardArgs {
-  TensorView q;           // [B, Sq, H, D]; last stride 1
-  TensorView k;           // [B, Sk, Hkv, D]
-  TensorView v;           // [B, Sk, Hkv, Dv]
-  BlockPattern pattern;   // of (Sq, Sk)
-  TensorView out;         // [B, Sq, H, Dv], dtype of q: what forward() gave
-  TensorView lse;         // fp32 [B, H, Sq] (fp64 inputs: or fp64): what forward() gave. Both may also be joined over
-                          // more keys than this pattern's (merge): the gradients are then those of the joined result
-  TensorView dout;        // [B, Sq, H, Dv], dtype of q; last stride 1
-  TensorView dlse;        // gradient that reaches lse, as lse; may be undefined: 0
+  TensorView q;          // [B, Sq, H, D]; last stride 1
+  TensorView k;          // [B, Sk, Hkv, D]
+  TensorView v;          // [B, Sk, Hkv, Dv]
+  BlockPattern pattern;  // of (Sq, Sk)
+  TensorView out;        // [B, Sq, H, Dv], dtype of q: what forward() gave
+  TensorView lse;        // fp32 [B, H, Sq] (fp64 inputs: or fp64): what forward() gave. Both may also be joined over
+                         // more keys than this pattern's (merge): the gradients are then those of the joined result
+  TensorView dout;       // [B, Sq, H, Dv], dtype of q; last stride 1
+  TensorView dlse;       // gradient that reaches lse, as lse; may be undefined: 0
   // Each may be undefined: not wanted. dtype of q, or fp32; all that are given have the same one. Must not overlap an
   // input or each other.
-  MutableTensorView dq;   // [B, Sq, H, D]; last stride 1
-  MutableTensorView dk;   // [B, Sk, Hkv, D]
-  MutableTensorView dv;   // [B, Sk, Hkv, Dv]
+  MutableTensorView dq;     // [B, Sq, H, D]; last stride 1
+  MutableTensorView dk;     // [B, Sk, Hkv, D]
+  MutableTensorView dv;     // [B, Sk, Hkv, Dv]
   bool accumulate = false;  // adds to dq, dk and dv instead of writing them; they are then fp32 (fp64 inputs: fp64)
   MutableTensorView dblock_bias;  // fp32, the sizes of options.block_bias; written. May be undefined
   MutableTensorView dattn_bias;   // fp32 or the dtype of attn_bias, the sizes of options.attn_bias; written, 0 for
@@ -49,14 +49,14 @@ BackwardInfo backward(const BackwardArgs& args, Executor& executor);
 
 // Packed sequences, as VarlenForwardArgs.
 struct VarlenBackwardArgs {
-  TensorView q;           // [total_q, H, D]
-  TensorView k;           // [total_k, Hkv, D]
-  TensorView v;           // [total_k, Hkv, Dv]
-  TensorView out, dout;   // [total_q, H, Dv]
-  TensorView lse;         // fp32 [H, total_q]
-  TensorView dlse;        // fp32 [H, total_q]; may be undefined
-  MutableTensorView dq, dk, dv;  // as q, k, v; each may be undefined
-  MutableTensorView dsinks;      // fp32 [H]; may be undefined
+  TensorView q;                            // [total_q, H, D]
+  TensorView k;                            // [total_k, Hkv, D]
+  TensorView v;                            // [total_k, Hkv, Dv]
+  TensorView out, dout;                    // [total_q, H, Dv]
+  TensorView lse;                          // fp32 [H, total_q]
+  TensorView dlse;                         // fp32 [H, total_q]; may be undefined
+  MutableTensorView dq, dk, dv;            // as q, k, v; each may be undefined
+  MutableTensorView dsinks;                // fp32 [H]; may be undefined
   std::span<const int64_t> cu_seqlens_q;   // [N + 1]
   std::span<const int64_t> cu_seqlens_k;   // [N + 1]
   std::span<const BlockPattern> patterns;  // [N]

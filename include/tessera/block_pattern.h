@@ -13,8 +13,8 @@ namespace tessera {
 struct PatternShape {
   int64_t seqlen_q = 0;
   int64_t seqlen_k = 0;
-  int block_q = 128;  // multiple of 16 in 16..256
-  int block_k = 128;  // multiple of 16 in 16..256
+  int block_q = 128;    // multiple of 16 in 16..256
+  int block_k = 128;    // multiple of 16 in 16..256
   int64_t heads = 1;    // 1 (all heads share) or H
   int64_t batches = 1;  // 1 (all batches share) or B
 

@@ -31,7 +31,7 @@ std::string_view name_of(CheckPass pass);  // "fwd", "bwd"
 struct CheckOptions {
   int64_t cases = 500;
   uint64_t seed = 0;
-  int64_t first_case = 0;  // runs cases first_case .. first_case + cases - 1 of the seed: a failure alone
+  int64_t first_case = 0;         // runs cases first_case .. first_case + cases - 1 of the seed: a failure alone
   std::vector<Isa> isas;          // empty: all usable ones
   std::vector<CheckPass> passes;  // empty: both
 };

@@ -69,13 +69,13 @@ struct DilatedBackwardArgs {
   TensorView dout;  // [B, S, H, Dv], dtype of q; last stride 1
   TensorView dlse;  // gradient that reaches lse, as lse; may be undefined: 0
   // Each may be undefined: not wanted. dtype of q, or fp32; all that are given have the same one.
-  MutableTensorView dq;  // [B, S, H, D]; last stride 1
-  MutableTensorView dk;  // [B, S, Hkv, D]
-  MutableTensorView dv;  // [B, S, Hkv, Dv]
+  MutableTensorView dq;     // [B, S, H, D]; last stride 1
+  MutableTensorView dk;     // [B, S, Hkv, D]
+  MutableTensorView dv;     // [B, S, Hkv, Dv]
   bool accumulate = false;  // adds to dq, dk and dv instead of writing them; they are then fp32 (fp64 inputs: fp64)
   MutableTensorView dattn_bias;  // fp32 or the dtype of attn_bias, the sizes of options.attn_bias; written, 0 for
                                  // pairs that no (w, r) admits. May be undefined
-  Dilation dilation;        // those of the forward call
+  Dilation dilation;             // those of the forward call
   AttentionOptions options;
   Isa isa = Isa::automatic;
 };

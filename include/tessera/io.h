@@ -84,8 +84,7 @@ std::map<std::string, Tensor> read_safetensors(const std::string& path);
 std::map<std::string, Tensor> read_safetensors(const std::string& path, std::span<const std::string> names);
 std::map<std::string, Tensor> parse_safetensors(std::span<const std::byte> file);
 
-void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors,
-                       const Metadata& metadata = {});
+void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors, const Metadata& metadata = {});
 void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
                        const Metadata& metadata = {});
 

@@ -18,8 +18,7 @@ BlockPattern intersect(const BlockPattern& a, const BlockPattern& b);
 // Block rows [row_begin, row_end) and block columns [col_begin, col_end). The lengths are those of the tokens in
 // range, ragged ends included. The slice counts from its own first token: attention over it needs q_offset and
 // k_offset wherever positions matter.
-BlockPattern slice(const BlockPattern& pattern, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                   int64_t col_end);
+BlockPattern slice(const BlockPattern& pattern, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end);
 
 // Heads (batches) of all patterns one after the other. At least one pattern; lengths, block sizes and batches (heads)
 // must be the same.

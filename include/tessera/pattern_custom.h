@@ -43,10 +43,10 @@ BlockPattern pattern_from_csr(const PatternShape& shape, std::span<const CsrMatr
 // must be asked, full_kv_* (may be undefined) those that are kept whole. Only the first kv_num_blocks columns of a row
 // of kv_indices count; they may come in any order.
 struct FlexBlockMask {
-  TensorView kv_num_blocks;       // [batches, heads, rows]
-  TensorView kv_indices;          // [batches, heads, rows, cols]
-  TensorView full_kv_num_blocks;  // like kv_num_blocks
-  TensorView full_kv_indices;     // like kv_indices
+  TensorView kv_num_blocks;                                                  // [batches, heads, rows]
+  TensorView kv_indices;                                                     // [batches, heads, rows, cols]
+  TensorView full_kv_num_blocks;                                             // like kv_num_blocks
+  TensorView full_kv_indices;                                                // like kv_indices
   std::function<bool(int64_t b, int64_t h, int64_t q, int64_t k)> mask_mod;  // empty: admits every pair
 };
 BlockPattern pattern_from_flex(const FlexBlockMask& mask, int64_t seqlen_q, int64_t seqlen_k, int block_q, int block_k);

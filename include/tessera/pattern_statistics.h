@@ -15,17 +15,17 @@ struct Spread {
 // Over all pattern heads and batches. A block pair is admissible as in patterns.h. Kept pairs that are not admissible
 // (a pattern made without `causal`, asked about with it) do not count towards densities.
 struct PatternStatistics {
-  int64_t rows = 0, cols = 0;      // of one head
-  int64_t kept_blocks = 0;         // all of the pattern's
-  int64_t partial_blocks = 0;      // those with a bitmap
+  int64_t rows = 0, cols = 0;  // of one head
+  int64_t kept_blocks = 0;     // all of the pattern's
+  int64_t partial_blocks = 0;  // those with a bitmap
   int64_t admissible_blocks = 0;
-  double density = 0;              // kept and admissible / admissible; 0 if nothing is admissible
-  double sparsity = 0;             // 1 - density
-  Spread row_density;              // per row (column): kept share of its admissible pairs; rows (columns) without an
-  Spread column_density;           // admissible pair are left out
-  double diagonal_density = 0;     // share of the rows with an admissible pair that keep their diagonal column
-  int64_t empty_rows = 0;          // rows without a kept pair
-  double load_imbalance = 0;       // max / mean kept blocks of a row, 1: even; 0 if nothing is kept
+  double density = 0;           // kept and admissible / admissible; 0 if nothing is admissible
+  double sparsity = 0;          // 1 - density
+  Spread row_density;           // per row (column): kept share of its admissible pairs; rows (columns) without an
+  Spread column_density;        // admissible pair are left out
+  double diagonal_density = 0;  // share of the rows with an admissible pair that keep their diagonal column
+  int64_t empty_rows = 0;       // rows without a kept pair
+  double load_imbalance = 0;    // max / mean kept blocks of a row, 1: even; 0 if nothing is kept
 };
 PatternStatistics statistics(const BlockPattern& pattern, bool causal = false);
 

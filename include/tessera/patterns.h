@@ -68,15 +68,15 @@ struct PatternSpec {
   int block_k = 128;
   int64_t heads = 1;  // pattern heads: 1, or H where the pattern differs by head (random, dilated_segments)
   bool causal = false;
-  std::optional<double> density;          // in (0, 1]: kept share of the admissible pairs
-  std::optional<int64_t> window;          // tokens, >= 1; whole on the past side if causal, else half on either side
-  std::vector<int64_t> dilation_rates;    // blocks, each >= 1; dilated_sparse: default 1,2,4,8,16
-  std::vector<int64_t> segment_lengths;   // dilated_segments: tokens, each >= 1
-  std::optional<int64_t> global_tokens;   // global_local, bigbird: tokens, >= 0, default 64
-  std::optional<int64_t> stride;          // strided: blocks, >= 1
-  uint64_t seed = 0;                      // random, bigbird: every (seed, head, row) draws on its own
-  int64_t ranks = 1;                      // hierarchical: equal contiguous shards of the sequence
-  int64_t ranks_per_node = 1;             // hierarchical: the last node may have fewer
+  std::optional<double> density;             // in (0, 1]: kept share of the admissible pairs
+  std::optional<int64_t> window;             // tokens, >= 1; whole on the past side if causal, else half on either side
+  std::vector<int64_t> dilation_rates;       // blocks, each >= 1; dilated_sparse: default 1,2,4,8,16
+  std::vector<int64_t> segment_lengths;      // dilated_segments: tokens, each >= 1
+  std::optional<int64_t> global_tokens;      // global_local, bigbird: tokens, >= 0, default 64
+  std::optional<int64_t> stride;             // strided: blocks, >= 1
+  uint64_t seed = 0;                         // random, bigbird: every (seed, head, row) draws on its own
+  int64_t ranks = 1;                         // hierarchical: equal contiguous shards of the sequence
+  int64_t ranks_per_node = 1;                // hierarchical: the last node may have fewer
   std::optional<double> local_density;       // hierarchical: inside a rank, in (0, 1]
   std::optional<double> global_density;      // hierarchical: inside a node, in [0, 1]; 0 keeps none
   std::optional<double> inter_node_density;  // hierarchical: across nodes, in [0, 1]; 0 keeps none
@@ -88,7 +88,7 @@ BlockPattern make_pattern(const PatternSpec& spec);
 
 // The terms that budgets are made of. Admissible columns of block row i are 0 .. admissible_cols(...) - 1.
 int64_t admissible_cols(const PatternShape& shape, bool causal, int64_t row);
-int64_t diagonal_col(const PatternShape& shape, int64_t row);   // d(i); needs seqlen_q, seqlen_k > 0
-int64_t row_budget(double density, int64_t admissible);         // max(1, round), halves up; 0 if none is admissible
+int64_t diagonal_col(const PatternShape& shape, int64_t row);  // d(i); needs seqlen_q, seqlen_k > 0
+int64_t row_budget(double density, int64_t admissible);        // max(1, round), halves up; 0 if none is admissible
 
 }  // namespace tessera

@@ -50,27 +50,28 @@ _LAZY: dict[str, str] = {
 _LAZY_MODULES = ("analysis", "integrations", "interop")
 
 if TYPE_CHECKING:  # the same for type checkers, which do not look into a dict
-    from . import analysis as analysis, integrations as integrations, interop as interop
-    from .compat import (
-        BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention,
-        BlockSparseRingDilatedAttentionV2 as BlockSparseRingDilatedAttentionV2,
-        BlockSparseRingMultiheadDilatedAttention as BlockSparseRingMultiheadDilatedAttention,
-        BlockSparseRingMultiheadDilatedAttentionV2 as BlockSparseRingMultiheadDilatedAttentionV2,
-        PatternConfig as PatternConfig,
-        PatternOptimizer as PatternOptimizer,
-        PatternQualityAnalyzer as PatternQualityAnalyzer,
-        PatternVisualizer as PatternVisualizer,
-        SparsePatternConfig as SparsePatternConfig,
-        SparsePatternGenerator as SparsePatternGenerator,
-        create_block_sparse_attention as create_block_sparse_attention,
-        create_block_sparse_multihead_attention as create_block_sparse_multihead_attention,
-        create_dilated_attention as create_dilated_attention,
-        create_multihead_block_sparse as create_multihead_block_sparse,
-        estimate_memory_savings as estimate_memory_savings,
-        get_block_sparse_preset as get_block_sparse_preset,
-        pattern_statistics as pattern_statistics,
-    )
-    from .modules import BlockSparseAttention as BlockSparseAttention, MultiheadAttention as MultiheadAttention
+    from . import analysis as analysis
+    from . import integrations as integrations
+    from . import interop as interop
+    from .compat import BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention
+    from .compat import BlockSparseRingDilatedAttentionV2 as BlockSparseRingDilatedAttentionV2
+    from .compat import BlockSparseRingMultiheadDilatedAttention as BlockSparseRingMultiheadDilatedAttention
+    from .compat import BlockSparseRingMultiheadDilatedAttentionV2 as BlockSparseRingMultiheadDilatedAttentionV2
+    from .compat import PatternConfig as PatternConfig
+    from .compat import PatternOptimizer as PatternOptimizer
+    from .compat import PatternQualityAnalyzer as PatternQualityAnalyzer
+    from .compat import PatternVisualizer as PatternVisualizer
+    from .compat import SparsePatternConfig as SparsePatternConfig
+    from .compat import SparsePatternGenerator as SparsePatternGenerator
+    from .compat import create_block_sparse_attention as create_block_sparse_attention
+    from .compat import create_block_sparse_multihead_attention as create_block_sparse_multihead_attention
+    from .compat import create_dilated_attention as create_dilated_attention
+    from .compat import create_multihead_block_sparse as create_multihead_block_sparse
+    from .compat import estimate_memory_savings as estimate_memory_savings
+    from .compat import get_block_sparse_preset as get_block_sparse_preset
+    from .compat import pattern_statistics as pattern_statistics
+    from .modules import BlockSparseAttention as BlockSparseAttention
+    from .modules import MultiheadAttention as MultiheadAttention
     from .monitoring import PerformanceMonitor as PerformanceMonitor
 
 __all__ = [

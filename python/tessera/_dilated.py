@@ -74,8 +74,14 @@ def token_pairs(pattern: BlockPattern, causal: bool) -> int:
     return int((summed(seen + rows - 1) - summed(seen - 1)).sum())
 
 
-def density(seqlen: int, heads: int, segment_lengths: Sequence[int], dilation_rates: Sequence[int], causal: bool,
-            inner: Inner | None) -> float:
+def density(
+    seqlen: int,
+    heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool,
+    inner: Inner | None,
+) -> float:
     """Admitted (q, k) pairs, counted once for each (w, r) that admits them, over those of dense attention."""
     memo: dict[int, float] = {}
 
@@ -89,8 +95,10 @@ def density(seqlen: int, heads: int, segment_lengths: Sequence[int], dilation_ra
                 memo[n] = token_pairs(pattern, causal) / max(1, pattern.heads)
         return memo[n]
 
-    kept = sum(pairs(part.length) * len(range(heads)[part.heads])
-               for part in parts(seqlen, heads, segment_lengths, dilation_rates))
+    kept = sum(
+        pairs(part.length) * len(range(heads)[part.heads])
+        for part in parts(seqlen, heads, segment_lengths, dilation_rates)
+    )
     dense = heads * (seqlen * (seqlen + 1) // 2 if causal else seqlen * seqlen)
     return kept / dense if dense else 0.0
 
@@ -102,8 +110,17 @@ def _key_heads(kv: Tensor, heads: int, part: Part) -> Tensor:
 
 
 @torch.no_grad()
-def weights(q: Tensor, k: Tensor, lse: Tensor, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
-            causal: bool, scale: float | None, block_size: int, inner: Inner | None) -> tuple[Tensor, Tensor]:
+def weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool,
+    scale: float | None,
+    block_size: int,
+    inner: Inner | None,
+) -> tuple[Tensor, Tensor]:
     """Normalised weights of the joined softmax in blocks of the whole sequence.
 
     q [B, S, H, D], k [B, S, Hkv, D], lse [B, H, S] of the joined softmax. Returns block_indices int64 [n, 4] (batch,
@@ -117,8 +134,9 @@ def weights(q: Tensor, k: Tensor, lse: Tensor, segment_lengths: Sequence[int], d
         n = part.length
         sub_q, sub_k = q[:, part.rows, part.heads], _key_heads(k, heads, part)
         pattern = inner(n) if inner is not None else _dense(n, block_size, causal)
-        _, part_lse = functional.block_sparse_attention(sub_q, sub_k, sub_k, pattern, causal=causal, scale=scale,
-                                                        return_lse=True)
+        _, part_lse = functional.block_sparse_attention(
+            sub_q, sub_k, sub_k, pattern, causal=causal, scale=scale, return_lse=True
+        )
         blocks_at, values, _, _ = functional.attention_weights(sub_q, sub_k, pattern, causal=causal, scale=scale)
         for at in range(0, len(blocks_at), 64):
             b, h, row, col = (column[:, None, None] for column in blocks_at[at : at + 64].unbind(1))
@@ -152,8 +170,15 @@ def _dense(n: int, block: int, causal: bool) -> BlockPattern:
     return patterns.dense(n, n, block=block, causal=causal)
 
 
-def admitted_keys(row: int, head: int, seqlen: int, segment_lengths: Sequence[int], dilation_rates: Sequence[int],
-                  causal: bool, inner: Inner | None) -> Tensor:
+def admitted_keys(
+    row: int,
+    head: int,
+    seqlen: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool,
+    inner: Inner | None,
+) -> Tensor:
     """bool [S]: the keys that any (w, r) admits for one query."""
     mask = torch.zeros(seqlen, dtype=torch.bool)
     for width, rate in zip(segment_lengths, dilation_rates, strict=True):
@@ -177,17 +202,28 @@ def admitted_keys(row: int, head: int, seqlen: int, segment_lengths: Sequence[in
 
 
 @torch.no_grad()
-def sampled_quality(q: Tensor, k: Tensor, v: Tensor, out: Tensor, segment_lengths: Sequence[int],
-                    dilation_rates: Sequence[int], causal: bool, scale: float | None, inner: Inner | None,
-                    rows: int) -> tuple[float, float]:
+def sampled_quality(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    causal: bool,
+    scale: float | None,
+    inner: Inner | None,
+    rows: int,
+) -> tuple[float, float]:
     """(share of the true attention mass that lies on admitted keys: mean over sampled rows; |out - dense| / |dense|
     over them). One row at random in each of ``rows`` equal parts of the sequence; one row of scores is held."""
     batch, seqlen, heads, dim = q.shape
     rows = min(rows, seqlen)
     generator = torch.Generator().manual_seed(0)
     edges = torch.linspace(0, seqlen, rows + 1).long()
-    picks = [int(torch.randint(int(a), max(int(b), int(a) + 1), (), generator=generator))
-             for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    picks = [
+        int(torch.randint(int(a), max(int(b), int(a) + 1), (), generator=generator))
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
     group = heads // k.shape[2]
     factor = dim**-0.5 if scale is None else scale
     mass = count = error = norm = 0.0

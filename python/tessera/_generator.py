@@ -14,8 +14,9 @@ from ._pattern import BlockPattern
 from .config import PatternConfig, reject
 
 
-def as_pattern(value: Any, block_size: int | tuple[int, int] = 128, seqlen_q: int | None = None,
-               seqlen_k: int | None = None) -> BlockPattern:
+def as_pattern(
+    value: Any, block_size: int | tuple[int, int] = 128, seqlen_q: int | None = None, seqlen_k: int | None = None
+) -> BlockPattern:
     """A BlockPattern, or the pattern of a bool tensor [R, C], [H, R, C] or [B, H, R, C] of blocks; lengths default to
     whole blocks."""
     if isinstance(value, BlockPattern):
@@ -143,8 +144,9 @@ class PatternGenerator:
         self.config = PatternConfig.of(config, **fields)
         self.pattern_cache = PatternStore(self)
 
-    def generate_pattern(self, seq_len: int, num_heads: int = 1, seq_len_k: int | None = None,
-                         causal: bool = False) -> BlockPattern:
+    def generate_pattern(
+        self, seq_len: int, num_heads: int = 1, seq_len_k: int | None = None, causal: bool = False
+    ) -> BlockPattern:
         """The pattern for seq_len queries and seq_len_k (default: as many) keys. Heads share it, except those of
         random and bigbird: then it has num_heads. With enable_caching it is made once."""
         seq_len_k = seq_len if seq_len_k is None else seq_len_k
@@ -158,8 +160,7 @@ class PatternGenerator:
         heads = num_heads if config.heads_differ else 1
         chosen = tuple((name, tuple(item) if isinstance(item, list) else item) for name, item in options.items())
         key = (kind, block, seq_len, seq_len_k, causal, heads, chosen)
-        return self.pattern_cache.made(
-            key, lambda: config.pattern(seq_len, seq_len_k, causal=causal, heads=num_heads))
+        return self.pattern_cache.made(key, lambda: config.pattern(seq_len, seq_len_k, causal=causal, heads=num_heads))
 
     create_pattern = generate_pattern
 

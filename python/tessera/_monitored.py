@@ -72,9 +72,7 @@ def measured_attention(
 ) -> Any:  # fmt: skip
     """block_sparse_attention, measured; q, k, v as layout says."""
     if not measurable(q, k, v, *options.values()):
-        return block_sparse_attention(
-            q, k, v, pattern, causal=causal, return_lse=return_lse, layout=layout, **options
-        )
+        return block_sparse_attention(q, k, v, pattern, causal=causal, return_lse=return_lse, layout=layout, **options)
     lse: list[Tensor] = []
 
     def call() -> Tensor:
@@ -88,9 +86,7 @@ def measured_attention(
     truth = {name: value for name, value in options.items() if name not in ("block_bias", "dropout_p")}
 
     def judge(out: Tensor) -> tuple[float, float] | None:
-        return judged_quality(
-            q_seen, k_seen, v_seen, pattern, causal=causal, sample_rows=monitor.sample_rows, **truth
-        )
+        return judged_quality(q_seen, k_seen, v_seen, pattern, causal=causal, sample_rows=monitor.sample_rows, **truth)
 
     judged = options.get("block_bias") is None
 

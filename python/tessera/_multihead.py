@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
+
+import torch
 from torch import Tensor
 
 from . import patterns
-from ._pattern import BlockPattern, _unflatten
 from ._monitored import measured_attention
+from ._pattern import BlockPattern, _unflatten
 from .config import PatternConfig
 from .functional import attention_weights, block_sparse_attention, merge
 from .monitoring import PerformanceMonitor
@@ -287,9 +288,7 @@ def dense_weights(
         return (total / heads).to(q.dtype)
 
 
-def _block_weights(
-    q: Tensor, k: Tensor, pattern: BlockPattern, share: Tensor | None, **options: Any
-) -> dict[str, Any]:
+def _block_weights(q: Tensor, k: Tensor, pattern: BlockPattern, share: Tensor | None, **options: Any) -> dict[str, Any]:
     """Block form of the weights; share ``[N, H, L]``: the part of the softmax that these keys hold, None: all."""
     w = attention_weights(q, k, pattern, **options)
     return {
@@ -422,7 +421,11 @@ def multi_head_attention_forward(
     if extra is not None:
         assert part_lse is not None
         more, more_lse = block_sparse_attention(
-            q, *extra, pattern_for(None, seqlen_q, extra[0].shape[1], False, num_heads), dropout_p=kept_dropout, return_lse=True
+            q,
+            *extra,
+            pattern_for(None, seqlen_q, extra[0].shape[1], False, num_heads),
+            dropout_p=kept_dropout,
+            return_lse=True,
         )
         out, lse = merge(out, part_lse, more, more_lse)
     if dropout_p == 1:

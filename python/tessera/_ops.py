@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import get_ctx, register_fake, register_vmap
 from torch.utils.flop_counter import register_flop_formula
+
+import torch
+from torch import Tensor
 
 _LIBRARY = "libtessera_torch.so"
 

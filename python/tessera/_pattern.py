@@ -6,8 +6,9 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
-import torch
 import torch.utils._pytree as pytree
+
+import torch
 from torch import Tensor
 
 from . import _ops  # noqa: F401  (loads the library)

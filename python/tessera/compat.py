@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _dilated, analysis, functional
-from ._pattern import BlockPattern, check_bool, check_int, check_tensor
-from ._generator import PatternGenerator as SparsePatternGenerator, as_pattern
+from ._generator import PatternGenerator as SparsePatternGenerator
+from ._generator import as_pattern
 from ._monitored import judged_quality, measurable
+from ._pattern import BlockPattern, check_bool, check_int, check_tensor
 from .config import PatternConfig, SparsePatternConfig, check_density, check_integers, reject
 from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
@@ -59,8 +60,12 @@ _INNER = {"window": "pattern_window", "dilation_rates": "pattern_rates", "seed":
 def block_form(weights: Sequence[Any]) -> dict[str, Any]:
     """AttentionWeights as the guides' dict; block_size is one int where blocks are square."""
     indices, values, size, shape = weights
-    return {"block_indices": indices, "block_values": values,
-            "block_size": size[0] if size[0] == size[1] else size, "shape": shape}
+    return {
+        "block_indices": indices,
+        "block_values": values,
+        "block_size": size[0] if size[0] == size[1] else size,
+        "shape": shape,
+    }
 
 
 # ---- Attention -----------------------------------------------------------------------------------------------------
@@ -74,9 +79,16 @@ class _Configured(nn.Module):
     segment_lengths: tuple[int, ...]  # empty: no segments
     dilation_rates: tuple[int, ...]
 
-    def _configure(self, segment_lengths: Sequence[int] | None, dilation_rates: Sequence[int] | None,
-                   sparse_config: Any, ring_size: int, use_adaptive_sparsity: bool, enable_memory_pool: bool,
-                   fields: dict[str, Any]) -> None:
+    def _configure(
+        self,
+        segment_lengths: Sequence[int] | None,
+        dilation_rates: Sequence[int] | None,
+        sparse_config: Any,
+        ring_size: int,
+        use_adaptive_sparsity: bool,
+        enable_memory_pool: bool,
+        fields: dict[str, Any],
+    ) -> None:
         _check_absent(ring_size, use_adaptive_sparsity)
         if (segment_lengths is None) != (dilation_rates is None):
             reject("segment_lengths, dilation_rates", (segment_lengths, dilation_rates), "both or neither")
@@ -119,8 +131,15 @@ class _Configured(nn.Module):
 
     def _segments(self, seqlen: int, heads: int, causal: bool) -> tuple[Any, ...]:
         """Arguments of _dilated.segment_density and segment_blocks."""
-        return (seqlen, heads, self.segment_lengths, self.dilation_rates, self._square_block(), causal,
-                self._inner(causal))
+        return (
+            seqlen,
+            heads,
+            self.segment_lengths,
+            self.dilation_rates,
+            self._square_block(),
+            causal,
+            self._inner(causal),
+        )
 
     def _is_segmented(self, seqlen_q: int, seqlen_k: int) -> bool:
         return bool(self.segment_lengths) and self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k) is None
@@ -142,8 +161,16 @@ class _Configured(nn.Module):
             pattern = self.sparse_config.pattern(seqlen_q, seqlen_k, causal=causal, heads=num_heads)
         return pattern.statistics(causal=causal).density
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, return_weights: bool = False,
-               dropout_p: float = 0.0, **options: Any) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        return_weights: bool = False,
+        dropout_p: float = 0.0,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
         """q [B, Sq, H, D], k, v [B, Sk, Hkv, D] -> out [B, Sq, H, Dv], lse [B, H, Sq], and the weights in block form if
         asked. Monitored."""
         self._last = q.shape[2], q.shape[1], k.shape[1], causal
@@ -160,28 +187,45 @@ class _Configured(nn.Module):
             out = call()
         return out, lse[0], self._weights(q, k, lse[0], causal, options) if return_weights else None
 
-    def _compute(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float,
-                 options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _compute(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         widths, rates = self.segment_lengths, self.dilation_rates
         compiling = torch.compiler.is_compiling()
         if not self._is_segmented(q.shape[1], k.shape[1]):
             config = self.sparse_config
-            if not (compiling and q.shape[1] == k.shape[1] and isinstance(config.block_size, int)
-                    and not config.heads_differ and not self.pattern_generator.pattern_cache.has_own()
-                    and not options.keys() - _SEGMENTED):
+            if not (
+                compiling
+                and q.shape[1] == k.shape[1]
+                and isinstance(config.block_size, int)
+                and not config.heads_differ
+                and not self.pattern_generator.pattern_cache.has_own()
+                and not options.keys() - _SEGMENTED
+            ):
                 make = self.pattern_generator.generate_pattern
                 if compiling:  # a pattern depends on values: made outside of the graph
                     make = torch.compiler.disable(make)
                 pattern = make(q.shape[1], q.shape[2], k.shape[1], causal)
                 return functional.block_sparse_attention(
-                    q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options)
+                    q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options
+                )
             # One segment is the whole sequence: the same attention, its pattern made inside the operator.
             widths, rates = (q.shape[1],), (1,)
         kind, _, inner = self.sparse_config.spec()
         return functional.dilated_attention(
-            q, k, v, segment_lengths=widths, dilation_rates=rates, causal=causal, pattern=kind,
-            block=self._square_block(), dropout_p=dropout_p, return_lse=True,
-            **{_INNER.get(name, name): value for name, value in inner.items()}, **options)
+            q,
+            k,
+            v,
+            segment_lengths=widths,
+            dilation_rates=rates,
+            causal=causal,
+            pattern=kind,
+            block=self._square_block(),
+            dropout_p=dropout_p,
+            return_lse=True,
+            **{_INNER.get(name, name): value for name, value in inner.items()},
+            **options,
+        )
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, causal: bool, options: dict[str, Any]) -> dict[str, Any]:
         if not self._is_segmented(q.shape[1], k.shape[1]):
@@ -193,9 +237,17 @@ class _Configured(nn.Module):
         if refused:
             reject("return_attention_weights", f"True with {', '.join(refused)}", "scale and causality beside segments")
         block = self._square_block()
-        indices, values = _dilated.weights(q.detach(), k.detach(), lse.detach(), self.segment_lengths,
-                                           self.dilation_rates, causal, options.get("scale"), block,
-                                           self._inner(causal))
+        indices, values = _dilated.weights(
+            q.detach(),
+            k.detach(),
+            lse.detach(),
+            self.segment_lengths,
+            self.dilation_rates,
+            causal,
+            options.get("scale"),
+            block,
+            self._inner(causal),
+        )
         return block_form((indices, values, (block, block), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])))
 
     def _facts(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, options: dict[str, Any]) -> CallFacts:
@@ -206,8 +258,17 @@ class _Configured(nn.Module):
 
             def judge(out: Tensor) -> tuple[float, float]:
                 return _dilated.sampled_quality(
-                    q.detach(), k.detach(), v.detach(), out, self.segment_lengths, self.dilation_rates, causal,
-                    options.get("scale"), self._inner(causal), rows)
+                    q.detach(),
+                    k.detach(),
+                    v.detach(),
+                    out,
+                    self.segment_lengths,
+                    self.dilation_rates,
+                    causal,
+                    options.get("scale"),
+                    self._inner(causal),
+                    rows,
+                )
 
             return CallFacts(self.density(q.shape[1], k.shape[1], q.shape[2], causal), causal, judge if plain else None)
         pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
@@ -230,12 +291,19 @@ class _Configured(nn.Module):
         if stats["forwards"] == 0 and self._last is not None:
             heads, seqlen_q, seqlen_k, causal = self._last
             density = self.density(seqlen_q, seqlen_k, heads, causal)
-            stats.update(density=density, avg_sparsity=1 - density,
-                         theoretical_speedup=1 / density if density else float("nan"))
+            stats.update(
+                density=density, avg_sparsity=1 - density, theoretical_speedup=1 / density if density else float("nan")
+            )
         return stats
 
-    def estimate_memory_savings(self, seq_len: int, num_heads: int = 1, batch_size: int = 1, causal: bool = False,
-                                dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    def estimate_memory_savings(
+        self,
+        seq_len: int,
+        num_heads: int = 1,
+        batch_size: int = 1,
+        causal: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, float]:
         """What attention weights of this length take, in MiB: dense_mb as [B, H, S, S], sparse_mb as the blocks that
         return_attention_weights gives (whole ones; a rate of r spreads a block over up to r x r), savings = 1 -
         sparse_mb / dense_mb (below 0 where the blocks take more), and the density. Computing the output needs neither.
@@ -293,15 +361,22 @@ def _cells(pattern: BlockPattern, heads: int) -> int:
     return blocks * pattern.block_q * pattern.block_k
 
 
-def _savings(seq_len: int, num_heads: int, batch_size: int, cells: int, share: float,
-             dtype: torch.dtype) -> dict[str, float]:
+def _savings(
+    seq_len: int, num_heads: int, batch_size: int, cells: int, share: float, dtype: torch.dtype
+) -> dict[str, float]:
     unit = batch_size * dtype.itemsize / 2**20
     dense, sparse = num_heads * seq_len * seq_len * unit, cells * unit
     return {"dense_mb": dense, "sparse_mb": sparse, "density": share, "savings": 1.0 - sparse / dense}
 
 
-def estimate_memory_savings(seq_len: int, sparse_config: Any = None, num_heads: int = 1, batch_size: int = 1,
-                            causal: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+def estimate_memory_savings(
+    seq_len: int,
+    sparse_config: Any = None,
+    num_heads: int = 1,
+    batch_size: int = 1,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
     """As the method of that name, for a configuration alone."""
     _check_sizes(seq_len, num_heads, batch_size, dtype)
     pattern = PatternConfig.of(sparse_config).pattern(seq_len, causal=causal, heads=num_heads)
@@ -322,19 +397,42 @@ class BlockSparseRingDilatedAttention(_Configured):
         enable_memory_pool: taken, without effect: there is nothing to pool, as no buffer grows with the sequence.
     """
 
-    def __init__(self, segment_lengths: Sequence[int] | None = None, dilation_rates: Sequence[int] | None = None,
-                 sparse_config: Any = None, *, sparsity_ratio: float | None = None, dropout: float = 0.0,
-                 ring_size: int = 1, use_adaptive_sparsity: bool = False, enable_memory_pool: bool = False,
-                 **fields: Any) -> None:
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        sparse_config: Any = None,
+        *,
+        sparsity_ratio: float | None = None,
+        dropout: float = 0.0,
+        ring_size: int = 1,
+        use_adaptive_sparsity: bool = False,
+        enable_memory_pool: bool = False,
+        **fields: Any,
+    ) -> None:
         super().__init__()
-        self._configure(segment_lengths, dilation_rates, sparse_config, ring_size, use_adaptive_sparsity,
-                        enable_memory_pool, {"sparsity_ratio": sparsity_ratio, **fields})
+        self._configure(
+            segment_lengths,
+            dilation_rates,
+            sparse_config,
+            ring_size,
+            use_adaptive_sparsity,
+            enable_memory_pool,
+            {"sparsity_ratio": sparsity_ratio, **fields},
+        )
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             reject("dropout", dropout, "a probability in [0, 1)")
         self.dropout = dropout
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False,
-                return_attention_weights: bool = False, **options: Any) -> Tensor | tuple[Tensor, dict[str, Any]]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        return_attention_weights: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """query [B, Sq, H, D], key, value [B, Sk, Hkv, D] -> [B, Sq, H, D].
 
         return_attention_weights: also the weights of the kept blocks, without gradient: a dict of block_indices int64
@@ -351,11 +449,14 @@ class BlockSparseRingDilatedAttention(_Configured):
         taken = _SEGMENTED if self._is_segmented(query.shape[1], key.shape[1]) else _WHOLE
         for name, value_given in options.items():
             if name not in taken and not (name in _WHOLE and value_given is None):
-                raise TypeError(f"{name}: got an argument of that name; allowed: is_causal, return_attention_weights, "
-                                f"{', '.join(taken)}")
+                raise TypeError(
+                    f"{name}: got an argument of that name; allowed: is_causal, return_attention_weights, "
+                    f"{', '.join(taken)}"
+                )
         options = {name: item for name, item in options.items() if name in taken and item is not None}
-        out, _, weights = self.attend(query, key, value, is_causal, asked,
-                                      self.dropout if self.training else 0.0, **options)
+        out, _, weights = self.attend(
+            query, key, value, is_causal, asked, self.dropout if self.training else 0.0, **options
+        )
         return out if weights is None else (out, weights)
 
 
@@ -375,18 +476,53 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
         Others as BlockSparseRingDilatedAttention.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
-                 add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None,
-                 vdim: int | None = None, batch_first: bool = True, device: Any = None,
-                 dtype: torch.dtype | None = None, *,
-                 segment_lengths: Sequence[int] | None = None, dilation_rates: Sequence[int] | None = None,
-                 sparse_config: Any = None, sparsity_ratio: float | None = None, use_layer_norm: bool = False,
-                 ring_size: int = 1, use_adaptive_sparsity: bool = False, enable_memory_pool: bool = False,
-                 **fields: Any) -> None:
-        MultiheadAttention.__init__(self, embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
-                                    batch_first, device, dtype)
-        self._configure(segment_lengths, dilation_rates, sparse_config, ring_size, use_adaptive_sparsity,
-                        enable_memory_pool, {"sparsity_ratio": sparsity_ratio, **fields})
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        sparse_config: Any = None,
+        sparsity_ratio: float | None = None,
+        use_layer_norm: bool = False,
+        ring_size: int = 1,
+        use_adaptive_sparsity: bool = False,
+        enable_memory_pool: bool = False,
+        **fields: Any,
+    ) -> None:
+        MultiheadAttention.__init__(
+            self,
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+        self._configure(
+            segment_lengths,
+            dilation_rates,
+            sparse_config,
+            ring_size,
+            use_adaptive_sparsity,
+            enable_memory_pool,
+            {"sparsity_ratio": sparsity_ratio, **fields},
+        )
         self.pattern = self.pattern_generator
         self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype) if use_layer_norm else None
 
@@ -396,9 +532,19 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
         and others of the constructor."""
         if not isinstance(module, nn.MultiheadAttention):
             reject("module", type(module).__name__, "torch.nn.MultiheadAttention", TypeError)
-        new = cls(module.embed_dim, module.num_heads, module.dropout, module.in_proj_bias is not None,
-                  module.bias_k is not None, module.add_zero_attn, module.kdim, module.vdim, module.batch_first,
-                  device="meta", **arguments)
+        new = cls(
+            module.embed_dim,
+            module.num_heads,
+            module.dropout,
+            module.in_proj_bias is not None,
+            module.bias_k is not None,
+            module.add_zero_attn,
+            module.kdim,
+            module.vdim,
+            module.batch_first,
+            device="meta",
+            **arguments,
+        )
         for name, parameter in module._parameters.items():
             new._parameters[name] = parameter
         new.out_proj = module.out_proj
@@ -407,10 +553,18 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
             new.norm = nn.LayerNorm(new.embed_dim, device=weight.device, dtype=weight.dtype)
         return new.train(module.training)
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
-                key_padding_mask: Tensor | None = None, need_weights: bool | str = False,
-                attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
-                return_attention_weights: bool = False) -> Any:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | str = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        return_attention_weights: bool = False,
+    ) -> Any:
         """query [B, L, E], key [B, S, kdim] (default: query), value [B, S, vdim] (default: key); without batch_first B
         is second. Masks as nn.MultiheadAttention. Returns (output, weights): weights is None, or with need_weights or
         return_attention_weights the dict of BlockSparseRingDilatedAttention (of every head: nothing is averaged)."""
@@ -434,14 +588,31 @@ class BlockSparseRingMultiheadDilatedAttentionV2(BlockSparseRingMultiheadDilated
     element.
     """
 
-    def forward(self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
-                key_padding_mask: Tensor | None = None, need_weights: bool | str | None = None,
-                attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
-                return_attention_weights: bool = False) -> Any:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | str | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        return_attention_weights: bool = False,
+    ) -> Any:
         """As BlockSparseRingMultiheadDilatedAttention, but the output alone where need_weights is not given (None) and
         return_attention_weights is False."""
-        out, weights = super().forward(query, key, value, key_padding_mask, need_weights or False, attn_mask,
-                                       average_attn_weights, is_causal, return_attention_weights)
+        out, weights = super().forward(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights or False,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            return_attention_weights,
+        )
         return out if need_weights is None and weights is None else (out, weights)
 
 
@@ -449,12 +620,27 @@ class BlockSparseRingMultiheadDilatedAttentionV2(BlockSparseRingMultiheadDilated
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "local": {"sparse_config": {"pattern_type": "local_window", "local_window_size": 256, "block_size": 64}},
-    "dilated": {"sparse_config": {"pattern_type": "dilated_sparse", "density": 0.1, "dilation_rates": [1, 2, 4, 8],
-                                  "block_size": 64}},
-    "global_local": {"sparse_config": {"pattern_type": "global_local", "global_tokens": 64, "local_window_size": 256,
-                                       "block_size": 64}},
-    "ultra_sparse": {"sparse_config": {"pattern_type": "dilated_sparse", "density": 0.01, "block_size": 128},
-                     "segment_lengths": [4096, 8192, 16384], "dilation_rates": [1, 4, 16]},
+    "dilated": {
+        "sparse_config": {
+            "pattern_type": "dilated_sparse",
+            "density": 0.1,
+            "dilation_rates": [1, 2, 4, 8],
+            "block_size": 64,
+        }
+    },
+    "global_local": {
+        "sparse_config": {
+            "pattern_type": "global_local",
+            "global_tokens": 64,
+            "local_window_size": 256,
+            "block_size": 64,
+        }
+    },
+    "ultra_sparse": {
+        "sparse_config": {"pattern_type": "dilated_sparse", "density": 0.01, "block_size": 128},
+        "segment_lengths": [4096, 8192, 16384],
+        "dilation_rates": [1, 4, 16],
+    },
 }
 
 
@@ -470,8 +656,9 @@ def create_block_sparse_attention(variant: str = "auto", **arguments: Any) -> nn
     reject("variant", variant, "auto, base, multihead")
 
 
-def create_multihead_block_sparse(embed_dim: int, num_heads: int,
-                                  **arguments: Any) -> BlockSparseRingMultiheadDilatedAttention:
+def create_multihead_block_sparse(
+    embed_dim: int, num_heads: int, **arguments: Any
+) -> BlockSparseRingMultiheadDilatedAttention:
     """BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments)."""
     return BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments)
 
@@ -500,21 +687,44 @@ def pattern_statistics(pattern: Any, block_size: int = 128, causal: bool = False
     """Figures of a BlockPattern, or of a bool tensor of blocks: density, sparsity, avg/min/max/std_row_density and
     _column_density, diagonal_density, empty_rows, kept_blocks, load_imbalance."""
     found = as_pattern(pattern, block_size).statistics(causal=causal)
-    stats: dict[str, float] = {name: getattr(found, name) for name in (
-        "density", "sparsity", "diagonal_density", "empty_rows", "kept_blocks", "partial_blocks", "admissible_blocks",
-        "load_imbalance")}
+    stats: dict[str, float] = {
+        name: getattr(found, name)
+        for name in (
+            "density",
+            "sparsity",
+            "diagonal_density",
+            "empty_rows",
+            "kept_blocks",
+            "partial_blocks",
+            "admissible_blocks",
+            "load_imbalance",
+        )
+    }
     for name in ("row_density", "column_density"):
         spread = getattr(found, name)
-        stats.update({f"avg_{name}": spread.mean, f"min_{name}": spread.min, f"max_{name}": spread.max,
-                      f"std_{name}": spread.std})
+        stats.update(
+            {
+                f"avg_{name}": spread.mean,
+                f"min_{name}": spread.min,
+                f"max_{name}": spread.max,
+                f"std_{name}": spread.std,
+            }
+        )
     return stats
 
 
 class PatternVisualizer:
     """Draws patterns."""
 
-    def visualize_pattern(self, pattern: Any, title: str = "", save_path: str | None = None, head: int = 0,
-                          block_size: int = 128, causal: bool = False) -> str:
+    def visualize_pattern(
+        self,
+        pattern: Any,
+        title: str = "",
+        save_path: str | None = None,
+        head: int = 0,
+        block_size: int = 128,
+        causal: bool = False,
+    ) -> str:
         """Writes a PNG to save_path if given; returns the pattern as text."""
         pattern = as_pattern(pattern, block_size)
         if not isinstance(title, str):
@@ -538,9 +748,18 @@ class PatternMetrics(NamedTuple):
 class PatternQualityAnalyzer:
     """Judges a pattern against the true attention."""
 
-    def analyze_pattern_quality(self, sparse_pattern: Any, reference_attention: Tensor | None = None, *,
-                                query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None,
-                                block_size: int = 128, causal: bool = False, **options: Any) -> PatternMetrics:
+    def analyze_pattern_quality(
+        self,
+        sparse_pattern: Any,
+        reference_attention: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        block_size: int = 128,
+        causal: bool = False,
+        **options: Any,
+    ) -> PatternMetrics:
         """sparse_pattern: a BlockPattern, or a bool tensor of blocks. reference_attention: dense weights [B, H, Sq, Sk]
         or [H, Sq, Sk] that the caller holds already; or query, key, value [B, S, H, D], for which nothing of size
         Sq x Sk is made. options: of the true attention of query and key, as tessera.analysis.quality takes them (scale,
@@ -565,8 +784,9 @@ class PatternQualityAnalyzer:
             zero_k = torch.zeros(batch, seqlen_k, heads, 1)
             found = analysis.quality(zero_q, zero_k, None, pattern, attn_bias=weights.float().log(), causal=causal)
             error = self._error_of_weights(weights, pattern, causal)
-        return PatternMetrics(found.coverage, found.locality, found.efficiency, error, found.density,
-                              found.oracle_coverage)
+        return PatternMetrics(
+            found.coverage, found.locality, found.efficiency, error, found.density, found.oracle_coverage
+        )
 
     @staticmethod
     def _error_of_weights(weights: Tensor, pattern: BlockPattern, causal: bool) -> float:
@@ -596,8 +816,9 @@ class PatternOptimizer:
         self.target_coverage = target_coverage
         self.block_size = block_size
 
-    def optimize(self, query: Tensor, key: Tensor,
-                 causal: bool = False) -> tuple[PatternConfig, analysis.OptimizeResult]:
+    def optimize(
+        self, query: Tensor, key: Tensor, causal: bool = False
+    ) -> tuple[PatternConfig, analysis.OptimizeResult]:
         """query, key [B, S, H, D] -> the configuration of the cheapest kind that reaches target_coverage (if none does,
         of the one with most), and all that was found."""
         mass = analysis.attention_mass(query, key, block=self.block_size, causal=causal)

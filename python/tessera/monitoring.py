@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
+
+import torch
 from torch import Tensor
 
 NAN = float("nan")

@@ -102,8 +102,12 @@ MassMap attention_mass(const AnalysisInput& input, int block_q, int block_k, Exe
          "[B, Sq, H, D] and [B, Sk, Hkv, D]");
   }
   MassMap map;
-  map.shape = {.seqlen_q = input.q.sizes[1], .seqlen_k = input.k.sizes[1], .block_q = block_q, .block_k = block_k,
-               .heads = 1, .batches = 1};
+  map.shape = {.seqlen_q = input.q.sizes[1],
+               .seqlen_k = input.k.sizes[1],
+               .block_q = block_q,
+               .block_k = block_k,
+               .heads = 1,
+               .batches = 1};
   check_shape(map.shape);
   const BlockPattern none = empty_pattern(map.shape);
   const AnalysisInput without_v{.q = input.q, .k = input.k, .v = {}, .options = input.options};
@@ -114,8 +118,8 @@ MassMap attention_mass(const AnalysisInput& input, int block_q, int block_k, Exe
   const int64_t rows = map.shape.rows(), cols = map.shape.cols();
   const double bytes = static_cast<double>(map.shape.total_rows()) * static_cast<double>(cols) * sizeof(float);
   if (bytes > static_cast<double>(max_bytes)) {
-    fail("max_bytes", std::to_string(max_bytes), "at least " + std::to_string(static_cast<uint64_t>(bytes)) +
-                                                     " for a map of these lengths and block sizes");
+    fail("max_bytes", std::to_string(max_bytes),
+         "at least " + std::to_string(static_cast<uint64_t>(bytes)) + " for a map of these lengths and block sizes");
   }
   map.values.resize(static_cast<size_t>(map.shape.total_rows() * cols));
   map.row_tokens.resize(static_cast<size_t>(map.shape.total_rows()));
@@ -126,7 +130,11 @@ MassMap attention_mass(const AnalysisInput& input, int block_q, int block_k, Exe
       map.last.push_back(static_cast<int32_t>(columns.end));
     }
   }
-  const ScanPlan plan{.problem = &problem, .outputs = false, .block_q = block_q, .block_k = block_k, .patterns = {},
+  const ScanPlan plan{.problem = &problem,
+                      .outputs = false,
+                      .block_q = block_q,
+                      .block_k = block_k,
+                      .patterns = {},
                       .tokens = analysis::sample_tokens(problem.seqlen_q, 0, 0)};
   analysis::scan(plan, executor, [&](const RowBlock& row) {
     const int64_t r = (row.b * problem.heads + row.h) * rows + row.i;

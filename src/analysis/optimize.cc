@@ -16,10 +16,9 @@ constexpr int64_t kDensitySteps = 1000;  // densities are tried in steps of 0.1 
 constexpr int64_t kSegmentLevels = 4;    // dilated_segments: at most so many (w, r), each a factor above the last
 constexpr int64_t kStrideNeighbours = 32;
 
-constexpr PatternKind kDefaultKinds[] = {PatternKind::local_window, PatternKind::dilated_sparse,
-                                         PatternKind::global_local, PatternKind::strided,
-                                         PatternKind::random,       PatternKind::bigbird,
-                                         PatternKind::dilated_segments};
+constexpr PatternKind kDefaultKinds[] = {
+    PatternKind::local_window, PatternKind::dilated_sparse, PatternKind::global_local,    PatternKind::strided,
+    PatternKind::random,       PatternKind::bigbird,        PatternKind::dilated_segments};
 
 bool better(const Candidate& a, const Candidate& b) {
   if (a.reached != b.reached) return a.reached;

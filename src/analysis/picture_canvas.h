@@ -14,8 +14,8 @@ constexpr Rgb kInk{0x22, 0x26, 0x2c};
 constexpr Rgb kFaint{0x6b, 0x72, 0x7c};
 constexpr Rgb kFrame{0x9a, 0xa1, 0xab};
 constexpr Rgb kGrid{0xe4, 0xe7, 0xeb};
-constexpr int kPadding = 16;   // pixels between parts of a picture
-constexpr int kTick = 5;       // length of a tick mark
+constexpr int kPadding = 16;  // pixels between parts of a picture
+constexpr int kTick = 5;      // length of a tick mark
 constexpr int kTextScale = 2;
 
 struct Box {

@@ -33,16 +33,14 @@ constexpr std::array<Rgb, 12> kColors{{{0x00, 0x72, 0xb2},
                                        {0xb2, 0x18, 0x2b},
                                        {0x1b, 0x3a, 0x6b}}};
 constexpr double kLineWidth = 2.4, kMarkerRadius = 4.0, kDash = 7.0;
-constexpr int kSample = 28;  // length of a line in the legend
+constexpr int kSample = 28;   // length of a line in the legend
 constexpr int kLabelGap = 6;  // pixels between tick labels
 
 struct Scale {
   double low = 0, high = 1;
   bool log = false;
 
-  double share(double v) const {
-    return log ? std::log(v / low) / std::log(high / low) : (v - low) / (high - low);
-  }
+  double share(double v) const { return log ? std::log(v / low) / std::log(high / low) : (v - low) / (high - low); }
   void include(double v) {
     low = std::min(low, v);
     high = std::max(high, v);

@@ -23,8 +23,8 @@ constexpr Rgb kSkipped{0xec, 0xef, 0xf3};
 constexpr Rgb kExcluded{0xd3, 0xd7, 0xdd};
 constexpr Rgb kNoNumber{0x9c, 0x9c, 0x9c};
 constexpr int kSwatch = 14;
-constexpr int kLegendGap = 12;        // between entries
-constexpr int kColourBar = 22;        // pixels wide
+constexpr int kLegendGap = 12;  // between entries
+constexpr int kColourBar = 22;  // pixels wide
 constexpr int kPixelsPerTick = 72;
 
 int line_height() { return text_height(kTextScale) + 6; }
@@ -232,8 +232,7 @@ Image draw_pattern(const BlockPattern& pattern, const PatternPicture& options) {
 
   for (int py = 0; py < y.pixels; ++py) {
     const double query = (py + 0.5) * static_cast<double>(y.blocks) / y.pixels;
-    const int64_t last_query =
-        std::min((static_cast<int64_t>(query) + 1) * shape.block_q, shape.seqlen_q) - 1;
+    const int64_t last_query = std::min((static_cast<int64_t>(query) + 1) * shape.block_q, shape.seqlen_q) - 1;
     for (int px = 0; px < x.pixels; ++px) {
       const auto column = static_cast<int64_t>((px + 0.5) * static_cast<double>(x.blocks) / x.pixels);
       const bool excluded = options.causal && column * shape.block_k > last_query + diagonal;
@@ -299,9 +298,8 @@ Image draw_heat_map(std::span<const float> values, int64_t rows, int64_t cols, c
     }
   }
 
-  const std::vector<picture::Tick> ticks = options.log_scale
-                                               ? picture::log_ticks(low, high)
-                                               : picture::linear_ticks(low, high, std::max(2, y.pixels / 60));
+  const std::vector<picture::Tick> ticks =
+      options.log_scale ? picture::log_ticks(low, high) : picture::linear_ticks(low, high, std::max(2, y.pixels / 60));
   int label_width = 0;
   for (const picture::Tick& tick : ticks) label_width = std::max(label_width, text_width(tick.label));
   const int bar_at = kPadding + kColourBar + kTick + 4;

@@ -57,8 +57,7 @@ void record(const RowBlock& row, int64_t head, size_t first_token, int64_t rows,
 Counts count_blocks(const Problem& problem, const BlockPatternView& pattern, int64_t b, int64_t h) {
   Counts counts;
   for (int64_t i = 0; i < pattern.shape.rows(); ++i) {
-    const Interval columns =
-        analysis::admissible_columns(problem, b, i, pattern.shape.block_q, pattern.shape.block_k);
+    const Interval columns = analysis::admissible_columns(problem, b, i, pattern.shape.block_q, pattern.shape.block_k);
     counts.admissible += columns.size();
     counts.kept += analysis::kept_blocks(pattern, pattern.row_id(b, h, i), columns);
   }
@@ -127,8 +126,12 @@ void judge(const AnalysisInput& input, std::span<const BlockPattern> patterns, s
     f.coverage.assign(heads * tokens.size(), kUnseen);
     f.sums.resize(heads * static_cast<size_t>(shape.rows()));
   }
-  const ScanPlan plan{.problem = &problem, .outputs = resolved.has_v(), .block_q = shape.block_q,
-                      .block_k = shape.block_k, .patterns = views, .tokens = tokens};
+  const ScanPlan plan{.problem = &problem,
+                      .outputs = resolved.has_v(),
+                      .block_q = shape.block_q,
+                      .block_k = shape.block_k,
+                      .patterns = views,
+                      .tokens = tokens};
   analysis::scan(plan, executor, [&](const RowBlock& row) {
     const size_t first_token = static_cast<size_t>(row.tokens.data() - plan.tokens.data());
     for (size_t p = 0; p < views.size(); ++p) {

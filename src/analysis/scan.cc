@@ -331,23 +331,23 @@ class RowScanner {
   MaskGeometry mask_;
   Interval columns_;
 
-  std::vector<float> q_;               // [rows, head_dim], scaled
-  std::vector<float> keys_;            // [head_dim, block_k]
-  std::vector<float> values_;          // [block_k, value_dim]
-  std::vector<float> scores_;          // [rows, block_k], then the numerators
-  std::vector<float> masked_;          // [rows, block_k], numerators under a bitmap
-  std::vector<int32_t> begin_, end_;   // [rows] admitted columns of the tile
-  std::vector<float> max_, rescale_, sum_;    // [rows]
-  std::vector<double> total_;                 // [rows]
-  std::vector<float> tile_sum_, tile_max_;    // [columns, block_q]: sum of a tile's numerators and their maximum
-  std::vector<double> mass_;                  // [columns]
-  std::vector<double> best_, nearest_;        // [columns + 1]
-  std::vector<double> share_;                 // [patterns, block_q]: kept numerators, at the end their share
-  std::vector<RowBlock::Kept> kept_;          // [patterns]
-  std::vector<int64_t> next_entry_;           // [patterns]
-  std::vector<float> product_;                // [rows, value_dim] numerators times values of a tile
+  std::vector<float> q_;                    // [rows, head_dim], scaled
+  std::vector<float> keys_;                 // [head_dim, block_k]
+  std::vector<float> values_;               // [block_k, value_dim]
+  std::vector<float> scores_;               // [rows, block_k], then the numerators
+  std::vector<float> masked_;               // [rows, block_k], numerators under a bitmap
+  std::vector<int32_t> begin_, end_;        // [rows] admitted columns of the tile
+  std::vector<float> max_, rescale_, sum_;  // [rows]
+  std::vector<double> total_;               // [rows]
+  std::vector<float> tile_sum_, tile_max_;  // [columns, block_q]: sum of a tile's numerators and their maximum
+  std::vector<double> mass_;                // [columns]
+  std::vector<double> best_, nearest_;      // [columns + 1]
+  std::vector<double> share_;               // [patterns, block_q]: kept numerators, at the end their share
+  std::vector<RowBlock::Kept> kept_;        // [patterns]
+  std::vector<int64_t> next_entry_;         // [patterns]
+  std::vector<float> product_;              // [rows, value_dim] numerators times values of a tile
   std::vector<float> masked_product_;
-  std::vector<float> dense_, sparse_;         // [rows, value_dim], [patterns, block_q, value_dim]
+  std::vector<float> dense_, sparse_;  // [rows, value_dim], [patterns, block_q, value_dim]
 };
 
 }  // namespace

@@ -50,8 +50,8 @@ struct RowBlock {
     int64_t blocks = 0;             // kept admissible blocks
     double squared_error = 0;       // |sparse - dense|^2 of the rows' outputs (with v)
   };
-  std::span<const Kept> kept;       // [patterns]
-  double squared_norm = 0;          // |dense|^2 of the rows' outputs (with v)
+  std::span<const Kept> kept;  // [patterns]
+  double squared_norm = 0;     // |dense|^2 of the rows' outputs (with v)
 };
 
 struct ScanPlan {

@@ -19,7 +19,7 @@ struct BackwardProblem {
   DType gradient_dtype = DType::f32;  // of dq, dk, dv
   Strided dq, dk, dv;                 // data nullptr: not wanted
   bool accumulate = false;            // add to them; gradient_dtype is then f32 (f64 inputs: f64)
-  float* dblock_bias = nullptr;  // of entry e: [b * dbias_batch + h * dbias_head + e * dbias_entry]
+  float* dblock_bias = nullptr;       // of entry e: [b * dbias_batch + h * dbias_head + e * dbias_entry]
   // Sizes of block_bias: a stride of a size 1 dimension is 0, and gradients of all batches (heads) sum up there.
   int64_t dbias_batch = 0, dbias_head = 0, dbias_entry = 0;
   char* dattn_bias = nullptr;

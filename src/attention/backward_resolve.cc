@@ -153,8 +153,12 @@ void check_overlaps(const BackwardArgs& args, Purpose purpose) {
       {"sinks", o.sinks},
       {"key_lengths", array_view(o.key_lengths.data(), static_cast<int64_t>(o.key_lengths.size()), DType::i64)},
   };
-  const Named outputs[] = {{"dq", args.dq}, {"dk", args.dk}, {"dv", args.dv}, {"dblock_bias", args.dblock_bias},
-                           {"dattn_bias", args.dattn_bias}, {"dsinks", args.dsinks}};
+  const Named outputs[] = {{"dq", args.dq},
+                           {"dk", args.dk},
+                           {"dv", args.dv},
+                           {"dblock_bias", args.dblock_bias},
+                           {"dattn_bias", args.dattn_bias},
+                           {"dsinks", args.dsinks}};
   for (size_t i = 0; i < std::size(outputs); ++i) {
     const Named& output = outputs[i];
     for (const Named& input : inputs) check_disjoint(output.name, output.view, input.name, input.view);

@@ -92,11 +92,13 @@ class BiasGradient {
   void add(Executor& executor) const {
     for (const auto& [part, offset] : parts_) {
       const T* from = reinterpret_cast<const T*>(of_parts_.data()) + offset;
-      parallel_for(executor, part.rows(), [] { return 0; }, [&](int, int64_t row) {
-        part.for_each_run(row, stride_.data(), [&](int64_t first, int64_t to, int64_t n, int64_t step) {
-          for (int64_t i = 0; i < n; ++i) sum_[to + i * step] += from[first + i];
-        });
-      });
+      parallel_for(
+          executor, part.rows(), [] { return 0; },
+          [&](int, int64_t row) {
+            part.for_each_run(row, stride_.data(), [&](int64_t first, int64_t to, int64_t n, int64_t step) {
+              for (int64_t i = 0; i < n; ++i) sum_[to + i * step] += from[first + i];
+            });
+          });
     }
   }
   void store() const {

@@ -216,8 +216,8 @@ void DilatedPlan::finish(DilatedPart part) {
   if (whole_.key_lengths) {
     std::vector<int64_t>& lengths = key_lengths_.emplace_back();
     for (int64_t i = 0; i < part.batches * part.segments; ++i) {
-      const int64_t tokens = whole_.key_lengths[part.batch + i / part.segments] -
-                             (part.segment + i % part.segments) * g.segment;
+      const int64_t tokens =
+          whole_.key_lengths[part.batch + i / part.segments] - (part.segment + i % part.segments) * g.segment;
       lengths.push_back(std::min(part.rows, rows_of(tokens, part.offset, g.rate)));
     }
     part.key_lengths = lengths.data();
@@ -247,9 +247,9 @@ const BlockPattern& DilatedPlan::pattern_of(int64_t rows) {
 Strided DilatedPlan::rows(const DilatedPart& part, const Strided& t, size_t element_size, bool kv) const {
   const DilatedGroup& g = groups_[part.group];
   Strided s;
-  s.data = t.data == nullptr ? nullptr
-                             : t.at(part.batch, part.segment * g.segment + part.offset, kv ? part.kv_head : part.head,
-                                    element_size);
+  s.data = t.data == nullptr
+               ? nullptr
+               : t.at(part.batch, part.segment * g.segment + part.offset, kv ? part.kv_head : part.head, element_size);
   s.batch = batch_stride(part, t.batch, g.segment * t.seq);
   s.seq = g.rate * t.seq;
   s.head = (kv ? part.kv_step : part.head_step) * t.head;
@@ -293,8 +293,8 @@ Problem DilatedPlan::problem(const DilatedPart& part) const {
   if (p.attn_bias) {
     const int64_t* from = whole_.attn_bias_stride;
     const int64_t token = from[2] + from[3], first = part.segment * g.segment + part.offset;
-    p.attn_bias += (part.batch * from[0] + part.head * from[1] + first * token) *
-                   static_cast<int64_t>(size_of(p.attn_bias_dtype));
+    p.attn_bias +=
+        (part.batch * from[0] + part.head * from[1] + first * token) * static_cast<int64_t>(size_of(p.attn_bias_dtype));
     p.attn_bias_stride[0] = batch_stride(part, from[0], g.segment * token);
     p.attn_bias_stride[1] = part.head_step * from[1];
     p.attn_bias_stride[2] = g.rate * from[2];

@@ -111,8 +111,7 @@ class Joined {
 
 }  // namespace
 
-void reference_dilated_forward(const DilatedForwardArgs& args, Executor& executor, float* out_bound,
-                               float* lse_bound) {
+void reference_dilated_forward(const DilatedForwardArgs& args, Executor& executor, float* out_bound, float* lse_bound) {
   const Problem whole = resolve_dilated(args, Purpose::reference);
   const DilatedPlan plan(whole, args.dilation, args.options, evenly_spaced(whole));
   std::vector<Partial> partials(plan.groups().size());
@@ -133,9 +132,11 @@ void reference_dilated_forward(const DilatedForwardArgs& args, Executor& executo
     scatter_bounds(plan, part, p, out, lse, partial);
   }
   const Joined joined(whole, plan, partials, out_bound, lse_bound);
-  parallel_for(executor, whole.batch * whole.seqlen_q, [] { return 0; }, [&](int, int64_t unit) {
-    for (int64_t h = 0; h < whole.heads; ++h) joined.row(unit / whole.seqlen_q, unit % whole.seqlen_q, h);
-  });
+  parallel_for(
+      executor, whole.batch * whole.seqlen_q, [] { return 0; },
+      [&](int, int64_t unit) {
+        for (int64_t h = 0; h < whole.heads; ++h) joined.row(unit / whole.seqlen_q, unit % whole.seqlen_q, h);
+      });
 }
 
 }  // namespace tessera

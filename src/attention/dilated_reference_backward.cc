@@ -15,17 +15,15 @@ namespace {
 
 // One of dq, dk, dv, all [B, S, heads, dim] and contiguous; empty: not wanted.
 struct Sum {
-  Strided result;           // where the caller wants it, or data nullptr
-  float* bound = nullptr;   // or nullptr
+  Strided result;          // where the caller wants it, or data nullptr
+  float* bound = nullptr;  // or nullptr
   bool kv = false;
   int64_t seqlen = 0, heads = 0, dim = 0;
   std::vector<double> group, total, magnitude;  // of one (w, r); of all; sum of the absolute values of each (w, r)
   std::vector<double> error;
 
   bool wanted() const { return !total.empty(); }
-  Strided view(double* data) const {
-    return {reinterpret_cast<char*>(data), seqlen * heads * dim, heads * dim, dim};
-  }
+  Strided view(double* data) const { return {reinterpret_cast<char*>(data), seqlen * heads * dim, heads * dim, dim}; }
 };
 
 // Contiguous rows [batches, rows, heads, dim] of a part, added to their places in a whole tensor of doubles.
@@ -142,9 +140,9 @@ class DilatedReference {
       bounds[i].resize(batch * rows * (sums_[i].kv ? given.kv_heads : heads) * sums_[i].dim);
       to[i] = bounds[i].data();
     }
-    reference_part_gradients(p, given, executor_, out_error.data(), lse_error.data(),
-                             {.dq = to[0], .dk = to[1], .dv = to[2],
-                              .dattn_bias = bias_bound.empty() ? nullptr : bias_bound.data()});
+    reference_part_gradients(
+        p, given, executor_, out_error.data(), lse_error.data(),
+        {.dq = to[0], .dk = to[1], .dv = to[2], .dattn_bias = bias_bound.empty() ? nullptr : bias_bound.data()});
     add_bias(bias, dbias, bias_bound);
     for (size_t i = 0; i < 3; ++i) {
       if (sums_[i].wanted()) add_rows(plan, part, sums_[i], bounds[i]);

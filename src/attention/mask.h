@@ -44,7 +44,7 @@ struct MaskGeometry {
   TileKind classify(int64_t q_begin, int64_t q_end, int64_t k_begin, int64_t k_end) const {
     const int64_t k_last = std::min(k_end, key_limit) - 1;
     if (q_begin >= q_end || k_begin > k_last) return TileKind::empty;
-    const int64_t nearest = q_begin - k_last + diagonal;    // smallest q - k distance in the tile
+    const int64_t nearest = q_begin - k_last + diagonal;      // smallest q - k distance in the tile
     const int64_t farthest = q_end - 1 - k_begin + diagonal;  // largest
     if (nearest > left || farthest < -right) return TileKind::empty;
     if (farthest <= left && nearest >= -right && k_end <= key_limit) return TileKind::full;

@@ -45,8 +45,8 @@ class Diophantine {
   }
 
   std::vector<Term> terms_;
-  std::vector<__int128> reach_;    // largest sum of terms i..
-  std::vector<int64_t> divisor_;   // greatest common divisor of coefficients i..
+  std::vector<__int128> reach_;   // largest sum of terms i..
+  std::vector<int64_t> divisor_;  // greatest common divisor of coefficients i..
   int64_t budget_ = 100000;
 };
 

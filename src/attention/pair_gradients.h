@@ -27,12 +27,12 @@ struct PairGradient {
   const double* key = nullptr;    // [D]
   const double* value = nullptr;  // [Dv]
   const double* dout = nullptr;   // [Dv]
-  double weight = 0;       // exp(score - lse)
-  double kept = 0;         // weight after dropout: what meets V
-  double centered = 0;     // gradient of the weight - delta
-  double dscore = 0;       // gradient of the score: of all that is added to scale * q . k
-  double ddot = 0;         // gradient of q . k: dscore through softcap, times scale
-  double slope = 1;        // ddot / dscore
+  double weight = 0;              // exp(score - lse)
+  double kept = 0;                // weight after dropout: what meets V
+  double centered = 0;            // gradient of the weight - delta
+  double dscore = 0;              // gradient of the score: of all that is added to scale * q . k
+  double ddot = 0;                // gradient of q . k: dscore through softcap, times scale
+  double slope = 1;               // ddot / dscore
   // 0 where nobody wants bounds. What lse and delta of the row add comes on top, as it is common to all its keys: times
   // -dscore and -weight, for ddot that by slope, for kept -kept (first order).
   Error weight_error, kept_error, dscore_error, ddot_error;
@@ -140,11 +140,11 @@ class PairGradients {
                      Error::roundings(ErrorBound::kExpRoundings, 1);
     if (p_.softcap > 0) exponent += Error::roundings(kScore, p_.softcap);
     pair.weight_error = exponent.grown().times(pair.weight) + Error::of(ErrorBound::kTiny);
-    pair.kept_error = pair.weight_error.times(keep) + Error::roundings(2, pair.kept) +
-                      Error::storage(p_.dtype, pair.kept);
+    pair.kept_error =
+        pair.weight_error.times(keep) + Error::roundings(2, pair.kept) + Error::storage(p_.dtype, pair.kept);
     // dP - delta cancels: what counts is the size of the two, not of their difference.
-    const Error centered_error = dout_v.error.times(keep) + Error::roundings(2, keep * dout_v.sum) +
-                                 Error::roundings(1, pair.centered);
+    const Error centered_error =
+        dout_v.error.times(keep) + Error::roundings(2, keep * dout_v.sum) + Error::roundings(1, pair.centered);
     const double weight_bound = pair.weight_error.bound();
     pair.dscore_error = pair.weight_error.times(pair.centered) + centered_error.times(pair.weight + weight_bound) +
                         rows_.delta_error[pair.row].times(weight_bound) + Error::roundings(1, pair.dscore) +
@@ -154,10 +154,11 @@ class PairGradients {
       const Error tanh_error = scaled_error.times(through / p_.softcap).limited(2) + Error::roundings(kScore, 1);
       through_error = tanh_error.times(2 * std::abs(tanh) + tanh_error.bound()).limited(1) + Error::roundings(2, 1);
     }
-    pair.ddot_error = (pair.dscore_error.times(through) +
-                       through_error.times(std::abs(pair.dscore) + pair.dscore_error.bound()) +
-                       Error::storage(p_.dtype, pair.dscore * through)).times(p_.scale) +
-                      Error::roundings(4, pair.ddot);
+    pair.ddot_error =
+        (pair.dscore_error.times(through) + through_error.times(std::abs(pair.dscore) + pair.dscore_error.bound()) +
+         Error::storage(p_.dtype, pair.dscore * through))
+            .times(p_.scale) +
+        Error::roundings(4, pair.ddot);
     return true;
   }
 

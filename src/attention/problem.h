@@ -21,11 +21,11 @@ struct Strided {
 };
 
 struct Problem {
-  DType dtype = DType::f32;   // of q, k, v
+  DType dtype = DType::f32;  // of q, k, v
   DType out_dtype = DType::f32;
   int64_t batch = 0, heads = 0, kv_heads = 0, seqlen_q = 0, seqlen_k = 0, head_dim = 0, head_dim_v = 0;
-  Strided q, k, v, out;       // k, v with pages: `batch` is the stride of a page, `seq` of a slot
-  char* lse = nullptr;        // [B, H, Sq] or nullptr
+  Strided q, k, v, out;  // k, v with pages: `batch` is the stride of a page, `seq` of a slot
+  char* lse = nullptr;   // [B, H, Sq] or nullptr
   DType lse_dtype = DType::f32;
   int64_t lse_batch = 0, lse_head = 0, lse_seq = 0;
   const int32_t* page_table = nullptr;  // [B, pages_per_batch] or nullptr

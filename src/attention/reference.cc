@@ -26,8 +26,8 @@ double error_of_moving(double distance) { return 4 * ErrorBound::u * distance; }
 // Running softmax state of one query row: max, sum, weighted values; in fp64 rescaling costs no accuracy.
 struct RowState {
   double max = -kInfinity;
-  double sum = 0;        // of exp(s - max)
-  double error = 0;      // of exp(s - max) * weight_error
+  double sum = 0;    // of exp(s - max)
+  double error = 0;  // of exp(s - max) * weight_error
   int64_t keys = 0;
   bool poisoned = false;  // a NaN or +inf score: the softmax of PyTorch is NaN then
 
@@ -111,8 +111,8 @@ class Reference {
     if (out_bound_ == nullptr && lse_bound_ == nullptr) return;
     double magnitude = 0;
     for (int64_t i = 0; i < d; ++i) magnitude += std::abs(query[i] * key[i]);
-    const double error = weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max,
-                                      scores.bias_magnitude(entry, k));
+    const double error =
+        weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max, scores.bias_magnitude(entry, k));
     if (weight > 0) state.error += weight * error;
     // Weights are stored in the dtype of the inputs before they meet V; below its smallest normal number in steps, or
     // as 0. A kernel's own maximum may be a power of two away.

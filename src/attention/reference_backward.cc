@@ -117,7 +117,12 @@ class GradientPasses {
  public:
   GradientPasses(const BackwardProblem& problem, const RowStatistics& rows, Executor& executor,
                  const GradientBounds& bounds)
-      : g_(problem), p_(problem.forward), s_(p_.pattern.shape), rows_(rows), executor_(executor), bounds_(bounds),
+      : g_(problem),
+        p_(problem.forward),
+        s_(p_.pattern.shape),
+        rows_(rows),
+        executor_(executor),
+        bounds_(bounds),
         with_bounds_(rows.with_errors) {}
 
   void queries() {
@@ -134,8 +139,9 @@ class GradientPasses {
       for (int64_t r = 0; with_bounds_ && r < std::min(p_.seqlen_q - begin, int64_t{s_.block_q}); ++r) {
         const int64_t row = (b * p_.heads + h) * p_.seqlen_q + begin + r;
         for (int64_t d = 0; d < p_.head_dim; ++d) {
-          w.first.add_error(r, d, rows_.lse_error[row].times(w.first.value(r, d)) +
-                                      rows_.delta_error[row].times(w.second.value(r, d)));
+          w.first.add_error(
+              r, d,
+              rows_.lse_error[row].times(w.first.value(r, d)) + rows_.delta_error[row].times(w.second.value(r, d)));
         }
       }
       store(w.first, g_.dq, b, begin, std::min(p_.seqlen_q, begin + s_.block_q), h, p_.seqlen_q, p_.heads, p_.head_dim,
@@ -263,8 +269,8 @@ class GradientPasses {
  private:
   void run(int64_t units, const std::function<void(Worker&, int64_t)>& work) {
     parallel_for(
-        executor_, units,
-        [&] { return Worker{PairGradients(g_, rows_), Sums(with_bounds_), Sums(with_bounds_), {}}; }, work);
+        executor_, units, [&] { return Worker{PairGradients(g_, rows_), Sums(with_bounds_), Sums(with_bounds_), {}}; },
+        work);
   }
 
   // Calls visit(entry, pair) for all pairs of block row i of (b, h).
@@ -306,8 +312,8 @@ class GradientPasses {
   }
   void add_share(Sums& sums, int64_t to, const RowShare& share) const {
     if (!with_bounds_ || share.row < 0) return;
-    sums.add_error(to, 0, rows_.lse_error[share.row].times(share.dscore) +
-                              rows_.delta_error[share.row].times(share.weight));
+    sums.add_error(to, 0,
+                   rows_.lse_error[share.row].times(share.dscore) + rows_.delta_error[share.row].times(share.weight));
   }
 
   void add_sink(Sums& sums, double sink, int64_t row) const {
@@ -385,8 +391,8 @@ void reference_gradients(const BackwardProblem& problem, Executor& executor, con
   forward.lse_head = n;
   forward.lse_seq = 1;
   forward.out_dtype = forward.lse_dtype = DType::f64;
-  const bool with_bounds = bounds.dq || bounds.dk || bounds.dv || bounds.dblock_bias || bounds.dattn_bias ||
-                           bounds.dsinks;
+  const bool with_bounds =
+      bounds.dq || bounds.dk || bounds.dv || bounds.dblock_bias || bounds.dattn_bias || bounds.dsinks;
   std::vector<float> out_error(with_bounds ? out.size() : 0), lse_error(with_bounds ? lse.size() : 0);
   float* out_bound = with_bounds ? out_error.data() : nullptr;
   float* lse_bound = with_bounds ? lse_error.data() : nullptr;

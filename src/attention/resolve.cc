@@ -14,8 +14,8 @@ namespace tessera {
 
 namespace {
 
-constexpr int64_t kMaxHeadDim = 4096;                  // rows of K and V panels are scratch of this width
-constexpr int64_t kMaxPosition = int64_t{1} << 48;     // so that differences of positions stay below kUnlimited
+constexpr int64_t kMaxHeadDim = 4096;               // rows of K and V panels are scratch of this width
+constexpr int64_t kMaxPosition = int64_t{1} << 48;  // so that differences of positions stay below kUnlimited
 
 void resolve_tensors(const ForwardArgs& args, Problem& p) {
   const TensorView &q = args.q, &k = args.k, &v = args.v;

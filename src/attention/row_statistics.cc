@@ -23,7 +23,12 @@ class RowErrors {
  public:
   RowErrors(const BackwardProblem& g, const Problem& exact, const std::vector<float>& out_bound,
             const std::vector<float>& lse_bound, const RowStatistics& no_errors, RowStatistics& rows)
-      : g_(g), p_(g.forward), exact_(exact), out_bound_(out_bound), lse_bound_(lse_bound), rows_(rows),
+      : g_(g),
+        p_(g.forward),
+        exact_(exact),
+        out_bound_(out_bound),
+        lse_bound_(lse_bound),
+        rows_(rows),
         pairs_(g, no_errors) {
     out_.resize(p_.head_dim_v);
     dout_.resize(p_.head_dim_v);
@@ -103,10 +108,10 @@ class RowErrors {
   const std::vector<float>& lse_bound_;
   RowStatistics& rows_;
   PairGradients pairs_;
-  std::vector<double> out_, dout_;                        // [Dv]
-  std::vector<int64_t> keys_;                             // of each row
-  std::vector<Error> lse_, delta_;                        // of each row: from errors of its scores
-  std::vector<double> magnitude_, squares_, storage_;     // [rows, Dv]: of the terms P v
+  std::vector<double> out_, dout_;                     // [Dv]
+  std::vector<int64_t> keys_;                          // of each row
+  std::vector<Error> lse_, delta_;                     // of each row: from errors of its scores
+  std::vector<double> magnitude_, squares_, storage_;  // [rows, Dv]: of the terms P v
 };
 
 }  // namespace

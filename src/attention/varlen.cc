@@ -17,8 +17,8 @@ namespace {
 void check_offsets(const char* name, std::span<const int64_t> offsets, int64_t sequences, const char* tensor,
                    int64_t total) {
   if (static_cast<int64_t>(offsets.size()) != sequences + 1) {
-    fail(name, fmt::format("{} numbers", offsets.size()), fmt::format("N + 1 = {} (one pattern a sequence)",
-                                                                      sequences + 1));
+    fail(name, fmt::format("{} numbers", offsets.size()),
+         fmt::format("N + 1 = {} (one pattern a sequence)", sequences + 1));
   }
   if (offsets[0] != 0) fail(name, fmt::format("{} first", offsets[0]), "0");
   for (int64_t i = 0; i < sequences; ++i) {

@@ -156,8 +156,9 @@ BlockWeights attention_weights(const ForwardArgs& args, Executor& executor, size
   const int64_t bytes_per_block = block_size * sizeof(float) + sizeof(BlockWeights::Index);
   const __int128 bytes = static_cast<__int128>(first.back()) * bytes_per_block;
   if (bytes > static_cast<__int128>(max_bytes)) {
-    fail("max_bytes", fmt::format("{} blocks of {} x {}: {:.3g} bytes", first.back(), s.block_q, s.block_k,
-                                  static_cast<double>(bytes)),
+    fail("max_bytes",
+         fmt::format("{} blocks of {} x {}: {:.3g} bytes", first.back(), s.block_q, s.block_k,
+                     static_cast<double>(bytes)),
          fmt::format("at most max_bytes = {}", max_bytes));
   }
   weights.indices.resize(first.back());

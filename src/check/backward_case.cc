@@ -15,9 +15,7 @@ bool sees_a_key(const Problem& p, const MaskGeometry& mask, int64_t b, int64_t h
   bool any = false;
   const int64_t row = p.pattern.row_id(b, h, q / p.pattern.shape.block_q);
   for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1] && !any; ++e) {
-    for_each_admitted_key(p, mask, q, e, [&](int64_t k) {
-      any = any || admits_by_bias(p, b, h, q, k);
-    });
+    for_each_admitted_key(p, mask, q, e, [&](int64_t k) { any = any || admits_by_bias(p, b, h, q, k); });
   }
   return any;
 }
@@ -130,10 +128,10 @@ void Case::fill_backward() {
   }
   if (!config_.visible_nan || !config_.nan_in_dout || seen.empty()) return;
   const Row& row = seen[random_.below(static_cast<int64_t>(seen.size()))];
-  store_from_double(row.problem->dout.at(row.b, row.q, row.h, size_of(config_.dtype)), config_.dtype,
-                    random_.below(config_.head_dim_v),
-                    random_.chance(0.5) ? std::numeric_limits<double>::quiet_NaN()
-                                        : std::numeric_limits<double>::infinity());
+  store_from_double(
+      row.problem->dout.at(row.b, row.q, row.h, size_of(config_.dtype)), config_.dtype,
+      random_.below(config_.head_dim_v),
+      random_.chance(0.5) ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity());
 }
 
 BackwardInfo Case::run_backward(Isa isa, Executor& executor) {

@@ -192,8 +192,8 @@ GradientTruth::GradientTruth(const Case& test, Executor& executor, bool by_bound
 Verdict judge_backward(Case& test, const GradientTruth& truth, Isa isa, Executor& executor) {
   Verdict verdict;
   const BackwardInfo info = test.run_backward(isa, executor);
-  // Where a handful of rows count, the plain implementation may be right by luck: its roundings cancel. What exceeds its
-  // rule is then judged by the bound on arithmetic in its own dtype.
+  // Where a handful of rows count, the plain implementation may be right by luck: its roundings cancel. What exceeds
+  // its rule is then judged by the bound on arithmetic in its own dtype.
   std::optional<GradientTruth> bounded;
   for (int g = 0; g < kGradients; ++g) {
     const MutableTensorView& view = test.gradient(g).view;

@@ -78,8 +78,8 @@ BlockPattern Case::pattern(Random& r, int64_t seqlen_q, int64_t seqlen_k, int64_
     spec.seqlen_k = seqlen_k;
     return make_pattern(spec);
   }
-  PatternShape shape{seqlen_q, seqlen_k, c.block_q, c.block_k, std::max<int64_t>(1, heads),
-                     std::max<int64_t>(1, batches)};
+  PatternShape shape{
+      seqlen_q, seqlen_k, c.block_q, c.block_k, std::max<int64_t>(1, heads), std::max<int64_t>(1, batches)};
   std::vector<int64_t> indptr{0};
   std::vector<int32_t> indices, bitmap_index;
   std::vector<uint64_t> bitmaps;
@@ -143,14 +143,15 @@ void Case::make_options() {
     o.sinks = sinks_.view;
   }
   if (c.block_bias) {
-    block_bias_ = tensor(DType::f32, {r.chance(0.5) ? c.batch : 1, r.chance(0.5) ? c.heads : 1,
-                                      patterns_[0].num_blocks()}, false, false);
+    block_bias_ =
+        tensor(DType::f32, {r.chance(0.5) ? c.batch : 1, r.chance(0.5) ? c.heads : 1, patterns_[0].num_blocks()}, false,
+               false);
     o.block_bias = block_bias_.view;
   }
   if (c.attn_bias) {
     const auto size = [&](int64_t n) { return r.chance(0.6) ? n : 1; };
-    attn_bias_ = tensor(c.attn_bias_dtype, {size(c.batch), size(c.heads), size(c.seqlen_q), size(c.seqlen_k)}, false,
-                        false);
+    attn_bias_ =
+        tensor(c.attn_bias_dtype, {size(c.batch), size(c.heads), size(c.seqlen_q), size(c.seqlen_k)}, false, false);
     o.attn_bias = attn_bias_.view;
   }
 }

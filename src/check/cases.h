@@ -19,10 +19,10 @@
 namespace tessera::check {
 
 enum class Values : uint8_t {
-  normal,     // standard normal
-  large,      // logits up to +-1e4
-  max_last,   // scores grow with the key: the maximum is in the last block
-  denormal,   // below the smallest normal number of the dtype
+  normal,    // standard normal
+  large,     // logits up to +-1e4
+  max_last,  // scores grow with the key: the maximum is in the last block
+  denormal,  // below the smallest normal number of the dtype
 };
 
 enum class PatternSource : uint8_t { random_csr, random_bitmaps, named };
@@ -60,16 +60,16 @@ struct CaseConfig {
   double dropout = 0;
 
   Values values = Values::normal;
-  bool plain_layout = false;    // contiguous [B, S, H, D]; otherwise strides and bases by the seed
-  bool visible_nan = false;     // NaN in a row of Q, K or V that takes part: the others must stay clean
+  bool plain_layout = false;  // contiguous [B, S, H, D]; otherwise strides and bases by the seed
+  bool visible_nan = false;   // NaN in a row of Q, K or V that takes part: the others must stay clean
 
   // The backward call; a paged case has none.
-  DType gradient_dtype = DType::f32;     // of dq, dk, dv
+  DType gradient_dtype = DType::f32;  // of dq, dk, dv
   bool accumulate = false, dlse = false;
   bool dq = true, dk = true, dv = true;  // wanted; the others where the option is given
   bool dblock_bias = true, dattn_bias = true, dsinks = true;
-  bool dattn_bias_fp32 = true;           // or the dtype of attn_bias
-  bool nan_in_dout = false;              // visible_nan is in dout
+  bool dattn_bias_fp32 = true;  // or the dtype of attn_bias
+  bool nan_in_dout = false;     // visible_nan is in dout
 };
 
 // Case `number` of a seed.
@@ -162,7 +162,7 @@ class Case {
   std::map<int64_t, BlockPattern> segment_patterns_;  // by rows
   std::vector<Segment> segments_;
   std::vector<Problem> segment_problems_;
-  std::deque<int64_t> segment_keys_;   // what key_lengths and alibi of segment_problems_ point to
+  std::deque<int64_t> segment_keys_;  // what key_lengths and alibi of segment_problems_ point to
   std::deque<float> segment_slopes_;
 
   Tensor dout_, dlse_;

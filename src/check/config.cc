@@ -16,28 +16,28 @@ constexpr int64_t kMaxProducts = 3'000'000;
 int64_t random_length(Random& r) {
   if (r.chance(0.05)) return r.pick<int64_t>({512, 600, 640, 641});
   if (r.chance(0.2)) return r.between(0, 300);
-  return r.pick<int64_t>({0,  1,  2,  15,  16,  17,  31,  32,  33,  47,  48,  63,  64,  65, 79,
-                          80, 95, 96, 97,  111, 127, 128, 129, 143, 191, 192, 193, 255, 256, 257, 300});
+  return r.pick<int64_t>({0,  1,  2,  15,  16,  17,  31,  32,  33,  47,  48,  63,  64,  65,  79, 80,
+                          95, 96, 97, 111, 127, 128, 129, 143, 191, 192, 193, 255, 256, 257, 300});
 }
 
 int64_t random_head_dim(Random& r) {
   if (r.chance(0.1)) return r.between(1, 100);
-  return r.pick<int64_t>({1,  3,  8,  16, 24,  31,  32,  33,  40,  48,  64,  64, 64,
-                          65, 72, 80, 96, 112, 127, 128, 128, 129, 160, 192, 255, 256, 260});
+  return r.pick<int64_t>({1,  3,  8,  16,  24,  31,  32,  33,  40,  48,  64,  64,  64, 65,
+                          72, 80, 96, 112, 127, 128, 128, 129, 160, 192, 255, 256, 260});
 }
 
 void choose_pattern(Random& r, CaseConfig& c) {
   c.block_q = static_cast<int>(16 * r.pick<int64_t>({1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 12, 16}));
   c.block_k = r.chance(0.5) ? c.block_q : static_cast<int>(16 * r.pick<int64_t>({1, 2, 3, 4, 5, 6, 8, 9, 12, 16}));
-  c.source = r.pick({PatternSource::random_csr, PatternSource::random_csr, PatternSource::random_bitmaps,
-                     PatternSource::named});
+  c.source = r.pick(
+      {PatternSource::random_csr, PatternSource::random_csr, PatternSource::random_bitmaps, PatternSource::named});
   c.kind = r.pick({PatternKind::dense, PatternKind::causal, PatternKind::local_window, PatternKind::dilated_sparse,
                    PatternKind::global_local, PatternKind::strided, PatternKind::random, PatternKind::bigbird});
   c.density = r.pick({0.05, 0.2, 0.5, 0.8, 1.0});
   c.pattern_causal = r.chance(0.4);
   c.pattern_per_head = r.chance(0.3);
-  c.pattern_per_batch = r.chance(0.2) && c.source != PatternSource::named && c.path != CheckPath::varlen &&
-                        c.path != CheckPath::dilated;
+  c.pattern_per_batch =
+      r.chance(0.2) && c.source != PatternSource::named && c.path != CheckPath::varlen && c.path != CheckPath::dilated;
 }
 
 void choose_options(Random& r, CaseConfig& c) {
@@ -120,9 +120,7 @@ CaseConfig random_config(uint64_t seed, int64_t number) {
     choose_dilation(r, c);
   }
   // Fewer heads and batches, then narrower heads, until the case is cheap.
-  const auto products = [&] {
-    return c.batch * c.heads * c.seqlen_q * c.seqlen_k * (c.head_dim + c.head_dim_v);
-  };
+  const auto products = [&] { return c.batch * c.heads * c.seqlen_q * c.seqlen_k * (c.head_dim + c.head_dim_v); };
   while (products() > kMaxProducts && (c.batch > 1 || c.heads > 1)) {
     if (c.batch > 1) --c.batch;
     else if (c.kv_heads > 1) c.heads = c.heads / c.kv_heads * (c.kv_heads - 1), --c.kv_heads;
@@ -164,8 +162,8 @@ std::string describe(const CaseConfig& c) {
   text += fmt::format(" H={} Hkv={} D={} Dv={} block={}x{}", c.heads, c.kv_heads, c.head_dim, c.head_dim_v, c.block_q,
                       c.block_k);
   if (c.path == CheckPath::dilated) {
-    text += fmt::format(" segments=[{}] rates=[{}]", fmt::join(c.segment_lengths, ","),
-                        fmt::join(c.dilation_rates, ","));
+    text +=
+        fmt::format(" segments=[{}] rates=[{}]", fmt::join(c.segment_lengths, ","), fmt::join(c.dilation_rates, ","));
   }
   const char* source = c.source == PatternSource::random_csr ? "csr" : "bitmaps";
   text += fmt::format(" pattern={} density={}", c.source == PatternSource::named ? name_of(c.kind) : source, c.density);

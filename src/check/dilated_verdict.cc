@@ -25,7 +25,9 @@ void reference(const Case& test, DilatedBackwardArgs args, Executor& executor, b
     Gradient gradient;
     MutableTensorView* view;
     float** bound;
-  } wanted[] = {{kDq, &args.dq, &bounds.dq}, {kDk, &args.dk, &bounds.dk}, {kDv, &args.dv, &bounds.dv},
+  } wanted[] = {{kDq, &args.dq, &bounds.dq},
+                {kDk, &args.dk, &bounds.dk},
+                {kDv, &args.dv, &bounds.dv},
                 {kDAttnBias, &args.dattn_bias, &bounds.dattn_bias}};
   for (const auto& [g, view, bound] : wanted) {
     GradientTruth::Values& v = truth.values[g];

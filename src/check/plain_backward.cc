@@ -93,8 +93,7 @@ class Plain {
           pair.softcap = round(1 - round(t * t));
         }
         if (p_.dropout.p > 0) {
-          const uint32_t random =
-              dropout_random(p_.dropout, p_.dropout_stream(b, h), p_.dropout_q(q), p_.dropout_k(k));
+          const uint32_t random = dropout_random(p_.dropout, p_.dropout_stream(b, h), p_.dropout_q(q), p_.dropout_k(k));
           pair.keep = random < drop_threshold(p_.dropout.p) ? 0 : 1 / (1 - p_.dropout.p);
         }
         if (!(pair.weight <= max)) max = pair.weight;

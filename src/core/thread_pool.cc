@@ -52,7 +52,7 @@ struct ThreadPool::State {
   std::vector<std::thread> threads;  // thread i - 1 is the one of slot i
   std::vector<Slot> slots;           // slot 0 is the caller's, unused
   int spins = 0;
-  std::mutex turn;                   // held by the one call that is running
+  std::mutex turn;  // held by the one call that is running
   const std::function<void(int)>* worker = nullptr;
   alignas(64) std::atomic<int> running{0};  // workers not finished yet, the caller's own not counted
   std::mutex error_mutex;

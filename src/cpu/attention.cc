@@ -37,9 +37,8 @@ std::vector<int32_t> longest_first(const BlockPatternView& pattern, int64_t firs
   std::vector<int32_t> order(static_cast<size_t>(rows));
   std::iota(order.begin(), order.end(), 0);
   const int64_t* indptr = pattern.indptr + first_row;
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-    return indptr[a + 1] - indptr[a] > indptr[b + 1] - indptr[b];
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return indptr[a + 1] - indptr[a] > indptr[b + 1] - indptr[b]; });
   return order;
 }
 
@@ -108,7 +107,8 @@ class DecodeUnits {
 
   // Whoever finishes the last unit of some heads joins them: the order in which partials join is that of the keys.
   void run(int64_t unit, bool follows, const KernelTable& kernels, std::byte* scratch) const {
-    kernels.decode(p_, units_[unit], follows && unit + 1 < units() ? &units_[unit + 1] : nullptr, partial(unit), scratch);
+    kernels.decode(p_, units_[unit], follows && unit + 1 < units() ? &units_[unit + 1] : nullptr, partial(unit),
+                   scratch);
     const int64_t range = range_of_[unit];
     if (waiting_[range].fetch_sub(1, std::memory_order_acq_rel) == 1) join(ranges_[range]);
   }
@@ -172,7 +172,7 @@ class DecodeUnits {
   std::vector<int64_t> range_of_;  // of a unit
   std::vector<HeadRange> ranges_;
   std::unique_ptr<std::atomic<int64_t>[]> waiting_;  // units of a range that are not done
-  int64_t rows_ = 0;  // of a unit
+  int64_t rows_ = 0;                                 // of a unit
   size_t bytes_ = 0;
   AlignedBytes partials_;
 };

@@ -122,7 +122,10 @@ class ColumnKernel {
   class PairReader {
    public:
     PairReader(const BackwardState& state, const ColumnUnit& unit)
-        : state_(state), p_(state.problem->forward), unit_(unit), mask_(p_.mask(unit.b)),
+        : state_(state),
+          p_(state.problem->forward),
+          unit_(unit),
+          mask_(p_.mask(unit.b)),
           h_(unit.kv_head * p_.group()) {
       Open();
     }

@@ -69,8 +69,8 @@ struct ColumnUnit {
   int64_t b = 0, kv_head = 0, col = 0;
   int64_t begin = 0, end = 0;
   int part = 0, parts = 1;
-  Turn* turn = nullptr;    // part that adds next to dk and dv; nullptr: only one
-  float* sums = nullptr;   // fp32 [block_k, D + Dv] where several parts meet and dk, dv are stored in 16 bits
+  Turn* turn = nullptr;   // part that adds next to dk and dv; nullptr: only one
+  float* sums = nullptr;  // fp32 [block_k, D + Dv] where several parts meet and dk, dv are stored in 16 bits
 };
 
 // A unit of the gradient of attn_bias: its elements for bias batch and head (b, h), block row i and block column j.

@@ -46,7 +46,9 @@ struct Chunk {
 class ChunkReader {
  public:
   ChunkReader(const Problem& p, int64_t b, int64_t h, int64_t row, const MaskGeometry& mask)
-      : p_(p), mask_(mask), q_begin_(row * p.pattern.shape.block_q),
+      : p_(p),
+        mask_(mask),
+        q_begin_(row * p.pattern.shape.block_q),
         q_end_(std::min(q_begin_ + p.pattern.shape.block_q, p.seqlen_q)),
         special_(ModifiesScores(p) || p.dropout.p > 0) {
     const int64_t id = p.pattern.row_id(b, h, row);
@@ -155,7 +157,9 @@ class Stager {
   };
 
   Stager(const Problem& p, int64_t b, int64_t h, Scratch& scratch)
-      : p_(p), b_(b), kv_head_(h / p.group()),
+      : p_(p),
+        b_(b),
+        kv_head_(h / p.group()),
         steps_((p.head_dim + P::kElementsPerStep - 1) / P::kElementsPerStep),
         readable_k_(kPairs ? p.head_dim % 2 == 0 && p.k.seq % 2 == 0 : std::is_same_v<T, float>),
         readable_v_(std::is_same_v<T, float>) {

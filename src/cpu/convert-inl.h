@@ -43,8 +43,8 @@ HWY_INLINE Vec LoadFloats(const float16* p) {
 }
 #else
 HWY_INLINE Vec LoadFloats(const float16* p) {
-  return hn::PromoteTo(Floats(), hn::LoadU(hn::Rebind<hwy::float16_t, Floats>(),
-                                           reinterpret_cast<const hwy::float16_t*>(p)));
+  return hn::PromoteTo(Floats(),
+                       hn::LoadU(hn::Rebind<hwy::float16_t, Floats>(), reinterpret_cast<const hwy::float16_t*>(p)));
 }
 #endif
 
@@ -122,8 +122,8 @@ HWY_INLINE bool AnyNonFinite(const T* p, int64_t n) {
 // Rows a and b of n bf16 as pairs (a[i], b[i]); b may be null: zeros.
 HWY_INLINE void InterleaveRows(const bfloat16* a, const bfloat16* b, int64_t n, uint32_t* out) {
   alignas(64) static constexpr uint16_t kPairs[2][32] = {
-      {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-       8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
       {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
   const __m512i first = _mm512_load_si512(kPairs[0]), second = _mm512_load_si512(kPairs[1]);
@@ -138,9 +138,8 @@ HWY_INLINE void InterleaveRows(const bfloat16* a, const bfloat16* b, int64_t n, 
 
 // Two vectors of fp32 to bf16 pairs (a in the lower halves), round to nearest even; subnormals become 0.
 HWY_INLINE __m512i PairToBf16(Vec a, Vec b) {
-  alignas(64) static constexpr uint16_t kHalves[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kHalves[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b.raw, a.raw);
   return _mm512_permutexvar_epi16(_mm512_load_si512(kHalves), both);
 }

@@ -27,7 +27,7 @@ namespace tessera::cpu::TESSERA_KERNELS {
 
 template <class T>
 class DecodeKernel {
-  static constexpr int kTile = 32;       // keys, at most
+  static constexpr int kTile = 32;                // keys, at most
   static constexpr int64_t kRoundScores = 16384;  // scores between two softmaxes (64 KB), or one tile
   static constexpr int kMaxTiles = 128;           // of a round
   static constexpr bool kNativeDot = TESSERA_BF16_DOT && std::is_same_v<T, bfloat16>;

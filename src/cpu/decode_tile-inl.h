@@ -33,8 +33,8 @@ struct ValueBlock {
 inline constexpr int kKeysInCache = 4;
 template <class T, bool kNativeDot>
 inline constexpr ValueBlock kValueBlock = kNativeDot       ? ValueBlock{4, 4, 16}
-                                         : sizeof(T) == 4 ? ValueBlock{2, 8, 8}
-                                                          : ValueBlock{2, 8, 16};
+                                          : sizeof(T) == 4 ? ValueBlock{2, 8, 8}
+                                                           : ValueBlock{2, 8, 16};
 #else
 inline constexpr int kKeysInCache = 2;
 template <class T, bool kNativeDot>
@@ -379,9 +379,8 @@ struct Values<bfloat16> {
   static HWY_INLINE void Add(const uint32_t* HWY_RESTRICT weights, int64_t stride, int64_t keys,
                              const bfloat16* HWY_RESTRICT v, int64_t v_stride, int64_t touch, Ahead& ahead,
                              Vec (&acc)[R][C]) {
-    alignas(64) static constexpr uint16_t kLower[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                        37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                        11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static constexpr uint16_t kLower[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i lower = _mm512_load_si512(kLower);
     const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
     const auto load = [&](int64_t j, __m512i(&x)[C / 2]) HWY_ATTR {

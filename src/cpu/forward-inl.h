@@ -36,13 +36,14 @@ class RowKernel {
     int64_t q = 0;     // first query
     int64_t rows = 0;  // queries, at most kMaxPanel
     int vecs = 0;
-    Element* qt = nullptr;      // [steps][W]
-    float* out = nullptr;       // [Dv][W]; holds nothing yet while `fresh`
+    Element* qt = nullptr;  // [steps][W]
+    float* out = nullptr;   // [Dv][W]; holds nothing yet while `fresh`
     bool fresh = true;
-    float* reference = nullptr; // [W]
-    float* sum = nullptr;       // [W]
-    float* used = nullptr;      // [W] sum of the weights as V met them: rounded to bf16, or the same array as sum
+    float* reference = nullptr;  // [W]
+    float* sum = nullptr;        // [W]
+    float* used = nullptr;       // [W] sum of the weights as V met them: rounded to bf16, or the same array as sum
   };
+
  public:
   static size_t ScratchBytes(const Problem& p) {
     Scratch sizing(nullptr);
@@ -199,8 +200,7 @@ class RowKernel {
 
   template <int NV>
   void Raise(const Panel& panel, const float* max, float factor) const {
-    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.used, panel.out,
-                       panel.fresh ? 0 : p_.head_dim_v);
+    RaiseReference<NV>(max, factor, panel.reference, panel.sum, panel.used, panel.out, panel.fresh ? 0 : p_.head_dim_v);
   }
 
   // The long way from scores to weights: modifiers, masks, dropout. False when out is already done: V holds NaN or
@@ -303,8 +303,8 @@ class RowKernel {
   const MaskGeometry mask_;
   const int64_t row_;
   int64_t q_begin_ = 0, q_end_ = 0;
-  int64_t steps_ = 0;   // elements of a q or k row as the product reads it
-  float factor_ = 1;    // of raw scores, to log2 units
+  int64_t steps_ = 0;  // elements of a q or k row as the product reads it
+  float factor_ = 1;   // of raw scores, to log2 units
   Stager<T> stager_;
   Panel panels_[256 / kLanes];
   int num_panels_ = 0;

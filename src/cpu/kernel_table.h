@@ -11,10 +11,10 @@ namespace tessera::cpu {
 
 // Output of a decode unit over part of the keys: unnormalised, relative to its own maximum.
 struct DecodePartial {
-  float* out = nullptr;    // [rows, Dv]
-  float* max = nullptr;    // [rows] in log2 units
-  float* sum = nullptr;    // [rows]
-  float* used = nullptr;   // [rows] sum of the weights as V met them (see EndOfRow)
+  float* out = nullptr;   // [rows, Dv]
+  float* max = nullptr;   // [rows] in log2 units
+  float* sum = nullptr;   // [rows]
+  float* used = nullptr;  // [rows] sum of the weights as V met them (see EndOfRow)
 };
 
 // A decode unit: the query rows of heads [head_begin, head_end) (all of one kv head, or of several that share a

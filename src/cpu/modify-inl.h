@@ -60,8 +60,7 @@ HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float 
   for (int64_t r = 0; r < place.rows; ++r) {
     const int64_t row = base + (place.q + r) * stride[2];
     for (int64_t i = 0; i < place.keys; ++i) {
-      scores[i * W + r] +=
-          BiasInLog2(load_as_double(p.attn_bias, p.attn_bias_dtype, row + i * stride[3]));
+      scores[i * W + r] += BiasInLog2(load_as_double(p.attn_bias, p.attn_bias_dtype, row + i * stride[3]));
     }
   }
 }
@@ -144,8 +143,9 @@ HWY_NOINLINE void DropWeights(const Problem& p, const PanelPlace& place, float* 
   for (int64_t group = first >> 2; group <= (last - 1) >> 2; ++group) {
     for (int v = 0; v < NV; ++v) {
       const Philox::Counter first_of = dropout_counter(p.dropout, stream, p.dropout_q(place.q + v * kLanes), group * 4);
-      const Philox4 random = PhiloxWords({{hn::Set(du, first_of[0]), hn::Iota(du, first_of[1]),
-                                           hn::Set(du, first_of[2]), hn::Set(du, first_of[3])}}, key);
+      const Philox4 random = PhiloxWords(
+          {{hn::Set(du, first_of[0]), hn::Iota(du, first_of[1]), hn::Set(du, first_of[2]), hn::Set(du, first_of[3])}},
+          key);
       for (int w = 0; w < 4; ++w) {
         const int64_t i = group * 4 + w - first;
         if (i < 0 || i >= place.keys) continue;

@@ -22,8 +22,8 @@
 #include "cpu/backward_state.h"
 #include "cpu/chunk-inl.h"
 #include "cpu/modify-inl.h"
-#include "cpu/panel-inl.h"
 #include "cpu/pair_weights-inl.h"
+#include "cpu/panel-inl.h"
 #include "cpu/scratch.h"
 #include "cpu/tile-inl.h"
 
@@ -59,9 +59,13 @@ class BlockPair {
   static constexpr int kStep = P::kElementsPerStep;
 
   BlockPair(const BackwardState& state, Scratch& scratch)
-      : state_(state), p_(state.problem->forward), block_q_(p_.pattern.shape.block_q),
-        block_k_(p_.pattern.shape.block_k), steps_((p_.head_dim + kStep - 1) / kStep),
-        steps_v_((p_.head_dim_v + kStep - 1) / kStep), padded_(hwy::RoundUpTo(p_.head_dim, kLanes)) {
+      : state_(state),
+        p_(state.problem->forward),
+        block_q_(p_.pattern.shape.block_q),
+        block_k_(p_.pattern.shape.block_k),
+        steps_((p_.head_dim + kStep - 1) / kStep),
+        steps_v_((p_.head_dim_v + kStep - 1) / kStep),
+        padded_(hwy::RoundUpTo(p_.head_dim, kLanes)) {
     // fp32 queries carry scale * log2(e); bf16 ones keep their bits.
     q_scale_ = kPairs ? 1.0f : static_cast<float>(p_.scale * kLog2eDouble);
     factor_ = kPairs ? static_cast<float>(p_.scale * kLog2eDouble) : 1.0f;
@@ -251,12 +255,8 @@ class BlockPair {
   const T* DoutRow(int64_t r) const {
     return reinterpret_cast<const T*>(state_.problem->dout.at(b_, q_begin_ + r, h_, sizeof(T)));
   }
-  const T* KRow(int64_t k) const {
-    return reinterpret_cast<const T*>(p_.k.at(b_, k_begin_ + k, kv_head_, sizeof(T)));
-  }
-  const T* VRow(int64_t k) const {
-    return reinterpret_cast<const T*>(p_.v.at(b_, k_begin_ + k, kv_head_, sizeof(T)));
-  }
+  const T* KRow(int64_t k) const { return reinterpret_cast<const T*>(p_.k.at(b_, k_begin_ + k, kv_head_, sizeof(T))); }
+  const T* VRow(int64_t k) const { return reinterpret_cast<const T*>(p_.v.at(b_, k_begin_ + k, kv_head_, sizeof(T))); }
   float q_scale() const { return q_scale_; }
 
  private:
@@ -337,9 +337,9 @@ class BlockPair {
       if (p_.attn_bias) modifier.LoadBias(q, k, std::min(width, keys_ - panel.first), width, extra);
       if (p_.dropout.p > 0) modifier.LoadKeep(q, k, width, keep);
       const RowPlace place{q, k, width, admitted, lse2_[chunk.begin + r], delta_[chunk.begin + r]};
-      const uint64_t seen = modifier.Row(place, extra, keep, wanted == Dscores::of_scores,
-                                         weights_ + r * block_k_ + panel.first,
-                                         dscores_ + r * block_k_ + panel.first, bias_sum_);
+      const uint64_t seen =
+          modifier.Row(place, extra, keep, wanted == Dscores::of_scores, weights_ + r * block_k_ + panel.first,
+                       dscores_ + r * block_k_ + panel.first, bias_sum_);
       admitted_[r * kMaxPanels + panel.first / kMaxPanel] = seen;
     }
   }
@@ -357,7 +357,7 @@ class BlockPair {
   int panels_ = 0;
   bool special_ = false, modified_ = false, hostile_ = false;
   Finite key_state_ = Finite::unknown, query_state_ = Finite::unknown;
-  const float* lse2_ = nullptr;   // of the first query
+  const float* lse2_ = nullptr;  // of the first query
   const float* delta_ = nullptr;
   Vec bias_sum_ = hn::Zero(Floats());
   Element* keys_t_ = nullptr;     // panels [steps][W]
@@ -369,10 +369,10 @@ class BlockPair {
   Element* dout_pairs_ = nullptr;
   Element* weight_pairs_ = nullptr;  // bf16: [pairs of queries][block_k]
   Element* dscore_pairs_ = nullptr;
-  Element* dscore_rows_ = nullptr;   // bf16: [queries][block_k / 2]
-  float* weights_ = nullptr;         // [kQueryChunk][block_k]
+  Element* dscore_rows_ = nullptr;  // bf16: [queries][block_k / 2]
+  float* weights_ = nullptr;        // [kQueryChunk][block_k]
   float* dscores_ = nullptr;
-  uint64_t* admitted_ = nullptr;     // [kQueryChunk][panels]
+  uint64_t* admitted_ = nullptr;  // [kQueryChunk][panels]
 };
 
 }  // namespace tessera::cpu::TESSERA_KERNELS

@@ -136,8 +136,8 @@ class ScoreModifier {
     HWY_ALIGN uint32_t random[kMaxPanel + 4 * kLanes + 4];
     for (int64_t i = 0; i < width + skip; i += 4 * kLanes) {  // four numbers a counter, of four keys in a row
       const Philox::Counter c = dropout_counter(p_.dropout, stream, p_.dropout_q(q), group * 4 + i);
-      const Philox4 x = PhiloxWords(
-          {{hn::Iota(du, c[0]), hn::Set(du, c[1]), hn::Set(du, c[2]), hn::Set(du, c[3])}}, key);
+      const Philox4 x =
+          PhiloxWords({{hn::Iota(du, c[0]), hn::Set(du, c[1]), hn::Set(du, c[2]), hn::Set(du, c[3])}}, key);
       hn::StoreInterleaved4(x.word[0], x.word[1], x.word[2], x.word[3], du, random + i);
     }
     const Vec kept = hn::Set(d, static_cast<float>(1.0 / (1.0 - p_.dropout.p)));

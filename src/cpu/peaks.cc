@@ -13,13 +13,11 @@ namespace tessera::cpu {
 
 namespace {
 
-constexpr int kRounds = 7;                       // the best one counts
-constexpr double kRoundSeconds = 0.008;          // long against timers, short against a neighbour's time slice
+constexpr int kRounds = 7;                        // the best one counts
+constexpr double kRoundSeconds = 0.008;           // long against timers, short against a neighbour's time slice
 constexpr size_t kReadBytes = size_t{192} << 20;  // beyond any last-level cache that two cores would own
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Sum over the threads of flops / second in the best round; threads start together.
 double burn_gflops(double (*burn)(int64_t), int threads, Executor& executor) {
@@ -51,7 +49,7 @@ double read_gbytes(const KernelTable& kernels, int threads, Executor& executor) 
   std::vector<std::unique_ptr<std::byte[]>> data(threads);
   executor.run(threads, [&](int i) {
     data[i] = std::make_unique_for_overwrite<std::byte[]>(share);
-    advise_huge_pages(data[i].get(), share);  // as Tensor does
+    advise_huge_pages(data[i].get(), share);          // as Tensor does
     std::fill_n(data[i].get(), share, std::byte{1});  // pages exist only once they are written
   });
   double best = 0;

@@ -88,8 +88,8 @@ void ByteSource::read(uint64_t offset, std::span<std::byte> out) const {
     return;
   }
   for (size_t done = 0; done < out.size();) {
-    const ssize_t n = ::pread(fd_, out.data() + done, std::min(kChunk, out.size() - done),
-                              static_cast<off_t>(offset + done));
+    const ssize_t n =
+        ::pread(fd_, out.data() + done, std::min(kChunk, out.size() - done), static_cast<off_t>(offset + done));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) reject(fmt::format("cannot be read at byte {}: {}", offset + done, system_message(errno)));
     if (n == 0) reject(fmt::format("became shorter while it was read (at byte {})", offset + done));

@@ -15,8 +15,8 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int kMaxDepth = 4;                       // the file, "heads", an entry, its indptr
-constexpr int64_t kMaxSeqlen = int64_t{1} << 40;   // far beyond any use, and sums and roundings stay inside 64 bits
+constexpr int kMaxDepth = 4;                      // the file, "heads", an entry, its indptr
+constexpr int64_t kMaxSeqlen = int64_t{1} << 40;  // far beyond any use, and sums and roundings stay inside 64 bits
 
 void allow_keys(const json& object, const std::string& where, std::initializer_list<std::string_view> allowed) {
   for (const auto& [key, value] : object.items()) {
@@ -177,9 +177,8 @@ BlockPattern read_pattern(const std::string& path) {
 std::string pattern_json(const BlockPattern& pattern) {
   const PatternShape& shape = pattern.shape();
   const BlockPatternView view = pattern.view();
-  std::string text =
-      fmt::format("{{\"seqlen_q\":{},\"seqlen_k\":{},\"block_q\":{},\"block_k\":{}", shape.seqlen_q, shape.seqlen_k,
-                  shape.block_q, shape.block_k);
+  std::string text = fmt::format("{{\"seqlen_q\":{},\"seqlen_k\":{},\"block_q\":{},\"block_k\":{}", shape.seqlen_q,
+                                 shape.seqlen_k, shape.block_q, shape.block_k);
   if (shape.batches != 1) fmt::format_to(std::back_inserter(text), ",\"batches\":{}", shape.batches);
   text += ",\"heads\":[";
   for (int64_t i = 0; i < shape.batches * shape.heads; ++i) {

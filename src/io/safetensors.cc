@@ -147,8 +147,8 @@ Header parse_header(const ByteSource& source) {
     at += info.bytes;
   }
   if (static_cast<uint64_t>(at) != source.size()) {
-    source.reject(fmt::format("{} bytes after the last tensor, from byte {}",
-                              source.size() - static_cast<uint64_t>(at), at));
+    source.reject(
+        fmt::format("{} bytes after the last tensor, from byte {}", source.size() - static_cast<uint64_t>(at), at));
   }
   return header;
 }

@@ -97,8 +97,8 @@ void check_booleans(const ByteSource& source, std::string_view name, const Tenso
   const std::span<const std::byte> bytes = tensor.bytes();
   for (size_t i = 0; i < bytes.size(); ++i) {
     if (bytes[i] > std::byte{1}) {
-      source.reject(fmt::format("bool tensor {}: element {} is the byte {}; allowed: 0, 1", name, i,
-                                static_cast<int>(bytes[i])));
+      source.reject(
+          fmt::format("bool tensor {}: element {} is the byte {}; allowed: 0, 1", name, i, static_cast<int>(bytes[i])));
     }
   }
 }

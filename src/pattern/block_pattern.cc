@@ -162,8 +162,8 @@ BlockPattern BlockPattern::from_csr(const PatternShape& shape, std::vector<int64
     BitmapTable table(shape);
     const int64_t words = table.words_per_bitmap();
     if (static_cast<int64_t>(bitmaps.size()) % words != 0) {
-      fail("bitmaps", fmt::format("{} words", bitmaps.size()), fmt::format("a multiple of {} (block_q * bitmap_words)",
-                                                                           words));
+      fail("bitmaps", fmt::format("{} words", bitmaps.size()),
+           fmt::format("a multiple of {} (block_q * bitmap_words)", words));
     }
     const int64_t count = static_cast<int64_t>(bitmaps.size()) / words;
     constexpr int32_t kUnseen = -3;

@@ -102,11 +102,11 @@ struct PatternCache::State {
   PatternCacheLimits limits;
   Builder build;
 
-  std::mutex mutex;  // of all below; never held while a pattern is made
+  std::mutex mutex;   // of all below; never held while a pattern is made
   EntryList entries;  // most recently used first
   std::unordered_set<EntryList::iterator, EntryHash, EntryEqual> index;
   std::list<std::shared_ptr<Build>> builds;  // under way: a few at most, so that a search needs no index
-  size_t bytes = 0;  // of all entries, as of the last look at each
+  size_t bytes = 0;                          // of all entries, as of the last look at each
   int64_t hits = 0, misses = 0, evictions = 0;
 
   void look(Entry& entry) {
@@ -185,7 +185,7 @@ BlockPattern PatternCache::get(const PatternSpec& spec) {
   const auto build = std::make_shared<Build>();
   build->spec = spec;
   const auto under_way = s.builds.insert(s.builds.end(), build);  // stays valid while others come and go
-  const auto finish = [&] {  // with the lock held
+  const auto finish = [&] {                                       // with the lock held
     s.builds.erase(under_way);
     build->done = true;
     build->ready.notify_all();

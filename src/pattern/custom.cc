@@ -124,8 +124,7 @@ PatternShape shape_of(int64_t seqlen_q, int64_t seqlen_k, int block_q, int block
 }  // namespace
 
 BlockPattern pattern_from_mask(const TensorView& given, int64_t seqlen_q, int64_t seqlen_k, int block_q, int block_k) {
-  const TensorView mask =
-      as_rank4("mask", given, "[rows, cols], [heads, rows, cols] or [batches, heads, rows, cols]");
+  const TensorView mask = as_rank4("mask", given, "[rows, cols], [heads, rows, cols] or [batches, heads, rows, cols]");
   const PatternShape shape = shape_of(seqlen_q, seqlen_k, block_q, block_k, mask.sizes[1], mask.sizes[0]);
   if (mask.sizes[2] != shape.rows() || mask.sizes[3] != shape.cols()) {
     fail("mask", sizes_of(given), fmt::format("{} block rows and {} block columns", shape.rows(), shape.cols()));
@@ -149,8 +148,7 @@ BlockPattern pattern_from_mask(const TensorView& given, int64_t seqlen_q, int64_
 
 BlockPattern pattern_from_token_mask(const TensorView& given, int block_q, int block_k) {
   const TensorView mask = as_rank4("mask", given, "[Sq, Sk], [heads, Sq, Sk] or [batches, heads, Sq, Sk]");
-  const PatternShape shape =
-      shape_of(mask.sizes[2], mask.sizes[3], block_q, block_k, mask.sizes[1], mask.sizes[0]);
+  const PatternShape shape = shape_of(mask.sizes[2], mask.sizes[3], block_q, block_k, mask.sizes[1], mask.sizes[0]);
   PatternParts parts(shape);
   const int words = shape.bitmap_words();
   std::vector<uint64_t> bits(static_cast<size_t>(block_q) * words);  // one block: all that is ever copied
@@ -162,8 +160,8 @@ BlockPattern pattern_from_token_mask(const TensorView& given, int block_q, int b
             const int queries = queries_in(shape, i), keys = keys_in(shape, j);
             uint64_t any = 0;
             for (int q = 0; q < queries; ++q) {
-              const auto* row = data + b * mask.strides[0] + h * mask.strides[1] +
-                                (i * block_q + q) * mask.strides[2] + j * block_k * mask.strides[3];
+              const auto* row = data + b * mask.strides[0] + h * mask.strides[1] + (i * block_q + q) * mask.strides[2] +
+                                j * block_k * mask.strides[3];
               for (int k = 0; k < keys; k += 64) {
                 const uint64_t word = pack(row + k * mask.strides[3], mask.strides[3], std::min(64, keys - k));
                 bits[q * words + k / 64] = word;
@@ -230,8 +228,8 @@ BlockPattern pattern_from_csr(const PatternShape& shape, std::span<const CsrMatr
           visit_integer(m.blocks, [&](const auto* data) {
             for (int q = 0; q < shape.block_q; ++q) {
               for (int k = 0; k < shape.block_k; k += 64) {
-                const auto* p = data + x.source * m.blocks.strides[0] + q * m.blocks.strides[1] +
-                                k * m.blocks.strides[2];
+                const auto* p =
+                    data + x.source * m.blocks.strides[0] + q * m.blocks.strides[1] + k * m.blocks.strides[2];
                 bits[q * words + k / 64] = pack(p, m.blocks.strides[2], std::min(64, shape.block_k - k));
               }
             }
@@ -253,8 +251,8 @@ BlockPattern pattern_from_flex(const FlexBlockMask& mask, int64_t seqlen_q, int6
                                int block_k) {
   check_integer("kv_num_blocks", mask.kv_num_blocks);
   if (mask.kv_num_blocks.rank != 3) fail("kv_num_blocks", sizes_of(mask.kv_num_blocks), "[batches, heads, rows]");
-  const PatternShape shape = shape_of(seqlen_q, seqlen_k, block_q, block_k, mask.kv_num_blocks.sizes[1],
-                                      mask.kv_num_blocks.sizes[0]);
+  const PatternShape shape =
+      shape_of(seqlen_q, seqlen_k, block_q, block_k, mask.kv_num_blocks.sizes[1], mask.kv_num_blocks.sizes[0]);
   const auto check_lists = [&](std::string_view count_name, const TensorView& count, std::string_view index_name,
                                const TensorView& index) {
     check_sizes(count_name, count, {shape.batches, shape.heads, shape.rows()});
@@ -275,8 +273,7 @@ BlockPattern pattern_from_flex(const FlexBlockMask& mask, int64_t seqlen_q, int6
       fail(name, fmt::format("{} (row {})", n, i), fmt::format("0..{}, the width of the indices", index.sizes[3]));
     }
     for (int64_t t = 0; t < n; ++t) {
-      const int64_t at =
-          b * index.strides[0] + h * index.strides[1] + i * index.strides[2] + t * index.strides[3];
+      const int64_t at = b * index.strides[0] + h * index.strides[1] + i * index.strides[2] + t * index.strides[3];
       row.push_back({load(index, at), source});
     }
   };

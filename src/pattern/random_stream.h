@@ -11,8 +11,8 @@ namespace tessera {
 class RandomStream {
  public:
   RandomStream(uint64_t seed, int64_t head, int64_t row)
-      : state_(hash_finish(hash_word(hash_word(hash_word(0, seed), static_cast<uint64_t>(head)),
-                                     static_cast<uint64_t>(row)))) {}
+      : state_(hash_finish(
+            hash_word(hash_word(hash_word(0, seed), static_cast<uint64_t>(head)), static_cast<uint64_t>(row)))) {}
 
   uint64_t next() {
     uint64_t z = state_ += 0x9e3779b97f4a7c15u;

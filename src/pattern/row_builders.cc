@@ -302,8 +302,7 @@ class DilatedSegments final : public RowBuilder {
 
 class Hierarchical final : public RowBuilder {
  public:
-  Hierarchical(const PatternSpec& spec, const PatternShape& shape)
-      : spec_(spec), shape_(shape), set_(shape.cols()) {}
+  Hierarchical(const PatternSpec& spec, const PatternShape& shape) : spec_(spec), shape_(shape), set_(shape.cols()) {}
 
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
     const int64_t rank = row.index * spec_.ranks / shape_.rows();
@@ -311,9 +310,9 @@ class Hierarchical final : public RowBuilder {
     const int64_t begin = first_col(rank), end = std::min(first_col(rank + 1), row.admissible);
     set_.insert(row.diagonal);
     if (begin < end) {
-      const ColumnRange run = nearest_run(std::clamp(row.diagonal, begin, end - 1), begin, end,
-                                          row_budget(spec_.local_density ? *spec_.local_density : *spec_.density,
-                                                     end - begin));
+      const ColumnRange run =
+          nearest_run(std::clamp(row.diagonal, begin, end - 1), begin, end,
+                      row_budget(spec_.local_density ? *spec_.local_density : *spec_.density, end - begin));
       set_.insert_range(run.first, run.last + 1);
     }
     for (int64_t j : far_) {
@@ -333,8 +332,8 @@ class Hierarchical final : public RowBuilder {
     const int64_t last_row = ceil_div((rank + 1) * shape_.rows(), spec_.ranks) - 1;
     const int64_t admissible = admissible_cols(shape_, spec_.causal, last_row);
     const int64_t node_first = rank / spec_.ranks_per_node * spec_.ranks_per_node;
-    const int64_t node_end = spec_.ranks_per_node > spec_.ranks - node_first ? spec_.ranks
-                                                                             : node_first + spec_.ranks_per_node;
+    const int64_t node_end =
+        spec_.ranks_per_node > spec_.ranks - node_first ? spec_.ranks : node_first + spec_.ranks_per_node;
     const int64_t own[2] = {first_col(rank), first_col(rank + 1)};
     const int64_t node[2] = {first_col(node_first), first_col(node_end)};
     choose_evenly(node, own, admissible, spec_.global_density ? *spec_.global_density : *spec_.density);
@@ -402,12 +401,14 @@ int64_t stride_for_density(const PatternShape& shape, bool causal, double densit
 
 std::unique_ptr<RowBuilder> make_row_builder(const PatternSpec& spec, const PatternShape& shape) {
   switch (spec.kind) {
-    case PatternKind::dense: case PatternKind::causal: return std::make_unique<DenseRows>();
+    case PatternKind::dense:
+    case PatternKind::causal: return std::make_unique<DenseRows>();
     case PatternKind::local_window: return std::make_unique<LocalWindow>(spec, shape);
     case PatternKind::dilated_sparse: return std::make_unique<DilatedSparse>(spec, shape);
     case PatternKind::global_local: return std::make_unique<GlobalLocal>(spec, shape);
     case PatternKind::strided: return std::make_unique<Strided>(spec, shape);
-    case PatternKind::random: case PatternKind::bigbird: return std::make_unique<RandomRows>(spec, shape);
+    case PatternKind::random:
+    case PatternKind::bigbird: return std::make_unique<RandomRows>(spec, shape);
     case PatternKind::dilated_segments: return std::make_unique<DilatedSegments>(spec, shape);
     case PatternKind::hierarchical: return std::make_unique<Hierarchical>(spec, shape);
   }

@@ -111,13 +111,13 @@ void check_spec(const PatternSpec& spec) {
     if (!given) fail(argument, fmt::format("none for pattern {}", kind), what);
   };
   switch (spec.kind) {
-    case dense: case causal: break;
-    case local_window: case global_local:
-      needs("window", spec.window || spec.density, "window (tokens) or density");
-      break;
-    case dilated_sparse: case random: case bigbird:
-      needs("density", spec.density.has_value(), "0 < density <= 1");
-      break;
+    case dense:
+    case causal: break;
+    case local_window:
+    case global_local: needs("window", spec.window || spec.density, "window (tokens) or density"); break;
+    case dilated_sparse:
+    case random:
+    case bigbird: needs("density", spec.density.has_value(), "0 < density <= 1"); break;
     case strided: needs("stride", spec.stride || spec.density, "stride (blocks) or density"); break;
     case dilated_segments:
       needs("segment_lengths", !spec.segment_lengths.empty(), "at least one length in tokens");

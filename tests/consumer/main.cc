@@ -16,9 +16,12 @@ int main() {
   auto view = [&](std::vector<float>& x) {
     return tessera::make_view(x.data(), tessera::DType::f32, {1, kSeqlen, 1, kHeadDim});
   };
-  const tessera::BlockPattern pattern =
-      tessera::make_pattern({.kind = tessera::PatternKind::local_window, .seqlen_q = kSeqlen, .seqlen_k = kSeqlen,
-                             .block_q = kBlock, .block_k = kBlock, .density = 0.01});
+  const tessera::BlockPattern pattern = tessera::make_pattern({.kind = tessera::PatternKind::local_window,
+                                                               .seqlen_q = kSeqlen,
+                                                               .seqlen_k = kSeqlen,
+                                                               .block_q = kBlock,
+                                                               .block_k = kBlock,
+                                                               .density = 0.01});
   tessera::ThreadPool pool(2);
   tessera::forward({.q = view(q), .k = view(k), .v = view(v), .pattern = pattern, .out = view(out)}, pool);
 

@@ -13,9 +13,12 @@ int main() {
   const at::Tensor q = at::randn({1, 80, 2, 16}), k = at::randn({1, 80, 2, 16}), v = at::randn({1, 80, 2, 16});
 
   // As torch.ops.tessera.forward(...) does it: a stack of values, defaults for what is left out.
-  const tessera::BlockPattern pattern =
-      tessera::make_pattern({.kind = tessera::PatternKind::local_window, .seqlen_q = 80, .seqlen_k = 80, .block_q = 16,
-                             .block_k = 16, .density = 0.01});
+  const tessera::BlockPattern pattern = tessera::make_pattern({.kind = tessera::PatternKind::local_window,
+                                                               .seqlen_q = 80,
+                                                               .seqlen_k = 80,
+                                                               .block_q = 16,
+                                                               .block_k = 16,
+                                                               .density = 0.01});
   const auto tensors = tessera::nn::functional::pattern_tensors(pattern);
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tessera::forward", "");
   torch::jit::Stack stack{q, k, v, tensors.indptr, tensors.indices, c10::IValue(), c10::IValue(), tensors.shape};
@@ -25,8 +28,9 @@ int main() {
   op.callBoxed(&stack);
   // Each query sees its own block of 16 keys: attention of five short sequences.
   const auto short_ones = [](const at::Tensor& t) { return t.view({5, 16, 2, 16}).transpose(1, 2); };
-  const at::Tensor expected =
-      at::scaled_dot_product_attention(short_ones(q), short_ones(k), short_ones(v)).transpose(1, 2).reshape({1, 80, 2, 16});
+  const at::Tensor expected = at::scaled_dot_product_attention(short_ones(q), short_ones(k), short_ones(v))
+                                  .transpose(1, 2)
+                                  .reshape({1, 80, 2, 16});
   std::printf("operator %s\n", at::allclose(stack[0].toTensor(), expected, 1e-4, 1e-5) ? "right" : "wrong");
 
   tessera::nn::MultiheadAttention attention(32, 2);

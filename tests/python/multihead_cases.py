@@ -3,11 +3,11 @@ mask of torch that a pattern means, and the comparison of results and gradients,
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 import tessera
 from tessera.modules import MultiheadAttention
+
+import torch
+from torch import nn
 
 L, N, E, H, BLOCK = 100, 2, 24, 4, 32  # the last block is ragged
 DOUBLE = {"dtype": torch.float64}

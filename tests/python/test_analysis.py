@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-
 import tessera
 from tessera import analysis, patterns
+
+import torch
 
 S, BLOCK = 256, 32
 

@@ -8,10 +8,10 @@ import re
 
 import numpy as np
 import pytest
-import torch
-
 import tessera
 from tessera import patterns
+
+import torch
 
 S = 64
 SENTENCE = re.compile(r"(sequence \d+: )?[a-z_0-9]+(\[\d+\])?: got .+; allowed: .+")

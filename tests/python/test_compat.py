@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 import tessera
-import torch
 from tessera import _dilated
 from tessera.compat import (
     BlockSparseRingDilatedAttention,
@@ -17,6 +16,8 @@ from tessera.compat import (
     SparsePatternConfig,
     SparsePatternGenerator,
 )
+
+import torch
 
 
 def qkv(batch, seqlen, heads, dim, kv_heads=None):

@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
-
 import tessera
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/frameworks.md", "docs/guide-names.md"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
-import torch.nn.functional as F
-
 import tessera
+import torch.nn.functional as F
 from tessera import BlockPattern, patterns
+
+import torch
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -398,7 +398,11 @@ def test_mistakes_name_the_argument(change, error, words):
                 f"^{next(iter(option))}: got .* without a pattern; allowed: ",
             )
             for option in (
-                {"block": 64}, {"pattern_window": 4}, {"pattern_rates": [1]}, {"global_tokens": 0}, {"stride": 2},
+                {"block": 64},
+                {"pattern_window": 4},
+                {"pattern_rates": [1]},
+                {"global_tokens": 0},
+                {"stride": 2},
                 {"pattern_seed": 1},
             )
         ),

@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import tessera
-import torch
 import torch.nn.functional as F
 from tessera import config as config_module
+
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +190,7 @@ def test_distributed_and_learned_names_are_not_there_yet(name):
 
 # ---- usage examples --------------------------------------------------------------------------------------------------
 
-EXAMPLE_1 = '''
+EXAMPLE_1 = """
 import torch
 from tessera import (
     BlockSparseRingMultiheadDilatedAttention,
@@ -220,7 +221,7 @@ class SparseTransformerBlock(torch.nn.Module):
         ffn_out = self.ffn(x)
         x = self.norm2(x + ffn_out)
         return x
-'''
+"""
 
 
 def test_example_1_simple_language_model():
@@ -244,7 +245,9 @@ def test_example_1_simple_language_model():
 def test_example_1_allocates_nothing_of_length_squared():
     """Peak resident memory at 32,768 tokens: a single S x S matrix would take 1,024 MB as bytes of a mask, 4,096 MB in
     fp32. Run in a process of its own, so that the peak is this model's."""
-    program = EXAMPLE_1 + '''
+    program = (
+        EXAMPLE_1
+        + """
 import resource
 model = torch.nn.Sequential(*[SparseTransformerBlock(d_model=32, n_heads=1, sparsity=0.01) for _ in range(2)])
 x = torch.randn(1, 512, 32)
@@ -253,7 +256,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 x = torch.randn(1, 32768, 32)
 model(x).sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-'''
+"""
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     # One [S, 128] fp32 activation of the widest layer is 16 MB; a training step of two layers holds about ten.
     assert float(done.stdout) < 400

@@ -7,15 +7,15 @@ import os
 import tempfile
 
 import pytest
-import torch
+import tessera
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from tessera import patterns
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import tessera
-from tessera import patterns
+import torch
+from torch import Tensor, nn
 
 RANKS, BATCH, SEQLEN, EMBED, HEADS = 2, 4, 128, 64, 4
 

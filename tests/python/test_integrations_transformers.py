@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 import torch
 
 transformers = pytest.importorskip("transformers")

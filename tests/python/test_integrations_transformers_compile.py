@@ -4,13 +4,13 @@ lengths compile nothing anew. The backend changes nothing about that: "eager" is
 from __future__ import annotations
 
 import pytest
+
 import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from torch._dynamo.utils import counters  # noqa: E402
-
 from tessera.integrations import transformers as integration  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
-
 import tessera
 from tessera import BlockPattern, interop, patterns
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
+
+import torch
 
 
 def causal(b, h, q, k):

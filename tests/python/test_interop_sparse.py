@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
-
 import tessera
 from tessera import BlockPattern, interop, patterns
 from tessera.interop import deepspeed as ds
+
+import torch
 
 scipy_sparse = pytest.importorskip("scipy.sparse")
 

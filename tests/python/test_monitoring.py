@@ -9,12 +9,13 @@ import time
 
 import pytest
 import tessera
-import torch
 import torch.nn.functional as F
 from tessera import BlockSparseAttention, MultiheadAttention, monitoring
 from tessera._monitored import judged_quality
 from tessera.compat import BlockSparseRingDilatedAttention, BlockSparseRingMultiheadDilatedAttention
 from tessera.monitoring import CallFacts, PerformanceMonitor, dense_seconds
+
+import torch
 
 
 def qkv(batch=1, seqlen=256, heads=2, dim=16):

@@ -8,12 +8,12 @@ import io
 import pickle
 
 import pytest
+import tessera
+from multihead_cases import BLOCK, DOUBLE, E, H, L, N, draw, pair, same, sparse, torch_mask
+from tessera.modules import MultiheadAttention
+
 import torch
 from torch import nn
-
-import tessera
-from tessera.modules import MultiheadAttention
-from multihead_cases import L, N, E, H, BLOCK, DOUBLE, sparse, pair, torch_mask, same, draw
 
 
 @pytest.mark.parametrize("heads", [1, H])

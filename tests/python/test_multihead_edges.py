@@ -7,6 +7,7 @@ import math
 
 import pytest
 import tessera
+
 import torch
 from torch import nn
 

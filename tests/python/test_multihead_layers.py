@@ -7,13 +7,12 @@ import copy
 import warnings
 
 import pytest
-import torch
-from torch import nn
-
+from multihead_cases import DOUBLE, E, H, L, N, draw, layer, pair, sparse, torch_mask
 from tessera import patterns
 from tessera.modules import MultiheadAttention
-from multihead_cases import L, N, E, H, DOUBLE, draw, layer, pair, sparse, torch_mask
 
+import torch
+from torch import nn
 
 # ---- inside torch's layers
 

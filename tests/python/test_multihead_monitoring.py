@@ -5,13 +5,12 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import tessera
+from multihead_cases import E, H, L, N, layer, sparse
+from tessera.modules import MultiheadAttention
+
 import torch
 from torch import nn
-
-import tessera
-from tessera.modules import MultiheadAttention
-from multihead_cases import E, H, L, N, layer, sparse
-
 
 # ---- monitoring
 

@@ -12,15 +12,14 @@ import timeit
 import weakref
 
 import pytest
-import torch
-from torch import nn
-
 import tessera
+from multihead_cases import E, H, L, N
 from tessera import patterns
 from tessera._multihead import pattern_for
 from tessera.modules import MultiheadAttention
-from multihead_cases import L, N, E, H
 
+import torch
+from torch import nn
 
 # ---- patterns that are made once
 

@@ -4,12 +4,12 @@ of each gradient in fp64, where the core runs its plain reference."""
 from __future__ import annotations
 
 import pytest
-import torch
+import tessera
+from tessera import BlockPattern, patterns
 from torch.autograd import gradcheck
 from torch.library import opcheck
 
-import tessera
-from tessera import BlockPattern, patterns
+import torch
 
 ops = torch.ops.tessera
 S, BLOCK = 40, 16

@@ -7,10 +7,10 @@ import copy
 import pickle
 
 import pytest
-import torch
-
 import tessera
 from tessera import BlockPattern, patterns
+
+import torch
 
 OPTIONS = {
     "dense": {},

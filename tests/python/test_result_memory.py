@@ -6,9 +6,9 @@ import gc
 import os
 import threading
 
-import torch
-
 import tessera
+
+import torch
 
 SEQLEN, HEADS, DIM = 1024, 32, 64  # 8 MiB in fp32: the least that is kept
 

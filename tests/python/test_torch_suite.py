@@ -7,11 +7,11 @@ import inspect
 from unittest import mock
 
 import pytest
-import torch
-from torch import nn
-
 import tessera
 from tessera.modules import MultiheadAttention
+
+import torch
+from torch import nn
 
 PATTERNS = pytest.mark.parametrize("pattern", [None, tessera.patterns.dense], ids=["None", "ours"])
 
@@ -50,8 +50,12 @@ def test_modes(pattern, mode, need_weights):
         padding[0, 1:] = True
         mask[:, 0] = False
         with torch.set_grad_enabled(mode != "no_grad"):
-            for options in ({}, {"attn_mask": mask}, {"key_padding_mask": padding},
-                            {"attn_mask": mask, "key_padding_mask": padding}):
+            for options in (
+                {},
+                {"attn_mask": mask},
+                {"key_padding_mask": padding},
+                {"attn_mask": mask, "key_padding_mask": padding},
+            ):
                 for average in (True, False):
                     options = {**options, "need_weights": need_weights, "average_attn_weights": average}
                     got, expected = ours(x, x, x, **options), theirs(x, x, x, **options)

@@ -9,14 +9,14 @@ import sys
 import textwrap
 
 import pytest
-import torch
+import tessera
 import torch._dynamo
+from tessera import BlockPattern, patterns
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import tessera
-from tessera import BlockPattern, patterns
+import torch
 
 S = 64
 
@@ -223,9 +223,13 @@ def test_gradient_of_a_bias_in_dilated_attention_compiled_and_mapped():
     biases = torch.randn(3, 1, 2, S, S)
 
     def loss(bias):
-        return tessera.dilated_attention(
-            q, k, v, segment_lengths=[16, 32], dilation_rates=[1, 2], causal=True, attn_bias=bias
-        ).square().sum()
+        return (
+            tessera.dilated_attention(
+                q, k, v, segment_lengths=[16, 32], dilation_rates=[1, 2], causal=True, attn_bias=bias
+            )
+            .square()
+            .sum()
+        )
 
     expected = torch.stack([torch.func.grad(loss)(b) for b in biases])
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(biases), expected)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, get_overloads
 
 import pytest
-
 import tessera
 from tessera import functional
 

@@ -42,8 +42,14 @@ print("right")
 
 def run(*command: object, **environment: str) -> str:
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("TESSERA_", "PYTHON"))}
-    done = subprocess.run([str(c) for c in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=variables | environment, cwd=tempfile.gettempdir())
+    done = subprocess.run(
+        [str(c) for c in command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=variables | environment,
+        cwd=tempfile.gettempdir(),
+    )
     if done.returncode != 0:
         sys.exit(f"{command}\nended with {done.returncode}:\n{done.stdout}")
     return done.stdout
@@ -76,8 +82,16 @@ def main() -> None:
 
         before = {path.name for path in packages.iterdir()}
         for what in ([sdist], ["--editable", tree]):
-            run(python, "-m", "pip", "install", "--no-build-isolation", "--no-index", *what,
-                CMAKE_ARGS=f"-DTESSERA_BUILT_IN={build}")
+            run(
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--no-build-isolation",
+                "--no-index",
+                *what,
+                CMAKE_ARGS=f"-DTESSERA_BUILT_IN={build}",
+            )
             place = tree / "python" if "--editable" in what else packages
             printed = run(python, "-c", PROGRAM, place)
             if printed.strip().splitlines()[-1:] != ["right"]:

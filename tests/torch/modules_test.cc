@@ -1,5 +1,5 @@
-// The C++ functions and modules against torch's own, in fp64 where the reference kernel makes rounding a matter of 1e-12,
-// so that a wrong formula cannot hide. Lengths are no multiples of the block: every call has a ragged end.
+// The C++ functions and modules against torch's own, in fp64 where the reference kernel makes rounding a matter of
+// 1e-12, so that a wrong formula cannot hide. Lengths are no multiples of the block: every call has a ragged end.
 #include "tessera/torch/modules.h"
 
 #include <gtest/gtest.h>
@@ -230,7 +230,8 @@ TEST(MultiheadAttention, MistakesAreNamed) {
   EXPECT_EQ(message([&] { F::multi_head_attention(x, wide, wide, pattern, right); }).rfind("key: got", 0), 0u);
   const at::Tensor exact = x.to(at::kDouble);
   EXPECT_EQ(message([&] { F::multi_head_attention(exact, x, x, pattern, right); }).rfind("query: got", 0), 0u);
-  EXPECT_EQ(message([&] { F::multi_head_attention(at::Tensor(), x, x, pattern, right); }).rfind("query: got none", 0), 0u);
+  EXPECT_EQ(message([&] { F::multi_head_attention(at::Tensor(), x, x, pattern, right); }).rfind("query: got none", 0),
+            0u);
 
   right.dropout_p = 1;  // as torch: nothing is left
   EXPECT_FALSE(std::get<0>(F::multi_head_attention(x, x, x, pattern, right)).any().item<bool>());

@@ -24,10 +24,11 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+
+import torch
+from torch import Tensor, nn
 
 from .. import patterns
 from .._pattern import BlockPattern, check_int
@@ -384,7 +385,7 @@ def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: A
     from transformers.masking_utils import sdpa_mask
 
     size = _MASK_BLOCK
-    rows, cols = -(-plan.q_length // size), -(-plan.kv_length // size)
+    rows = -(-plan.q_length // size)
     parts = []
     for row in range(rows):
         count = min(size, plan.q_length - row * size)
@@ -396,7 +397,7 @@ def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: A
         parts.append(BlockPattern.from_token_mask(pairs.expand(plan.batch_size, -1, -1, -1), block=size))
     # Rows lie one below the other: the entries of each batch, row after row.
     indptr = torch.zeros(plan.batch_size, rows, dtype=torch.int64)
-    indices, index, bitmaps, below = [], [], [], 0
+    indices, index, bitmaps = [], [], []
     for row, p in enumerate(parts):
         indptr[:, row] = p.indptr.diff()
     for b in range(plan.batch_size):

@@ -263,11 +263,7 @@ class LocalSlidingWindowSparsityConfig(SparsityConfig):
     earlier half."""
 
     def __init__(
-        self,
-        num_heads: int,
-        block: int = 16,
-        num_sliding_window_blocks: int = 3,
-        attention: str = "unidirectional",
+        self, num_heads: int, block: int = 16, num_sliding_window_blocks: int = 3, attention: str = "unidirectional"
     ) -> None:
         super().__init__(num_heads, block)
         self.num_sliding_window_blocks = check_int("num_sliding_window_blocks", num_sliding_window_blocks, 1)

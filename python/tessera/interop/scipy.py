@@ -12,11 +12,7 @@ from .torch_sparse import from_torch, to_torch
 
 
 def from_scipy(
-    matrix: Any,
-    *,
-    seqlen_q: int | None = None,
-    seqlen_k: int | None = None,
-    block: int | Sequence[int] | None = None,
+    matrix: Any, *, seqlen_q: int | None = None, seqlen_k: int | None = None, block: int | Sequence[int] | None = None
 ) -> BlockPattern:
     """A pattern from a SciPy sparse matrix or array, or a sequence of them, one a head: non-zero keeps.
 
