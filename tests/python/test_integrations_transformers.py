@@ -22,6 +22,7 @@ SIZES = {
     "eos_token_id": None,
 }  # fmt: skip
 WINDOW = 24
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
 def _sizes(**more):
@@ -189,6 +190,23 @@ def test_packed_sequences_do_not_see_each_other():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block", [16, (32, 96)])
+def test_packed_sequences_under_a_sparse_pattern(block):
+    # Blocks smaller than those of a mask alone, and ones whose keys are no whole words of bits; two batches.
+    integration.register("tessera-sparse", "dilated_sparse", density=0.4, block=block)
+    ids = _ids(2, 200)
+    position_ids = torch.cat([torch.arange(150), torch.arange(50)])[None].expand(2, -1)
+    got = _model("llama", "tessera-sparse")(ids, position_ids=position_ids, use_cache=False).logits
+    mask = _sparse_mask(patterns.dilated_sparse(200, block=block, density=0.4, causal=True)).expand(2, 1, -1, -1)
+    sequence = torch.arange(200) >= 150
+    mask = mask & (sequence[:, None] == sequence)
+    want = _reference("llama")(ids, attention_mask=mask, position_ids=position_ids).logits
+    _close(got, want)
+    alone = _model("llama")(ids, position_ids=position_ids, use_cache=False).logits
+    assert (got - alone).abs().max() > 0.1  # it is not dense
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("additive", [False, True])
 def test_a_mask_of_the_callers(additive):
     allowed = torch.ones(70, 70).tril().bool() & (torch.arange(70) % 3 != 1)
@@ -275,11 +293,14 @@ def _unreached(kind):
         return transformers.OpenAIGPTConfig(**sizes)
     if kind == "xlnet":
         return transformers.XLNetConfig(vocab_size=97, d_model=32, n_layer=1, n_head=2, d_inner=32)
-    assert kind == "gptj"
+    assert kind == "gptj"  # until 5.23
     return transformers.GPTJConfig(**sizes, rotary_dim=8)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "openai-gpt", "xlnet", "gptj"])
+UNREACHED = ["bloom", "openai-gpt", "xlnet", *([] if VERSION >= (5, 24) else ["gptj"])]
+
+
+@pytest.mark.parametrize("kind", UNREACHED)
 def test_models_that_would_not_call_it_are_refused(kind):
     integration.register("tessera-sparse", "local_window", window=8, block=16)
     integration.register()  # once more changes nothing
@@ -287,6 +308,18 @@ def test_models_that_would_not_call_it_are_refused(kind):
         with pytest.raises(ValueError, match=f"^attn_implementation: got '{name}' for .*; allowed: "):
             transformers.AutoModel.from_config(_unreached(kind), attn_implementation=name)
     transformers.AutoModel.from_config(_unreached(kind), attn_implementation="eager")
+
+
+@pytest.mark.skipif(VERSION < (5, 24), reason="GPT-J looks attention up since 5.24")
+@torch.no_grad()
+def test_gptj_equals():
+    config = transformers.GPTJConfig(vocab_size=97, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)
+    outs = []
+    for implementation in ("tessera", "eager"):
+        torch.manual_seed(5)
+        model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
+        outs.append(model(_ids(), attention_mask=_padding("right")).last_hidden_state)
+    _close(*outs, _padding("right"))
 
 
 def test_attention_of_code_that_cannot_be_read_is_taken():
@@ -329,7 +362,7 @@ def test_two_lines():
 
 def test_no_mask_of_tokens_is_made():
     plan = integration.make_mask(1, 1 << 20, 1 << 20, attention_mask=torch.ones(1, 1 << 20, dtype=torch.bool))
-    assert plan.causal and plan.key_bias is None and plan.pairs is None
+    assert plan.causal and plan.key_bias is None and plan.ask is None
 
 
 @pytest.mark.parametrize(

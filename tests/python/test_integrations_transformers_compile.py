@@ -88,7 +88,7 @@ def test_packed_sequences_and_sparse_patterns():
     ids, _ = _batch(200, None)
     packed = torch.cat([torch.arange(150), torch.arange(50)])[None].expand(2, -1)
     plain = torch.arange(200)[None].expand(2, -1)
-    for implementation, position_ids in (("tessera", packed), ("tessera-sparse", plain)):
+    for implementation, position_ids in (("tessera", packed), ("tessera-sparse", plain), ("tessera-sparse", packed)):
         model = _model("llama", implementation)
         want = model(ids, position_ids=position_ids, use_cache=False).logits
         got = torch.compile(model, backend="eager")(ids, position_ids=position_ids, use_cache=False).logits

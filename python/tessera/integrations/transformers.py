@@ -186,7 +186,8 @@ class AttentionPlan(BlockMask):
         self.opaque = False  # a mask that says causality itself; `causal` is then False
         self.window: Window = (None, None)
         self.local = False  # a layer that sees a window or chunk only
-        self.pairs: BlockPattern | None = None  # masks that are neither causal nor a window, as bitmaps
+        # A mask that is neither causal nor a window, as bitmaps of partial blocks of the size that is asked for.
+        self.ask: Callable[[tuple[int, int]], BlockPattern] | None = None
         self.key_lengths: Tensor | None = None
         self.key_bias: Tensor | None = None  # fp32 [B, 1, 1, kv_length]: 0, or -inf for padding
         self._made: dict[Any, BlockPattern] = {}
@@ -239,9 +240,15 @@ class AttentionPlan(BlockMask):
         made = self._made[key]
         return made, made.seqlen_q - self.q_length
 
+    def pairs(self, block: tuple[int, int]) -> BlockPattern:
+        assert self.ask is not None
+        if block not in self._made:
+            self._made[block] = self.ask(block)
+        return self._made[block]
+
     def _dense(self, choice: _Choice) -> BlockPattern:
-        if self.pairs is not None:
-            return self.pairs
+        if self.ask is not None:
+            return self.pairs(_MASK_BLOCK)
         aligned = self.causal and self.q_offset - self.kv_offset == self.keys - self.q_length
         return patterns.cache.get("dense", self.q_length, self.keys, block=choice.block, causal=aligned)
 
@@ -255,10 +262,10 @@ class AttentionPlan(BlockMask):
             )
         if start == 0:
             made = self._check(choice.make(end, causal), end)
-            return made if self.pairs is None else made & _reblocked(self.pairs, made)
+            return made if self.ask is None else made & self.pairs(made.block)
         # Rows of the pattern over all positions; the last one may not be full yet.
         block_q, block_k = choice.block if isinstance(choice.block, (tuple, list)) else (choice.block, choice.block)
-        if self.pairs is not None:
+        if self.ask is not None:
             raise ValueError("mask: got neither causal nor a window, with a cache; allowed: a dense pattern")
         rounded = -(-end // block_q) * block_q
         whole = self._check(choice.make(rounded, causal), rounded)
@@ -284,14 +291,8 @@ class AttentionPlan(BlockMask):
         return made
 
 
-def _reblocked(pairs: BlockPattern, like: BlockPattern) -> BlockPattern:
-    if pairs.block != like.block:
-        raise ValueError(f"block: got a pattern of blocks {like.block}; allowed for this mask: {pairs.block}")
-    return pairs
-
-
-# Masks that are no formula are asked for in blocks of this size; as big as the default of patterns.
-_MASK_BLOCK = 128
+# A mask that is no formula, without a sparse pattern that says a size; as big as the default of patterns.
+_MASK_BLOCK = (128, 128)
 
 
 def make_mask(
@@ -320,7 +321,7 @@ def make_mask(
         plan.causal, plan.window = known
     else:
         plan.causal, plan.opaque = False, True
-        plan.pairs = _ask(plan, mask_function, use_vmap, device)
+        plan.ask = functools.partial(_ask, plan, mask_function, use_vmap, device)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     plan.set_padding(None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool())
     return plan
@@ -361,13 +362,14 @@ def _without_packing(mask_function: Callable) -> Callable:
     if not _made_by(mask_function, m.and_masks):
         return mask_function
     parts = _captured(mask_function, "mask_functions")
+    packed = [part for part in parts if _made_by(part, m.packed_sequence_mask_function)]  # the first until 5.23
+    remapped = [part for part in parts if _made_by(part, m.remap_positions_for_packed_sequence)]
     if (
         len(parts) == 2
-        and _made_by(parts[0], m.packed_sequence_mask_function)
-        and _made_by(parts[1], m.remap_positions_for_packed_sequence)
-        and not bool(_captured(parts[0], "packed_sequence_mask")[:, -1].any())
+        and len(packed) == len(remapped) == 1
+        and not bool(_captured(packed[0], "packed_sequence_mask")[:, -1].any())
     ):
-        return _captured(parts[1], "mask_function")
+        return _captured(remapped[0], "mask_function")
     return mask_function
 
 
@@ -381,10 +383,12 @@ def _captured(function: Any, name: str) -> Any:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))[name]
 
 
-def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: Any) -> BlockPattern:
+def _ask(
+    plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: Any, block: tuple[int, int]
+) -> BlockPattern:
     from transformers.masking_utils import sdpa_mask
 
-    size = _MASK_BLOCK
+    size, words = block[0], -(-block[1] // 64)
     rows = -(-plan.q_length // size)
     parts = []
     for row in range(rows):
@@ -394,7 +398,7 @@ def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: A
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
         assert pairs is not None, "nothing may be skipped"
-        parts.append(BlockPattern.from_token_mask(pairs.expand(plan.batch_size, -1, -1, -1), block=size))
+        parts.append(BlockPattern.from_token_mask(pairs.expand(plan.batch_size, -1, -1, -1), block=block))
     # Rows lie one below the other: the entries of each batch, row after row.
     indptr = torch.zeros(plan.batch_size, rows, dtype=torch.int64)
     indices, index, bitmaps = [], [], []
@@ -404,7 +408,7 @@ def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: A
         for p in parts:
             indices.append(p.indices[p.indptr[b] : p.indptr[b + 1]])
     for p in parts:
-        bitmaps.append(torch.zeros(0, size, size // 64, dtype=torch.int64) if p.bitmaps is None else p.bitmaps)
+        bitmaps.append(torch.zeros(0, size, words, dtype=torch.int64) if p.bitmaps is None else p.bitmaps)
     starts = torch.tensor([0, *(t.shape[0] for t in bitmaps)]).cumsum(0)
     for b in range(plan.batch_size):
         for row, p in enumerate(parts):
@@ -418,10 +422,10 @@ def _ask(plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: A
         torch.cat(indices).int() if indices else none.int(),
         seqlen_q=plan.q_length,
         seqlen_k=plan.kv_length,
-        block=size,
+        block=block,
         batches=plan.batch_size,
         bitmap_index=torch.cat(index).int() if index else none.int(),
-        bitmaps=torch.cat(bitmaps) if bitmaps else torch.zeros(0, size, size // 64, dtype=torch.int64),
+        bitmaps=torch.cat(bitmaps) if bitmaps else torch.zeros(0, size, words, dtype=torch.int64),
     )
 
 
