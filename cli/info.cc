@@ -3,7 +3,7 @@
 #include <fmt/ranges.h>
 
 #include "command.h"
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
 #include "measure.h"
 #include "options.h"
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
 #include "tensors.h"
 #include "tessera/attention.h"
 #include "tessera/backward.h"

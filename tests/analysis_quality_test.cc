@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 #include "gtest/gtest.h"
 #include "tessera/analysis.h"
 #include "tessera/error.h"

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "attention/philox.h"
-#include "attention/problem.h"
+#include "call/philox.h"
+#include "call/problem.h"
 #include "attention_inputs.h"
 
 namespace tessera {

@@ -5,8 +5,8 @@
 #include <functional>
 #include <limits>
 
-#include "attention/overlap.h"
-#include "attention/problem.h"
+#include "call/overlap.h"
+#include "call/problem.h"
 #include "attention_inputs.h"
 
 namespace tessera {

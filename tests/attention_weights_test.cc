@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "attention/scores.h"
+#include "call/scores.h"
 #include "attention_inputs.h"
 #include "check/cases.h"
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 #include "attention_inputs.h"
 #include "tessera/backward.h"
 

@@ -15,7 +15,7 @@
 #include <memory>
 #include <random>
 
-#include "attention/reference_backward.h"
+#include "reference/backward.h"
 #include "training_inputs.h"
 
 namespace tessera {

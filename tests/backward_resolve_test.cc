@@ -6,7 +6,7 @@
 #include <functional>
 #include <limits>
 
-#include "attention/backward_problem.h"
+#include "call/backward_problem.h"
 #include "attention_inputs.h"
 
 namespace tessera {

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention/reference.h"
+#include "reference/forward.h"
 #include "attention_inputs.h"
 #include "check/verdict.h"
 #include "tessera/backward.h"

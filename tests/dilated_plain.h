@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/dilated_plan.h"
+#include "call/dilated_plan.h"
 #include "attention_inputs.h"
 #include "tessera/dilated.h"
 

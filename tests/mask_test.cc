@@ -1,6 +1,6 @@
 // The mask geometry against the definition of each mask, pair by pair. 9 queries by 11 keys, diagonals and windows
 // from beyond one end to beyond the other: every corner case of an interval is among them.
-#include "attention/mask.h"
+#include "call/mask.h"
 
 #include <gtest/gtest.h>
 

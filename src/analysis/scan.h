@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 #include "tessera/analysis.h"
 
 namespace tessera::analysis {

@@ -3,8 +3,8 @@
 #include <vector>
 
 #include "attention/device.h"
-#include "attention/reference_backward.h"
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
+#include "reference/backward.h"
 #include "tessera/error.h"
 
 namespace tessera {

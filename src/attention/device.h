@@ -3,8 +3,8 @@
 
 #include <span>
 
-#include "attention/backward_problem.h"
-#include "attention/problem.h"
+#include "call/backward_problem.h"
+#include "call/problem.h"
 
 namespace tessera {
 

@@ -3,12 +3,12 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/checks.h"
 #include "attention/device.h"
-#include "attention/dilated_plan.h"
-#include "attention/large_buffer.h"
-#include "attention/parallel.h"
-#include "attention/scores.h"
+#include "call/checks.h"
+#include "call/dilated_plan.h"
+#include "call/scores.h"
+#include "core/large_buffer.h"
+#include "core/work.h"
 
 namespace tessera {
 

@@ -3,13 +3,13 @@
 #include <array>
 #include <vector>
 
-#include "attention/checks.h"
 #include "attention/device.h"
-#include "attention/dilated_bias.h"
-#include "attention/dilated_plan.h"
-#include "attention/large_buffer.h"
-#include "attention/parallel.h"
-#include "attention/scores.h"
+#include "call/checks.h"
+#include "call/dilated_bias.h"
+#include "call/dilated_plan.h"
+#include "call/scores.h"
+#include "core/large_buffer.h"
+#include "core/work.h"
 
 namespace tessera {
 

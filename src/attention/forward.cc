@@ -1,14 +1,9 @@
 // The entry points of the forward pass, and the one switch on the device.
-#include <fmt/format.h>
-
-#include <algorithm>
-#include <bit>
 #include <span>
 
 #include "attention/device.h"
-#include "attention/philox.h"
-#include "attention/reference.h"
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
+#include "reference/forward.h"
 #include "tessera/error.h"
 
 namespace tessera {
@@ -27,59 +22,6 @@ ForwardInfo forward(const ForwardArgs& args, Executor& executor) {
 
 ForwardInfo forward_varlen(const VarlenForwardArgs& args, Executor& executor) {
   return run_forward(resolve_varlen(args), args.q.dtype, args.isa, executor);
-}
-
-int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& options, int64_t batch, int64_t heads) {
-  if (batch < 0) fail("batch", fmt::format("{}", batch), ">= 0");
-  if (heads < 0) fail("heads", fmt::format("{}", heads), ">= 0");
-  const Problem p = resolve_mask(pattern, options, batch, heads);
-  const PatternShape& s = p.pattern.shape;
-  // Batches differ by their pattern or their key length, heads by their pattern; the rest is counted once.
-  const int64_t distinct_batches = s.batches > 1 || p.key_lengths ? batch : std::min<int64_t>(batch, 1);
-  const int64_t distinct_heads = s.heads > 1 ? heads : std::min<int64_t>(heads, 1);
-  int64_t pairs = 0;
-  for (int64_t b = 0; b < distinct_batches; ++b) {
-    const MaskGeometry mask = p.mask(b);
-    for (int64_t h = 0; h < distinct_heads; ++h) {
-      for (int64_t i = 0; i < s.rows(); ++i) {
-        const int64_t q_begin = i * s.block_q, q_end = std::min(s.seqlen_q, q_begin + s.block_q);
-        const int64_t row = p.pattern.row_id(b, h, i);
-        for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
-          const int64_t k_begin = static_cast<int64_t>(p.pattern.indices[e]) * s.block_k;
-          const int64_t k_end = std::min(s.seqlen_k, k_begin + s.block_k);
-          const TileKind kind = mask.classify(q_begin, q_end, k_begin, k_end);
-          const uint64_t* bits = p.pattern.bitmap(e);
-          if (kind == TileKind::empty) continue;
-          if (kind == TileKind::full && bits == nullptr) {
-            pairs += (q_end - q_begin) * (k_end - k_begin);
-            continue;
-          }
-          for (int64_t q = q_begin; q < q_end; ++q) {
-            const Interval keys = mask.keys_of(q, s.seqlen_k);
-            const int64_t begin = std::max(keys.begin, k_begin) - k_begin, end = std::min(keys.end, k_end) - k_begin;
-            if (bits == nullptr || end <= begin) {
-              pairs += std::max<int64_t>(0, end - begin);
-              continue;
-            }
-            const uint64_t* words = bits + (q - q_begin) * s.bitmap_words();
-            for (int64_t w = begin / 64; w <= (end - 1) / 64; ++w) {
-              const int64_t low = std::max<int64_t>(0, begin - w * 64), high = std::min<int64_t>(64, end - w * 64);
-              const uint64_t inside = (~uint64_t{0} >> (64 - (high - low))) << low;
-              pairs += std::popcount(words[w] & inside);
-            }
-          }
-        }
-      }
-    }
-  }
-  const int64_t batch_repeats = distinct_batches == 0 ? 0 : batch / distinct_batches;
-  const int64_t head_repeats = distinct_heads == 0 ? 0 : heads / distinct_heads;
-  return pairs * batch_repeats * head_repeats;
-}
-
-uint32_t dropout_random(const Dropout& dropout, uint64_t batch_head, int64_t q_position, int64_t k_position) {
-  const Philox::Counter counter = dropout_counter(dropout, batch_head, q_position, k_position);
-  return Philox::words(counter, dropout_key(dropout))[k_position & 3];
 }
 
 }  // namespace tessera

@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
-#include "attention/overlap.h"
-#include "attention/parallel.h"
-#include "attention/scores.h"
+#include "call/overlap.h"
+#include "call/scores.h"
+#include "core/work.h"
 #include "tessera/error.h"
 
 namespace tessera {

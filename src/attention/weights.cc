@@ -5,8 +5,8 @@
 #include <limits>
 #include <vector>
 
-#include "attention/parallel.h"
-#include "attention/scores.h"
+#include "call/scores.h"
+#include "core/work.h"
 #include "tessera/error.h"
 
 namespace tessera {

@@ -5,9 +5,9 @@
 #include <limits>
 #include <optional>
 
-#include "attention/reference_backward.h"
-#include "attention/scores.h"
+#include "call/scores.h"
 #include "check/verdict.h"
+#include "reference/backward.h"
 
 namespace tessera::check {
 

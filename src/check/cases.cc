@@ -6,7 +6,7 @@
 #include <limits>
 #include <numeric>
 
-#include "attention/scores.h"
+#include "call/scores.h"
 
 namespace tessera::check {
 

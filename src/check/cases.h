@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/backward_problem.h"
+#include "call/backward_problem.h"
 #include "check/random.h"
 #include "check/tensor.h"
 #include "tessera/check.h"

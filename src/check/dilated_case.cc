@@ -1,8 +1,8 @@
 // Dilated attention as a case: the calls, and the same by the definition, one segment at a time.
 #include <algorithm>
 
-#include "attention/checks.h"
-#include "attention/dilated_plan.h"
+#include "call/checks.h"
+#include "call/dilated_plan.h"
 #include "check/cases.h"
 
 namespace tessera::check {

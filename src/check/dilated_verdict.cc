@@ -1,5 +1,5 @@
 // What the gradients of a dilated case should be.
-#include "attention/scores.h"
+#include "call/scores.h"
 #include "check/verdict.h"
 
 namespace tessera::check {

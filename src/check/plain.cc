@@ -1,6 +1,6 @@
 #include <limits>
 
-#include "attention/scores.h"
+#include "call/scores.h"
 #include "check/cases.h"
 
 namespace tessera::check {

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/scores.h"
+#include "call/scores.h"
 #include "check/cases.h"
 
 namespace tessera::check {

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/reference.h"
+#include "reference/forward.h"
 
 namespace tessera::check {
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/aligned_bytes.h"
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
 #include "cpu/isa.h"
 
 namespace tessera::cpu {

@@ -6,7 +6,7 @@
 #include <memory>
 #include <thread>
 
-#include "attention/backward_problem.h"
+#include "call/backward_problem.h"
 
 namespace tessera::cpu {
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 #include "cpu/backward_state.h"
 
 namespace tessera::cpu {

@@ -7,8 +7,8 @@
 #define TESSERA_CPU_MODIFY_INL_H_
 #endif
 
-#include "attention/philox.h"
-#include "attention/problem.h"
+#include "call/philox.h"
+#include "call/problem.h"
 #include "cpu/softmax-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -131,7 +131,7 @@ HWY_INLINE Philox4 PhiloxWords(Philox4 x, Philox::Key key) {
   return x;
 }
 
-// Zeroes the dropped weights. Same numbers as dropout_random (attention/problem.h), which says what is hashed.
+// Zeroes the dropped weights. Same numbers as dropout_random (call/problem.h), which says what is hashed.
 template <int NV>
 HWY_NOINLINE void DropWeights(const Problem& p, const PanelPlace& place, float* weights) {
   const Floats d;

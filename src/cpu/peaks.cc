@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
 #include "cpu/isa.h"
 #include "tessera/huge_pages.h"
 

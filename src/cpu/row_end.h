@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 
 namespace tessera::cpu {
 

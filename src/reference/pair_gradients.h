@@ -6,9 +6,9 @@
 #include <limits>
 #include <vector>
 
-#include "attention/backward_problem.h"
-#include "attention/error_bound.h"
-#include "attention/scores.h"
+#include "call/backward_problem.h"
+#include "call/scores.h"
+#include "reference/error_bound.h"
 
 namespace tessera {
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <string_view>
 
-#include "attention/backward_problem.h"
-#include "attention/problem.h"
+#include "call/backward_problem.h"
+#include "call/problem.h"
 #include "tessera/backward.h"
 #include "tessera/tensor_view.h"
 

@@ -5,9 +5,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "attention/backward_problem.h"
-#include "attention/checks.h"
-#include "attention/problem.h"
+#include "call/backward_problem.h"
+#include "call/checks.h"
+#include "call/problem.h"
 #include "tessera/error.h"
 
 namespace tessera {

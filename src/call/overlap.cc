@@ -1,4 +1,4 @@
-#include "attention/overlap.h"
+#include "call/overlap.h"
 
 #include <algorithm>
 #include <numeric>

@@ -3,7 +3,7 @@
 
 #include <span>
 
-#include "attention/backward_problem.h"
+#include "call/backward_problem.h"
 
 namespace tessera {
 

@@ -1,7 +1,7 @@
 // The fp64 oracle.
 #pragma once
 
-#include "attention/problem.h"
+#include "call/problem.h"
 
 namespace tessera {
 

@@ -1,6 +1,6 @@
 // Every gradient is a pass of its own over the pairs that reach it, so that a unit of work owns the places it writes:
 // dq and bias gradients by rows, dk and dv by columns. Weights are recomputed in each pass: the plain, slow way.
-#include "attention/reference_backward.h"
+#include "reference/backward.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,10 +8,10 @@
 #include <limits>
 #include <vector>
 
-#include "attention/pair_gradients.h"
-#include "attention/parallel.h"
-#include "attention/reference.h"
-#include "attention/row_statistics.h"
+#include "core/work.h"
+#include "reference/forward.h"
+#include "reference/pair_gradients.h"
+#include "reference/row_statistics.h"
 
 namespace tessera {
 

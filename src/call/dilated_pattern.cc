@@ -3,8 +3,8 @@
 #include <utility>
 #include <vector>
 
-#include "attention/dilated_plan.h"
-#include "attention/scores.h"
+#include "call/dilated_plan.h"
+#include "call/scores.h"
 #include "pattern/bitmap_table.h"
 #include "pattern/geometry.h"
 

@@ -1,10 +1,10 @@
-#include "attention/row_statistics.h"
+#include "reference/row_statistics.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "attention/parallel.h"
+#include "core/work.h"
 
 namespace tessera {
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 
 namespace tessera {
 

@@ -4,10 +4,10 @@
 #include <cmath>
 #include <vector>
 
-#include "attention/dilated_bias.h"
-#include "attention/dilated_plan.h"
-#include "attention/error_bound.h"
-#include "attention/reference_backward.h"
+#include "call/dilated_bias.h"
+#include "call/dilated_plan.h"
+#include "reference/backward.h"
+#include "reference/error_bound.h"
 
 namespace tessera {
 

@@ -4,9 +4,9 @@
 #include <limits>
 #include <vector>
 
-#include "attention/dilated_plan.h"
-#include "attention/parallel.h"
-#include "attention/reference.h"
+#include "call/dilated_plan.h"
+#include "core/work.h"
+#include "reference/forward.h"
 
 namespace tessera {
 

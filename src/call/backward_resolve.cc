@@ -5,8 +5,8 @@
 #include <span>
 #include <vector>
 
-#include "attention/backward_problem.h"
-#include "attention/checks.h"
+#include "call/backward_problem.h"
+#include "call/checks.h"
 #include "tessera/error.h"
 
 namespace tessera {

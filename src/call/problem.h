@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/mask.h"
+#include "call/mask.h"
 #include "tessera/attention.h"
 
 namespace tessera {

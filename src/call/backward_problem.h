@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 #include "tessera/backward.h"
 
 namespace tessera {

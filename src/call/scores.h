@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "attention/problem.h"
+#include "call/problem.h"
 
 namespace tessera {
 

@@ -1,13 +1,13 @@
-#include "attention/reference.h"
+#include "reference/forward.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "attention/error_bound.h"
-#include "attention/parallel.h"
-#include "attention/scores.h"
+#include "call/scores.h"
+#include "core/work.h"
+#include "reference/error_bound.h"
 
 namespace tessera {
 

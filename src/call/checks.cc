@@ -1,10 +1,10 @@
-#include "attention/checks.h"
+#include "call/checks.h"
 
 #include <fmt/format.h>
 
 #include <limits>
 
-#include "attention/overlap.h"
+#include "call/overlap.h"
 #include "tessera/error.h"
 
 namespace tessera {

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "attention/backward_problem.h"
-#include "attention/problem.h"
+#include "call/backward_problem.h"
+#include "call/problem.h"
 #include "tessera/dilated.h"
 
 namespace tessera {

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "attention/pair_gradients.h"
+#include "reference/pair_gradients.h"
 
 namespace tessera {
 

@@ -2,7 +2,7 @@
 //
 // A unit owns its output rows, so results do not depend on threads. Units are taken dynamically, heads in order (those
 // that share K and V are neighbours), the longest rows of a head first.
-#include "cpu/attention.h"
+#include "cpu/cpu.h"
 
 #include <algorithm>
 #include <atomic>

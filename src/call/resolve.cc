@@ -6,8 +6,9 @@
 #include <limits>
 #include <string_view>
 
-#include "attention/checks.h"
-#include "attention/problem.h"
+#include "call/checks.h"
+#include "call/philox.h"
+#include "call/problem.h"
 #include "tessera/error.h"
 
 namespace tessera {
@@ -298,6 +299,11 @@ Problem resolve(const ForwardArgs& args, Purpose purpose) {
   set_pattern(args.pattern, p);
   resolve_rest(args, purpose, p);
   return p;
+}
+
+uint32_t dropout_random(const Dropout& dropout, uint64_t batch_head, int64_t q_position, int64_t k_position) {
+  const Philox::Counter counter = dropout_counter(dropout, batch_head, q_position, k_position);
+  return Philox::words(counter, dropout_key(dropout))[k_position & 3];
 }
 
 }  // namespace tessera

@@ -1,4 +1,4 @@
-#include "attention/dilated_plan.h"
+#include "call/dilated_plan.h"
 
 #include <fmt/format.h>
 

@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 
-#include "attention/dilated_plan.h"
+#include "call/dilated_plan.h"
 
 namespace tessera {
 
