@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ._versions import check_version
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
@@ -59,7 +61,8 @@ class AttentionStats(Callback):
         prefix: of the logged names.
 
     Raises:
-        ValueError: when training begins and the model has no module that measures itself.
+        ImportError: Lightning is older than 2.6. ValueError: when training begins and the model has no module that
+        measures itself.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class AttentionStats(Callback):
         per_module: bool = False,
         prefix: str = "tessera/",
     ) -> None:
+        check_version("lightning", sys.modules[Callback.__module__.split(".")[0]].__version__)
         for name, value in (("every_n_steps", every_n_steps), ("sample_every", sample_every)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: got {value!r}; allowed: an int >= 1")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from .. import patterns
 from .._pattern import BlockPattern, check_int
 from ..functional import block_sparse_attention
+from ._versions import check_version
 
 Window = tuple[int | None, int | None]  # tokens that a query sees before and after it; None: no limit
 
@@ -61,8 +62,9 @@ def register(
         ImportError: transformers is missing or older than 5. ValueError, TypeError: the pattern cannot be made. Later,
         ValueError: a model is made with this name that would not call it.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    import transformers
 
+    check_version("transformers", transformers.__version__)
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: got {name!r}; allowed: what attn_implementation shall say, a str")
     choice = _Choice(pattern, density, block, dense_layers, options)
@@ -71,8 +73,8 @@ def register(
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         return _attend(choice, module, query, key, value, mask, **kwargs)
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, _make_mask_eagerly)
+    transformers.AttentionInterface.register(name, attention)
+    transformers.AttentionMaskInterface.register(name, _make_mask_eagerly)
     _names.add(name)
     _refuse_models_that_would_not_call()
 
@@ -186,8 +188,8 @@ class AttentionPlan(BlockMask):
         self.opaque = False  # a mask that says causality itself; `causal` is then False
         self.window: Window = (None, None)
         self.local = False  # a layer that sees a window or chunk only
-        # A mask that is neither causal nor a window, as bitmaps of partial blocks of the size that is asked for.
-        self.ask: Callable[[tuple[int, int]], BlockPattern] | None = None
+        self.mask_function: Callable | None = None  # what is neither causal nor a window, asked pair by pair
+        self.device: torch.device | str = "cpu"
         self.key_lengths: Tensor | None = None
         self.key_bias: Tensor | None = None  # fp32 [B, 1, 1, kv_length]: 0, or -inf for padding
         self._made: dict[Any, BlockPattern] = {}
@@ -213,9 +215,9 @@ class AttentionPlan(BlockMask):
         """What generate() asks masks of compilable caches for."""
         return self
 
-    def set_padding(self, kept: Tensor | None) -> None:
-        """kept: bool ``[B, kv_length]``, or None."""
-        if kept is None or bool(kept[:, : self.keys].all()):
+    def set_padding(self, kept: Tensor) -> None:
+        """kept: bool ``[B, kv_length]``."""
+        if bool(kept[:, : self.keys].all()):
             return
         lengths = kept.sum(-1)
         if bool((kept == (torch.arange(kept.shape[1], device=kept.device) < lengths[:, None])).all()):
@@ -241,13 +243,13 @@ class AttentionPlan(BlockMask):
         return made, made.seqlen_q - self.q_length
 
     def pairs(self, block: tuple[int, int]) -> BlockPattern:
-        assert self.ask is not None
+        """The mask function's pairs, as bitmaps of partial blocks of this size."""
         if block not in self._made:
-            self._made[block] = self.ask(block)
+            self._made[block] = _ask(self, block)
         return self._made[block]
 
     def _dense(self, choice: _Choice) -> BlockPattern:
-        if self.ask is not None:
+        if self.mask_function is not None:
             return self.pairs(_MASK_BLOCK)
         aligned = self.causal and self.q_offset - self.kv_offset == self.keys - self.q_length
         return patterns.cache.get("dense", self.q_length, self.keys, block=choice.block, causal=aligned)
@@ -262,10 +264,10 @@ class AttentionPlan(BlockMask):
             )
         if start == 0:
             made = self._check(choice.make(end, causal), end)
-            return made if self.ask is None else made & self.pairs(made.block)
+            return made if self.mask_function is None else made & self.pairs(made.block)
         # Rows of the pattern over all positions; the last one may not be full yet.
         block_q, block_k = choice.block if isinstance(choice.block, (tuple, list)) else (choice.block, choice.block)
-        if self.ask is not None:
+        if self.mask_function is not None:
             raise ValueError("mask: got neither causal nor a window, with a cache; allowed: a dense pattern")
         rounded = -(-end // block_q) * block_q
         whole = self._check(choice.make(rounded, causal), rounded)
@@ -297,33 +299,40 @@ _MASK_BLOCK = (128, 128)
 
 def make_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int = 0,
+    kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> AttentionPlan:
     """What transformers calls to make a mask (``AttentionMaskInterface``). Causal and window masks become numbers,
     padding key lengths or a bias of one row; any other mask_function is asked row of blocks by row of blocks, and kept
-    as bitmaps of partial blocks. Nothing of q_length x kv_length is made."""
+    as bitmaps of partial blocks. Nothing of q_length x kv_length is made. The first versions of transformers 5 say
+    cache_position, the positions of the queries, in place of their number and offset."""
     from transformers import masking_utils
 
     mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
     plan = AttentionPlan(batch_size, q_length, kv_length, int(q_offset), int(kv_offset))
     plan.local = local_size is not None
-    known = _read(_without_packing(mask_function))
+    try:
+        known = _read(_without_packing(mask_function))
+    except KeyError:  # a version that captures it under another name
+        known = None
     if known is not None:
         plan.causal, plan.window = known
     else:
         plan.causal, plan.opaque = False, True
-        plan.ask = functools.partial(_ask, plan, mask_function, use_vmap, device)
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    plan.set_padding(None if padding is None else padding[:, kv_offset : kv_offset + kv_length].bool())
+        plan.mask_function, plan.device = mask_function, device
+    if attention_mask is not None:  # as long as what was seen so far: keys beyond it are padding
+        kept = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        plan.set_padding(F.pad(kept, (0, kv_length - kept.shape[1])))
     return plan
 
 
@@ -335,14 +344,14 @@ def _read(mask_function: Callable) -> tuple[bool, Window] | None:
         return True, (None, None)
     if mask_function is m.bidirectional_mask_function:
         return False, (None, None)
-    if not _made_by(mask_function, m.and_masks):
+    if not _made_by(mask_function, "and_masks"):
         return None
     parts = _captured(mask_function, "mask_functions")
     if not isinstance(parts, tuple) or len(parts) != 2:
         return None
-    if parts[1] is m.causal_mask_function and _made_by(parts[0], m.sliding_window_overlay):
+    if parts[1] is m.causal_mask_function and _made_by(parts[0], "sliding_window_overlay"):
         return True, (_captured(parts[0], "sliding_window") - 1, None)
-    if parts[1] is m.bidirectional_mask_function and _made_by(parts[0], m.sliding_window_bidirectional_overlay):
+    if parts[1] is m.bidirectional_mask_function and _made_by(parts[0], "sliding_window_bidirectional_overlay"):
         width = _captured(parts[0], "sliding_window")
         return False, (width, width)
     return None
@@ -357,48 +366,43 @@ _make_mask_eagerly = torch.compiler.disable(
 def _without_packing(mask_function: Callable) -> Callable:
     """The mask function beneath that of packed sequences where all of a row is one sequence: under torch.compile
     transformers cannot look, and says packed for every batch without a mask."""
-    from transformers import masking_utils as m
-
-    if not _made_by(mask_function, m.and_masks):
+    parts = _captured(mask_function, "mask_functions") if _made_by(mask_function, "and_masks") else ()
+    packed = [part for part in parts if _made_by(part, "packed_sequence_mask_function")]
+    others = [part for part in parts if part not in packed]
+    if len(packed) != 1 or len(others) != 1 or bool(_captured(packed[0], "packed_sequence_mask")[:, -1].any()):
         return mask_function
-    parts = _captured(mask_function, "mask_functions")
-    packed = [part for part in parts if _made_by(part, m.packed_sequence_mask_function)]  # the first until 5.23
-    remapped = [part for part in parts if _made_by(part, m.remap_positions_for_packed_sequence)]
-    if (
-        len(parts) == 2
-        and len(packed) == len(remapped) == 1
-        and not bool(_captured(packed[0], "packed_sequence_mask")[:, -1].any())
-    ):
-        return _captured(remapped[0], "mask_function")
-    return mask_function
+    if _made_by(others[0], "remap_positions_for_packed_sequence"):  # since 5.21
+        return _captured(others[0], "mask_function")
+    return others[0]
 
 
-def _made_by(function: Any, maker: Callable) -> bool:
-    """Whether a closure is the one that ``maker`` returns."""
-    code = getattr(function, "__code__", None)
-    return code is not None and code in maker.__code__.co_consts
+def _made_by(function: Any, maker: str) -> bool:
+    """Whether a closure is one that the function of this name in transformers returns. Versions differ in what they
+    have; a mask of a form that is not known here is asked pair by pair."""
+    from transformers import masking_utils
+
+    code, known = getattr(function, "__code__", None), getattr(masking_utils, maker, None)
+    return code is not None and known is not None and code in known.__code__.co_consts
 
 
 def _captured(function: Any, name: str) -> Any:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))[name]
 
 
-def _ask(
-    plan: AttentionPlan, mask_function: Callable, use_vmap: bool, device: Any, block: tuple[int, int]
-) -> BlockPattern:
-    from transformers.masking_utils import sdpa_mask
-
+def _ask(plan: AttentionPlan, block: tuple[int, int]) -> BlockPattern:
+    mask_function = plan.mask_function
+    assert mask_function is not None
     size, words = block[0], -(-block[1] // 64)
     rows = -(-plan.q_length // size)
     parts = []
     for row in range(rows):
-        count = min(size, plan.q_length - row * size)
-        pairs = sdpa_mask(
-            plan.batch_size, count, plan.kv_length, plan.q_offset + row * size, plan.kv_offset, mask_function,
-            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
-        )  # fmt: skip
-        assert pairs is not None, "nothing may be skipped"
-        parts.append(BlockPattern.from_token_mask(pairs.expand(plan.batch_size, -1, -1, -1), block=block))
+        first, count = plan.q_offset + row * size, min(size, plan.q_length - row * size)
+
+        def pair(b: Tensor, h: Tensor, q: Tensor, k: Tensor, first: int = first) -> Tensor:
+            return mask_function(b, h, q + first, k + plan.kv_offset)
+
+        pairs = create_mask(pair, plan.batch_size, 1, count, plan.kv_length, device=plan.device)
+        parts.append(BlockPattern.from_token_mask(pairs, block=block))
     # Rows lie one below the other: the entries of each batch, row after row.
     indptr = torch.zeros(plan.batch_size, rows, dtype=torch.int64)
     indices, index, bitmaps = [], [], []
