@@ -3,9 +3,9 @@
 
 #include <cmath>
 
+#include "attention_inputs.h"
 #include "call/philox.h"
 #include "call/problem.h"
-#include "attention_inputs.h"
 
 namespace tessera {
 namespace {

@@ -5,9 +5,9 @@
 #include <functional>
 #include <limits>
 
+#include "attention_inputs.h"
 #include "call/overlap.h"
 #include "call/problem.h"
-#include "attention_inputs.h"
 
 namespace tessera {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <limits>
 
-#include "call/scores.h"
 #include "attention_inputs.h"
+#include "call/scores.h"
 #include "check/cases.h"
 
 namespace tessera {

@@ -4,8 +4,8 @@
 
 #include <cmath>
 
-#include "call/problem.h"
 #include "attention_inputs.h"
+#include "call/problem.h"
 #include "tessera/backward.h"
 
 namespace tessera {

@@ -6,8 +6,8 @@
 #include <functional>
 #include <limits>
 
-#include "call/backward_problem.h"
 #include "attention_inputs.h"
+#include "call/backward_problem.h"
 
 namespace tessera {
 namespace {

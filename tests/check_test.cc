@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "reference/forward.h"
 #include "attention_inputs.h"
 #include "check/verdict.h"
+#include "reference/forward.h"
 #include "tessera/backward.h"
 
 namespace tessera {

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "call/dilated_plan.h"
 #include "attention_inputs.h"
+#include "call/dilated_plan.h"
 #include "tessera/dilated.h"
 
 namespace tessera {
