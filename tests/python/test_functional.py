@@ -7,7 +7,7 @@ import math
 import pytest
 import tessera
 import torch.nn.functional as F
-from bounds import EPS, exact_attention
+from bounds import EPS, UNIT, assert_rounded, exact_attention
 from tessera import BlockPattern, patterns
 
 import torch
@@ -21,14 +21,26 @@ def make(dtype=torch.float32, batch=2, heads=4, kv_heads=2, seqlen_q=200, seqlen
     )
 
 
-def plain(q, k, v, mask, scale=None, bias=0.0, dtype=torch.float64):
+def plain(q, k, v, mask, dtype=torch.float64):
     """[B, S, H, D]; rows without keys give 0."""
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5) + bias
-    scores = scores.masked_fill(~mask, -torch.inf)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0).to(dtype)
-    return (weights @ v).transpose(1, 2), torch.logsumexp(scores, -1), weights
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return (torch.softmax(scores, -1).nan_to_num(0.0).to(dtype) @ v).transpose(1, 2)
+
+
+def exactly(q, k, v, mask, **options):
+    """[B, S, H, D] in, bounds.Exact out, of [B, H, S, D]."""
+    return exact_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask, **options)
+
+
+def assert_exact(exact, out, lse=None):
+    """out [B, S, H, D], lse [B, H, S]"""
+    assert ((out.transpose(1, 2) - exact.out).abs() <= exact.out_bound).all()
+    if lse is not None:
+        seen = exact.lse > -torch.inf
+        assert torch.equal(seen, lse > -torch.inf) and not out.transpose(1, 2)[~seen].any()
+        assert ((lse - exact.lse).abs() <= exact.lse_bound)[seen].all()
 
 
 def causal_mask(seqlen_q, seqlen_k):
@@ -69,19 +81,25 @@ def test_equals_plain_attention(name, causal, dtype, layout):
     grads = torch.autograd.grad(out, inputs, grad)
     grads = [g.transpose(1, 2) if layout == "bhsd" else g for g in grads]
 
+    exact = exactly(q, k, v, mask)
+    if dtype == torch.float32:
+        assert_exact(exact, out.detach(), lse.detach())
+    else:  # the scores are sums of fp32 in all dtypes
+        assert_exact(exact._replace(out_bound=torch.tensor(torch.inf)), out.detach(), lse.detach())
     exact_in = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    exact, exact_lse, _ = plain(*exact_in, mask)
-    exact_grads = torch.autograd.grad(exact, exact_in, grad.double())
-    seen = exact_lse > -torch.inf
-    assert torch.equal(seen, lse > -torch.inf) and not out[~seen.transpose(1, 2)].any()
-    torch.testing.assert_close(lse[seen].double(), exact_lse[seen], atol=EPS[torch.float32] * 64, rtol=1e-5)
+    exact_out = plain(*exact_in, mask)
+    exact_grads = torch.autograd.grad(exact_out, exact_in, grad.double())
 
-    # FlashAttention's rule: at most twice the error of a plain implementation in the same dtype (plus fp32's rounding).
+    # FlashAttention's rule: at most twice the error of a plain implementation in the same dtype; and what sums over the
+    # keys, or over the queries of two heads, and three products of head_dim may be off in fp32.
     plain_in = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    rounded, _, _ = plain(*plain_in, mask, dtype=dtype)
+    rounded = plain(*plain_in, mask, dtype)
     rounded_grads = torch.autograd.grad(rounded, plain_in, grad)
-    floor = 16 * EPS[dtype] if dtype == torch.float32 else EPS[dtype] / 8
-    for ours, theirs, truth in zip([out, *grads], [rounded, *rounded_grads], [exact, *exact_grads]):
+    lengths = [170, 170, 2 * 200, 2 * 200]
+    floors = [UNIT * (n + 3 * 32) if dtype == torch.float32 else EPS[dtype] / 8 for n in lengths]
+    for ours, theirs, truth, floor in zip(
+        [out, *grads], [rounded, *rounded_grads], [exact_out, *exact_grads], floors, strict=True
+    ):
         error, allowed = (ours - truth).abs().max(), 2 * (theirs - truth).abs().max()
         assert error <= allowed + floor * truth.abs().max()
 
@@ -89,17 +107,18 @@ def test_equals_plain_attention(name, causal, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_sdpa(dtype):
     # Both are compared with fp64: two results of fp32 differ by what machine they are made on.
-    q, k, v = (t.transpose(1, 2) for t in make(dtype, kv_heads=4))
+    q, k, v = make(dtype, kv_heads=4)
     p = patterns.bigbird(200, block=16, density=0.4)
     mask = p.to_token_mask()
-    exact, bound = exact_attention(q, k, v, mask)
-    ours = (tessera.block_sparse_attention(q, k, v, p, layout="bhsd") - exact).abs()
-    theirs = (F.scaled_dot_product_attention(q, k, v, attn_mask=mask) - exact).abs()
+    exact = exactly(q, k, v, mask)
+    ours = tessera.block_sparse_attention(q, k, v, p)
+    theirs = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
     if dtype == torch.float32:
-        assert (theirs <= bound).all() and (ours <= bound).all()
-        assert bound.max() < 1e-3 * exact.abs().max()  # a bound that sees a wrong key
+        assert_exact(exact, ours), assert_exact(exact, theirs)
+        assert exact.out_bound.max() < 1e-3 * exact.out.abs().max()  # a bound that sees a wrong key
     else:  # FlashAttention's rule
-        assert ours.max() <= 2 * theirs.max() + EPS[dtype] / 8 * exact.abs().max()
+        ours, theirs = ((t.transpose(1, 2) - exact.out).abs().max() for t in (ours, theirs))
+        assert ours <= 2 * theirs + EPS[dtype] / 8 * exact.out.abs().max()
 
 
 def test_options():
@@ -108,9 +127,9 @@ def test_options():
     i, j = torch.arange(200)[:, None], torch.arange(200)[None, :]
     everything = torch.ones(200, 200, dtype=torch.bool)
 
-    def same(mask, bias=0.0, scale=None, **given):
-        out = tessera.block_sparse_attention(q, k, v, p, scale=scale, **given)
-        torch.testing.assert_close(out.double(), plain(q, k, v, mask, scale, bias)[0], atol=2e-6, rtol=1e-5)
+    def same(mask, bias=0.0, scale=None, softcap=0.0, **given):
+        out, lse = tessera.block_sparse_attention(q, k, v, p, scale=scale, softcap=softcap, return_lse=True, **given)
+        assert_exact(exactly(q, k, v, mask, bias=bias, scale=scale, softcap=softcap), out, lse)
 
     same((i - j <= 20) & (j - i <= 10), window=(20, 10))
     same((i - j).abs() <= 15, window=31)
@@ -119,6 +138,7 @@ def test_options():
     same(j + 7 <= i, causal=True, k_offset=7, q_offset=0)
     same((j < torch.tensor([150, 30]).view(2, 1, 1, 1)), key_lengths=torch.tensor([150, 30]))
     same(everything, scale=0.05)
+    same(everything, softcap=2.0)
     bias = torch.randn(2, 1, 200, 200)
     same(everything, bias, attn_bias=bias)
     same(
@@ -134,16 +154,10 @@ def test_options():
 
     sinks = torch.randn(4)
     out, lse = tessera.block_sparse_attention(q, k, v, p, sinks=sinks, return_lse=True)
-    base, base_lse = tessera.block_sparse_attention(q, k, v, p, return_lse=True)
-    joined = torch.logaddexp(base_lse, sinks.view(1, 4, 1))
-    torch.testing.assert_close(lse, joined)
-    torch.testing.assert_close(out, base * (base_lse - joined).exp().transpose(1, 2).unsqueeze(-1))
-    capped = tessera.block_sparse_attention(q, k, v, p, softcap=2.0)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) / math.sqrt(32)
-    weights = torch.softmax(2 * torch.tanh(scores / 2), -1)
-    torch.testing.assert_close(
-        capped, torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2)), atol=2e-6, rtol=1e-5
-    )
+    exact = exactly(q, k, v, everything)
+    joined = torch.logaddexp(exact.lse, sinks.double().view(1, 4, 1))
+    share = (exact.lse - joined).exp().unsqueeze(-1)  # what a sink leaves to the keys
+    assert_exact(exact._replace(out=exact.out * share, lse=joined, lse_bound=exact.lse_bound + UNIT), out, lse)
 
 
 def test_what_is_skipped_is_not_touched():
@@ -180,9 +194,8 @@ def test_decode_with_cache_and_pages():
     p = patterns.dense(2, 128, block=32)
     out, lse = tessera.decode(q, k, v, p, key_lengths=lengths, return_lse=True)
     for b, n in enumerate(lengths.tolist()):
-        exact, exact_lse, _ = plain(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal_mask(2, n))
-        torch.testing.assert_close(out[b : b + 1].double(), exact, atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(lse[b : b + 1].double(), exact_lse, atol=2e-6, rtol=1e-5)
+        exact = exactly(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal_mask(2, n))
+        assert_exact(exact, out[b : b + 1], lse[b : b + 1])
     table = torch.randperm(8).view(2, 4).to(torch.int32)
     pages_k, pages_v = torch.full((8, 32, 2, 32), torch.nan), torch.full((8, 32, 2, 32), torch.nan)
     pages_k[table.long().flatten()] = k.reshape(8, 32, 2, 32)
@@ -224,26 +237,25 @@ def test_varlen_equals_each_sequence(dtype):
 
 
 def test_dilated_over_one_segment_is_block_sparse_attention():
-    # One (w, r) of rate 1 over everything; and rate 2, where head h attends among rows h % 2, h % 2 + 2, ...
+    # One (w, r) of rate 1 over everything; and rate 2, where head h attends among rows h % 2, h % 2 + 2, ... What it is
+    # compared with is made in fp64.
     q, k, v = (t.requires_grad_() for t in make(batch=2, seqlen_q=96, seqlen_k=96, kv_heads=4))
     bias = torch.randn(2, 4, 96, 96).masked_fill(torch.rand(2, 4, 96, 96) < 0.2, -torch.inf).requires_grad_()
     inputs, grad = (q, k, v, bias), torch.randn(2, 96, 4, 32)
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     p = patterns.dense(96)
-
-    def compare(rate, expected):
+    i = torch.arange(96)
+    halves = (i[:, None] % 2 == i % 2) & (i % 2 == torch.arange(4).view(4, 1, 1) % 2)
+    for rate, kept in ((1, torch.ones_like(halves)), (2, halves)):
         out = tessera.dilated_attention(
             q, k, v, segment_lengths=[96], dilation_rates=[rate], causal=True, attn_bias=bias
         )
-        torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
-        ours, theirs = (torch.autograd.grad(x, inputs, grad) for x in (out, expected))
+        masked = exact_inputs[3].masked_fill(~kept, -torch.inf)
+        exact = tessera.block_sparse_attention(*exact_inputs[:3], p, causal=True, attn_bias=masked)
+        assert_rounded(out, exact, 32, 96)
+        ours, theirs = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(exact, exact_inputs, grad.double())
         for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-    compare(1, tessera.block_sparse_attention(q, k, v, p, causal=True, attn_bias=bias))
-    i = torch.arange(96)
-    same = (i[:, None] % 2 == i % 2) & (i % 2 == torch.arange(4).view(4, 1, 1) % 2)
-    masked = bias.masked_fill(~same, -torch.inf)
-    compare(2, tessera.block_sparse_attention(q, k, v, p, causal=True, attn_bias=masked))
+            assert_rounded(a, b, 32, 32, 32, 96)
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -257,12 +269,13 @@ def test_dilated_equals_one_softmax_over_all_keys(layout):
             kept = i % w % r == h % r
             count[h] += (i[:, None] // w == i // w) & kept[:, None] & kept
     count *= causal_mask(100, 100)
-    exact, _, _ = plain(q, k, v, count > 0, bias=count.log())
+    exact = exactly(q, k, v, count > 0, bias=count.log())
     swap = (lambda t: t.transpose(1, 2)) if layout == "bhsd" else (lambda t: t)
     out = tessera.dilated_attention(
         *map(swap, (q, k, v)), segment_lengths=[32, 64], dilation_rates=[1, 2], causal=True, layout=layout
     )
-    torch.testing.assert_close(swap(out).double(), exact, atol=4e-6, rtol=1e-5)
+    # Four softmaxes are joined by their sums: twice the roundings of one.
+    assert_exact(exact._replace(out_bound=2 * exact.out_bound), swap(out))
     sparse = tessera.dilated_attention(
         q, k, v, segment_lengths=[100], dilation_rates=[2], pattern="local_window", pattern_window=16, block=16
     )
@@ -278,8 +291,8 @@ def test_attention_weights():
     full = torch.zeros(2, 4, 7 * 32, 13 * 16)
     for (b, h, i, j), block in zip(w.block_indices.tolist(), w.block_values):
         full[b, h, i * 32 : i * 32 + 32, j * 16 : j * 16 + 16] = block
-    exact = plain(q, k, k, p.to_token_mask() & causal_mask(200, 200))[2]
-    torch.testing.assert_close(full[..., :200, :200].double(), exact, atol=2e-6, rtol=1e-5)
+    exact = exactly(q, k, k, p.to_token_mask() & causal_mask(200, 200))
+    assert ((full[..., :200, :200] - exact.weights).abs() <= exact.weights_bound).all()
 
 
 def test_weights_do_not_ask_for_gradients_of_biases():
