@@ -109,8 +109,8 @@ def test_training_with_gradient_checkpointing(dtype):
         step(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         grads.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
     ours, theirs, exact = grads
-    # FlashAttention's rule; and in fp32, where the other's error may happen to be small, a unit for every number that the
-    # longest chain of sums adds: of the hidden sizes, a head, the keys and the vocabulary.
+    # FlashAttention's rule; and in fp32, where the other's error may happen to be small, a unit for every number that
+    # the longest chain of sums adds: of the hidden sizes, a head, the keys and the vocabulary.
     allowed = 2 * (theirs - exact).norm()
     if dtype == torch.float32:
         allowed += UNIT * (64 + 16 + 70 + 96 + 97) * exact.norm()
