@@ -2,14 +2,20 @@
 // cheap to copy (copies share storage), safe to read from many threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 namespace tessera {
 
-// Sizes of a pattern. rows() x cols() blocks of block_q x block_k tokens; the last row and column may be ragged.
+// Sizes of a pattern, and where it stands. rows() x cols() blocks of block_q x block_k tokens; the last row and column
+// may be ragged, and so may the first row of a pattern that holds some rows of a longer one.
+//
+// Causality and position belong to the pattern: a call that takes a causal pattern is causal to the token without being
+// told again, and a call that says otherwise is an Error.
 struct PatternShape {
   int64_t seqlen_q = 0;
   int64_t seqlen_k = 0;
@@ -17,11 +23,23 @@ struct PatternShape {
   int block_k = 128;    // multiple of 16 in 16..256
   int64_t heads = 1;    // 1 (all heads share) or H
   int64_t batches = 1;  // 1 (all batches share) or B
+  bool causal = false;  // query i admits keys up to position diagonal() + i
+  // Position of query 0 on the scale where key 0 is at 0. Not given: seqlen_k - seqlen_q (bottom-right alignment), and
+  // a pattern without causality may then be used at any position.
+  std::optional<int64_t> q_offset;
+  int q_skip = 0;  // 0..block_q - 1: queries of the first block row that come before query 0
 
-  int64_t rows() const { return (seqlen_q + block_q - 1) / block_q; }
+  int64_t rows() const { return seqlen_q == 0 ? 0 : (q_skip + seqlen_q + block_q - 1) / block_q; }
   int64_t cols() const { return (seqlen_k + block_k - 1) / block_k; }
   int64_t total_rows() const { return batches * heads * rows(); }
   int64_t total_cols() const { return batches * heads * cols(); }
+  // Queries [query_begin(i), query_end(i)) are those of block row i.
+  int64_t query_begin(int64_t row) const { return row == 0 ? 0 : row * block_q - q_skip; }
+  int64_t query_end(int64_t row) const { return std::min((row + 1) * block_q - q_skip, seqlen_q); }
+  int64_t row_of(int64_t query) const { return (query + q_skip) / block_q; }
+  int64_t row_in_block(int64_t query) const { return (query + q_skip) % block_q; }  // which row of a bitmap
+  bool placed() const { return causal || q_offset.has_value(); }                    // made for one position
+  int64_t diagonal() const { return q_offset ? *q_offset : seqlen_k - seqlen_q; }   // position of query 0
   int bitmap_words() const { return (block_k + 63) / 64; }  // 64-bit words a token row of a bitmap
   bool operator==(const PatternShape&) const = default;
 };

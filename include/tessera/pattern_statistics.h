@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "tessera/block_pattern.h"
@@ -27,7 +28,8 @@ struct PatternStatistics {
   int64_t empty_rows = 0;       // rows without a kept pair
   double load_imbalance = 0;    // max / mean kept blocks of a row, 1: even; 0 if nothing is kept
 };
-PatternStatistics statistics(const BlockPattern& pattern, bool causal = false);
+// causal: nothing said is the pattern's own; false for a causal pattern is an Error.
+PatternStatistics statistics(const BlockPattern& pattern, std::optional<bool> causal = std::nullopt);
 
 // One head as text, a line a row, each ending in '\n'. Up to max_width columns: '#' full, '+' partial, '.' skipped.
 // Wider ones: cells of n x n pairs (n the smallest that fits) shaded ".:-=+*#%@" by the kept share, '.' only where

@@ -12,12 +12,13 @@ BitmapTable::BitmapTable(const PatternShape& shape)
     : shape_(shape), words_(int64_t{shape.block_q} * shape.bitmap_words()), scratch_(words_) {}
 
 int32_t BitmapTable::intern(const uint64_t* bits, int64_t row, int64_t col) {
-  const int queries = queries_in(shape_, row), keys = keys_in(shape_, col);
+  const RowsInBlock queries = queries_in(shape_, row);
+  const int keys = keys_in(shape_, col);
   const int row_words = shape_.bitmap_words();
   std::fill(scratch_.begin(), scratch_.end(), 0);
   bool any = false, all = true;
   uint64_t hash = 0;
-  for (int q = 0; q < queries; ++q) {
+  for (int q = queries.first; q < queries.last; ++q) {
     for (int w = 0; w * 64 < keys; ++w) {
       const int valid = std::min(64, keys - w * 64);
       const uint64_t ends = valid == 64 ? ~uint64_t{0} : (uint64_t{1} << valid) - 1;

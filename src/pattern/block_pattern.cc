@@ -103,6 +103,12 @@ void check_shape(const PatternShape& s) {
   check_seqlen("seqlen_k", s.seqlen_k, s.block_k);
   // Bounds on products of three, so that hostile sizes can neither overflow nor ask for terabytes of row pointers.
   constexpr int64_t kMaxHeads = int64_t{1} << 20, kMaxTotal = int64_t{1} << 36;
+  if (s.q_skip < 0 || s.q_skip >= s.block_q) {
+    fail("q_skip", fmt::to_string(s.q_skip), fmt::format("0..block_q - 1 = {}", s.block_q - 1));
+  }
+  if (s.q_offset && (*s.q_offset < -kMaxSeqlen || *s.q_offset > kMaxSeqlen)) {
+    fail("q_offset", fmt::to_string(*s.q_offset), "-2^40..2^40");
+  }
   if (s.heads < 1 || s.heads > kMaxHeads) fail("heads", fmt::to_string(s.heads), "1..2^20");
   if (s.batches < 1 || s.batches > kMaxHeads) fail("batches", fmt::to_string(s.batches), "1..2^20");
   const int64_t longest = std::max<int64_t>({1, s.rows(), s.cols()});
@@ -110,6 +116,14 @@ void check_shape(const PatternShape& s) {
     fail("heads", fmt::format("{} heads x {} batches x {} block rows or columns", s.heads, s.batches, longest),
          "at most 2^36 in all");
   }
+}
+
+bool resolve_causal(const PatternShape& shape, const std::optional<bool>& causal) {
+  if (shape.causal && causal && !*causal) {
+    fail("causal", "false for a causal pattern",
+         "nothing or true; without_causality(pattern) has the same pairs as bitmaps, a pattern made without causal more");
+  }
+  return causal.value_or(shape.causal);
 }
 
 PatternShape common_shape(const PatternShape& a, const PatternShape& b) {
@@ -126,6 +140,10 @@ PatternShape common_shape(const PatternShape& a, const PatternShape& b) {
   s.seqlen_k = same("seqlen_k", a.seqlen_k, b.seqlen_k);
   s.block_q = static_cast<int>(same("block_q", a.block_q, b.block_q));
   s.block_k = static_cast<int>(same("block_k", a.block_k, b.block_k));
+  s.q_skip = static_cast<int>(same("q_skip", a.q_skip, b.q_skip));
+  if (a.placed() && b.placed()) same("q_offset", a.diagonal(), b.diagonal());  // else one of them may stand anywhere
+  s.q_offset = a.q_offset ? a.q_offset : b.q_offset;
+  s.causal = a.causal || b.causal;
   s.heads = broadcast("heads", a.heads, b.heads);
   s.batches = broadcast("batches", a.batches, b.batches);
   check_shape(s);
@@ -182,7 +200,7 @@ BlockPattern BlockPattern::from_csr(const PatternShape& shape, std::vector<int64
           }
           int32_t index = BitmapTable::kFull;
           if (n >= 0) {
-            const bool whole = queries_in(shape, i) == shape.block_q && keys_in(shape, indices[e]) == shape.block_k;
+            const bool whole = is_whole_row(shape, i) && keys_in(shape, indices[e]) == shape.block_k;
             index = whole ? interned[n] : kUnseen;
             if (index == kUnseen) index = table.intern(bitmaps.data() + n * words, i, indices[e]);
             if (whole) interned[n] = index;
@@ -237,8 +255,10 @@ void BlockPattern::Storage::build_transposed() const {
 
 void BlockPattern::Storage::build_hash() const {
   uint64_t h = 0;
-  for (int64_t field : {shape.seqlen_q, shape.seqlen_k, int64_t{shape.block_q}, int64_t{shape.block_k}, shape.heads,
-                        shape.batches, static_cast<int64_t>(indices.size()), static_cast<int64_t>(bitmaps.size())}) {
+  for (int64_t field :
+       {shape.seqlen_q, shape.seqlen_k, int64_t{shape.block_q}, int64_t{shape.block_k}, shape.heads, shape.batches,
+        int64_t{shape.causal}, int64_t{shape.q_offset.has_value()}, shape.q_offset.value_or(0), int64_t{shape.q_skip},
+        static_cast<int64_t>(indices.size()), static_cast<int64_t>(bitmaps.size())}) {
     h = hash_word(h, static_cast<uint64_t>(field));
   }
   for (int64_t x : indptr) h = hash_word(h, static_cast<uint64_t>(x));

@@ -41,11 +41,12 @@ void hash_field(uint64_t& h, const std::vector<int64_t>& list) {
 // All fields of a spec. The binding names every one: a field that PatternSpec gains does not compile until it is here.
 template <class F>
 auto with_fields(const PatternSpec& spec, F&& f) {
-  const auto& [kind, seqlen_q, seqlen_k, block_q, block_k, heads, causal, density, window, dilation_rates,
-               segment_lengths, global_tokens, stride, seed, ranks, ranks_per_node, local_density, global_density,
-               inter_node_density] = spec;
-  return f(kind, seqlen_q, seqlen_k, block_q, block_k, heads, causal, density, window, dilation_rates, segment_lengths,
-           global_tokens, stride, seed, ranks, ranks_per_node, local_density, global_density, inter_node_density);
+  const auto& [kind, seqlen_q, seqlen_k, block_q, block_k, heads, causal, density, budget, q_offset, seqlen_total,
+               window, dilation_rates, segment_lengths, global_tokens, stride, seed, ranks, ranks_per_node,
+               local_density, global_density, inter_node_density] = spec;
+  return f(kind, seqlen_q, seqlen_k, block_q, block_k, heads, causal, density, budget, q_offset, seqlen_total, window,
+           dilation_rates, segment_lengths, global_tokens, stride, seed, ranks, ranks_per_node, local_density,
+           global_density, inter_node_density);
 }
 
 struct SpecHash {

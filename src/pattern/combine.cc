@@ -7,6 +7,7 @@
 #include "pattern/geometry.h"
 #include "pattern/pattern_parts.h"
 #include "tessera/error.h"
+#include "tessera/patterns.h"
 
 namespace tessera {
 
@@ -14,12 +15,26 @@ namespace {
 
 int64_t words_of(const PatternShape& s) { return int64_t{s.block_q} * s.bitmap_words(); }
 
-enum class Operation { unite, intersect };
+enum class Operation { unite, intersect, subtract };
+
+// x without y, over a whole bitmap; nullptr: all ones. Bits past the ends are cleared by whoever stores them.
+void subtract_bits(const uint64_t* x, const uint64_t* y, int64_t words, uint64_t* out) {
+  for (int64_t w = 0; w < words; ++w) out[w] = (x != nullptr ? x[w] : ~uint64_t{0}) & ~y[w];
+}
 
 BlockPattern combine(const BlockPattern& pattern_a, const BlockPattern& pattern_b, Operation operation) {
   const BlockPatternView a = pattern_a.view(), b = pattern_b.view();
-  const PatternShape shape = common_shape(a.shape, b.shape);
-  const bool unite = operation == Operation::unite;
+  PatternShape shape = common_shape(a.shape, b.shape);
+  const bool unite = operation == Operation::unite, subtract = operation == Operation::subtract;
+  if (unite && a.shape.causal != b.shape.causal) {
+    fail("causal", "a causal pattern and one that is not", "both causal, or none (make_causal says that one is)");
+  }
+  if (subtract) {
+    if (b.shape.causal && !a.shape.causal) {
+      fail("causal", "a causal pattern to be taken from one that is not", "both causal, or only the first");
+    }
+    shape.causal = a.shape.causal;
+  }
   const int64_t words = words_of(shape);
   PatternParts parts(shape);
   std::vector<uint64_t> joined(words);
@@ -32,7 +47,15 @@ BlockPattern combine(const BlockPattern& pattern_a, const BlockPattern& pattern_
         while (ea < enda || eb < endb) {
           const bool take_a = ea < enda && (eb == endb || a.indices[ea] <= b.indices[eb]);
           const bool take_b = eb < endb && (ea == enda || b.indices[eb] <= a.indices[ea]);
-          if (take_a && take_b) {
+          if (subtract && take_a) {
+            const uint64_t *x = a.bitmap(ea), *y = take_b ? b.bitmap(eb) : nullptr;
+            if (!take_b) {
+              parts.add(a.indices[ea], x);
+            } else if (y != nullptr) {
+              subtract_bits(x, y, words, joined.data());
+              parts.add(a.indices[ea], joined.data());
+            }
+          } else if (take_a && take_b) {
             const uint64_t *x = a.bitmap(ea), *y = b.bitmap(eb);
             if (x != nullptr && y != nullptr) {
               for (int64_t w = 0; w < words; ++w) joined[w] = unite ? x[w] | y[w] : x[w] & y[w];
@@ -106,29 +129,17 @@ PatternShape stacked_shape(std::span<const BlockPattern> patterns, int64_t Patte
   return shape;
 }
 
-}  // namespace
-
-BlockPattern unite(const BlockPattern& a, const BlockPattern& b) { return combine(a, b, Operation::unite); }
-
-BlockPattern intersect(const BlockPattern& a, const BlockPattern& b) { return combine(a, b, Operation::intersect); }
-
-BlockPattern slice(const BlockPattern& pattern, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                   int64_t col_end) {
-  const BlockPatternView view = pattern.view();
-  check_range("row_begin", row_begin, "row_end", row_end, view.shape.rows());
-  check_range("col_begin", col_begin, "col_end", col_end, view.shape.cols());
-  PatternShape shape = view.shape;
-  // An empty range at the end would start past the last token.
-  shape.seqlen_q = std::max<int64_t>(0, std::min(row_end * shape.block_q, shape.seqlen_q) - row_begin * shape.block_q);
-  shape.seqlen_k = std::max<int64_t>(0, std::min(col_end * shape.block_k, shape.seqlen_k) - col_begin * shape.block_k);
+// The pattern of `shape`: block rows from row_begin on, block columns from col_begin on, of another one. Blocks that
+// begin past the keys of `shape` are not taken.
+BlockPattern take_block(const BlockPatternView& view, const PatternShape& shape, int64_t row_begin, int64_t col_begin) {
   PatternParts parts(shape);
   for (int64_t batch = 0; batch < shape.batches; ++batch) {
     for (int64_t head = 0; head < shape.heads; ++head) {
-      for (int64_t i = row_begin; i < row_end; ++i) {
-        const int64_t r = view.row_id(batch, head, i);
+      for (int64_t i = 0; i < shape.rows(); ++i) {
+        const int64_t r = view.row_id(batch, head, row_begin + i);
         const int32_t* end = view.indices + view.indptr[r + 1];
         for (const int32_t* j = std::lower_bound(view.indices + view.indptr[r], end, col_begin);
-             j != end && *j < col_end; ++j) {
+             j != end && *j < col_begin + shape.cols(); ++j) {
           parts.add(static_cast<int32_t>(*j - col_begin), view.bitmap(j - view.indices));
         }
         parts.end_row();
@@ -136,6 +147,76 @@ BlockPattern slice(const BlockPattern& pattern, int64_t row_begin, int64_t row_e
     }
   }
   return parts.build();
+}
+
+}  // namespace
+
+BlockPattern unite(const BlockPattern& a, const BlockPattern& b) { return combine(a, b, Operation::unite); }
+
+BlockPattern intersect(const BlockPattern& a, const BlockPattern& b) { return combine(a, b, Operation::intersect); }
+
+BlockPattern subtract(const BlockPattern& a, const BlockPattern& b) { return combine(a, b, Operation::subtract); }
+
+BlockPattern complement(const BlockPattern& pattern) {
+  const BlockPatternView view = pattern.view();
+  const PatternShape& shape = view.shape;
+  PatternParts parts(shape);
+  const int64_t words = words_of(shape);
+  std::vector<uint64_t> rest(words);
+  for (int64_t g = 0, r = 0; g < shape.batches * shape.heads; ++g) {
+    for (int64_t i = 0; i < shape.rows(); ++i, ++r) {
+      int64_t e = view.indptr[r];
+      for (int64_t j = 0, end = admissible_cols(shape, shape.causal, i); j < end; ++j) {
+        const bool kept = e < view.indptr[r + 1] && view.indices[e] == j;
+        if (!kept) {
+          parts.add(static_cast<int32_t>(j), nullptr);
+        } else if (const uint64_t* bits = view.bitmap(e)) {
+          subtract_bits(nullptr, bits, words, rest.data());
+          parts.add(static_cast<int32_t>(j), rest.data());
+        }
+        e += kept;
+      }
+      parts.end_row();
+    }
+  }
+  return parts.build();
+}
+
+BlockPattern make_causal(const BlockPattern& pattern, std::optional<int64_t> q_offset) {
+  PatternShape shape = pattern.shape();
+  if (q_offset && shape.placed() && *q_offset != shape.diagonal()) {
+    fail("q_offset", fmt::to_string(*q_offset), fmt::format("{}, where the pattern stands", shape.diagonal()));
+  }
+  shape.causal = true;
+  if (q_offset) shape.q_offset = q_offset;
+  return take_block(pattern.view(), shape, 0, 0);
+}
+
+BlockPattern for_queries(const BlockPattern& pattern, int64_t begin, int64_t end) {
+  const BlockPatternView view = pattern.view();
+  const PatternShape& whole = view.shape;
+  check_range("begin", begin, "end", end, whole.seqlen_q);
+  PatternShape shape = whole;
+  shape.seqlen_q = end - begin;
+  shape.q_offset = whole.diagonal() + begin;
+  shape.q_skip = static_cast<int>(whole.row_in_block(begin));
+  if (whole.causal) shape.seqlen_k = std::clamp<int64_t>(whole.diagonal() + end, 0, whole.seqlen_k);
+  return take_block(view, shape, whole.row_of(begin), 0);
+}
+
+BlockPattern slice(const BlockPattern& pattern, int64_t row_begin, int64_t row_end, int64_t col_begin,
+                   int64_t col_end) {
+  const BlockPatternView view = pattern.view();
+  check_range("row_begin", row_begin, "row_end", row_end, view.shape.rows());
+  check_range("col_begin", col_begin, "col_end", col_end, view.shape.cols());
+  PatternShape shape = view.shape;
+  const int64_t query = std::min(shape.query_begin(row_begin), shape.seqlen_q);
+  shape.seqlen_q = row_end == row_begin ? 0 : shape.query_end(row_end - 1) - query;
+  if (row_begin > 0) shape.q_skip = 0;
+  if (view.shape.placed()) shape.q_offset = view.shape.diagonal() + query - col_begin * shape.block_k;
+  // An empty range at the end would start past the last token.
+  shape.seqlen_k = std::max<int64_t>(0, std::min(col_end * shape.block_k, shape.seqlen_k) - col_begin * shape.block_k);
+  return take_block(view, shape, row_begin, col_begin);
 }
 
 BlockPattern stack_heads(std::span<const BlockPattern> patterns) {
@@ -154,12 +235,54 @@ BlockPattern stack_batches(std::span<const BlockPattern> patterns) {
   return parts.build();
 }
 
-BlockPattern transpose(const BlockPattern& pattern) {
+BlockPattern without_causality(const BlockPattern& pattern) {
+  const BlockPatternView view = pattern.view();
+  PatternShape shape = view.shape;
+  shape.causal = false;
+  if (!view.shape.causal) return pattern;
+  PatternParts parts(shape);
+  const int words = shape.bitmap_words();
+  std::vector<uint64_t> bits(words_of(shape));
+  for (int64_t g = 0, r = 0; g < shape.batches * shape.heads; ++g) {
+    for (int64_t i = 0; i < shape.rows(); ++i, ++r) {
+      const RowsInBlock rows = queries_in(shape, i);
+      const int64_t position = i * shape.block_q - shape.q_skip + shape.diagonal();  // of row 0 of the block
+      for (int64_t e = view.indptr[r]; e < view.indptr[r + 1]; ++e) {
+        const int64_t key = int64_t{view.indices[e]} * shape.block_k;
+        const uint64_t* given = view.bitmap(e);
+        if (position + rows.first >= key + shape.block_k - 1) {
+          parts.add(view.indices[e], given);
+          continue;
+        }
+        std::fill(bits.begin(), bits.end(), 0);
+        for (int q = rows.first; q < rows.last; ++q) {
+          const int64_t keys = std::clamp<int64_t>(position + q - key + 1, 0, shape.block_k);  // that query q admits
+          for (int w = 0; w * 64 < keys; ++w) {
+            const int64_t n = std::min<int64_t>(64, keys - w * 64);
+            const uint64_t past = n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+            bits[q * words + w] = (given != nullptr ? given[q * words + w] : ~uint64_t{0}) & past;
+          }
+        }
+        parts.add(view.indices[e], bits.data());
+      }
+      parts.end_row();
+    }
+  }
+  return parts.build();
+}
+
+BlockPattern transpose(const BlockPattern& given) {
+  if (given.shape().q_skip != 0) {
+    fail("pattern", fmt::format("one whose first row begins at query {} of its block", given.shape().q_skip),
+         "one whose rows are whole blocks");
+  }
+  const BlockPattern pattern = without_causality(given);
   const BlockPatternView view = pattern.view();
   const TransposedView columns = pattern.transposed();
   PatternShape shape = view.shape;
   std::swap(shape.seqlen_q, shape.seqlen_k);
   std::swap(shape.block_q, shape.block_k);
+  shape.q_offset.reset();
 
   const int64_t entries = pattern.num_blocks();
   std::vector<int64_t> indptr(columns.indptr, columns.indptr + shape.total_rows() + 1);

@@ -157,7 +157,7 @@ BlockPattern pattern_from_token_mask(const TensorView& given, int block_q, int b
       for (int64_t h = 0; h < shape.heads; ++h) {
         for (int64_t i = 0; i < shape.rows(); ++i) {
           for (int64_t j = 0; j < shape.cols(); ++j) {
-            const int queries = queries_in(shape, i), keys = keys_in(shape, j);
+            const int queries = queries_in(shape, i).last, keys = keys_in(shape, j);
             uint64_t any = 0;
             for (int q = 0; q < queries; ++q) {
               const auto* row = data + b * mask.strides[0] + h * mask.strides[1] + (i * block_q + q) * mask.strides[2] +
@@ -294,7 +294,7 @@ BlockPattern pattern_from_flex(const FlexBlockMask& mask, int64_t seqlen_q, int6
             continue;
           }
           std::fill(bits.begin(), bits.end(), 0);
-          for (int q = 0; q < queries_in(shape, i); ++q) {
+          for (int q = 0; q < queries_in(shape, i).last; ++q) {
             for (int k = 0; k < keys_in(shape, x.col); ++k) {
               const bool admitted = mask.mask_mod(b, h, i * block_q + q, x.col * block_k + k);
               bits[q * words + k / 64] |= uint64_t{admitted} << (k % 64);

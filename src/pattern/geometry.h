@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <optional>
 
 #include "tessera/block_pattern.h"
 
@@ -20,11 +21,23 @@ void check_shape(const PatternShape& shape);
 // The shape that both broadcast to (heads and batches may be 1). Throws Error naming the field that does not agree.
 PatternShape common_shape(const PatternShape& a, const PatternShape& b);
 
+// What a call that may say `causal` means with a pattern: nothing said is the pattern's own. Error where it says that a
+// causal pattern is not.
+bool resolve_causal(const PatternShape& shape, const std::optional<bool>& causal);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-// The query rows of a block row that exist, and the keys of a block column that exist.
-inline int queries_in(const PatternShape& s, int64_t row) {
-  return static_cast<int>(std::min<int64_t>(s.block_q, s.seqlen_q - row * s.block_q));
+// The query rows [first, last) of a block that exist, and the keys of a block column that exist.
+struct RowsInBlock {
+  int first = 0, last = 0;
+};
+inline RowsInBlock queries_in(const PatternShape& s, int64_t row) {
+  const int first = row == 0 ? s.q_skip : 0;
+  return {first, static_cast<int>(std::min<int64_t>(s.block_q, s.q_skip + s.seqlen_q - row * s.block_q))};
+}
+inline bool is_whole_row(const PatternShape& s, int64_t row) {
+  const RowsInBlock rows = queries_in(s, row);
+  return rows.first == 0 && rows.last == s.block_q;
 }
 inline int keys_in(const PatternShape& s, int64_t col) {
   return static_cast<int>(std::min<int64_t>(s.block_k, s.seqlen_k - col * s.block_k));

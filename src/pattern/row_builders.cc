@@ -41,6 +41,20 @@ ColumnRange nearest_run(int64_t center, int64_t begin, int64_t end, int64_t budg
   return {center - before, center + after};
 }
 
+// fixed(row) counts what a row keeps anyway.
+template <class Fixed>
+RowBudget budget_of(const PatternSpec& spec, const PatternShape& shape, Fixed fixed) {
+  if (!spec.density) return {Budget::proportional, 1.0, {}};  // nobody asks for it
+  std::vector<RowRoom> rooms;
+  if (spec.budget == Budget::even) {
+    for (int64_t i = 0; i < shape.rows() && shape.cols() > 0; ++i) {
+      const Row row = row_of(shape, spec.causal, i);
+      if (row.admissible > 0) rooms.push_back({fixed(row), row.admissible});
+    }
+  }
+  return {spec.budget, *spec.density, rooms};
+}
+
 class DenseRows final : public RowBuilder {
  public:
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
@@ -50,7 +64,8 @@ class DenseRows final : public RowBuilder {
 
 class LocalWindow final : public RowBuilder {
  public:
-  LocalWindow(const PatternSpec& spec, const PatternShape& shape) : spec_(spec), shape_(shape) {}
+  LocalWindow(const PatternSpec& spec, const PatternShape& shape)
+      : spec_(spec), shape_(shape), budget_(density_budget(spec, shape)) {}
 
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
     if (spec_.window) {
@@ -58,8 +73,7 @@ class LocalWindow final : public RowBuilder {
       if (range.first > range.last) range = {row.diagonal, row.diagonal};  // queries far before the first key
       append_range(range.first, range.last + 1, columns);
     } else {
-      const ColumnRange range =
-          nearest_run(row.diagonal, 0, row.admissible, row_budget(*spec_.density, row.admissible));
+      const ColumnRange range = nearest_run(row.diagonal, 0, row.admissible, budget_.of(row.admissible));
       append_range(range.first, range.last + 1, columns);
     }
   }
@@ -67,11 +81,13 @@ class LocalWindow final : public RowBuilder {
  private:
   const PatternSpec& spec_;
   const PatternShape shape_;
+  const RowBudget budget_;
 };
 
 class DilatedSparse final : public RowBuilder {
  public:
-  DilatedSparse(const PatternSpec& spec, const PatternShape& shape) : spec_(spec), set_(shape.cols()) {
+  DilatedSparse(const PatternSpec& spec, const PatternShape& shape)
+      : budgets_(density_budget(spec, shape)), set_(shape.cols()) {
     rates_ = spec.dilation_rates;
     if (rates_.empty()) rates_.assign(std::begin(kDefaultDilationRates), std::end(kDefaultDilationRates));
     // Longer steps leave the matrix at once; clipping them keeps sums of steps small.
@@ -79,7 +95,7 @@ class DilatedSparse final : public RowBuilder {
   }
 
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
-    const int64_t budget = row_budget(*spec_.density, row.admissible);
+    const int64_t budget = budgets_.of(row.admissible);
     const int64_t before = row.diagonal, after = row.admissible - 1 - row.diagonal;
     // What is chosen depends on the row only through the budget and the room on either side, and on the room only if
     // it is within reach of the steps taken: most rows repeat the offsets of the row above.
@@ -135,7 +151,7 @@ class DilatedSparse final : public RowBuilder {
     }
   }
 
-  const PatternSpec& spec_;
+  const RowBudget budgets_;
   std::vector<int64_t> rates_;
   ColumnSet set_;
   std::vector<Cursor> cursors_;
@@ -158,7 +174,16 @@ struct Globals {
 class GlobalLocal final : public RowBuilder {
  public:
   GlobalLocal(const PatternSpec& spec, const PatternShape& shape)
-      : spec_(spec), shape_(shape), globals_(spec, shape), set_(shape.cols()) {}
+      : spec_(spec),
+        shape_(shape),
+        globals_(spec, shape),
+        budget_(budget_of(spec, shape,
+                          [this](const Row& row) {
+                            if (row.index < globals_.rows) return row.admissible;
+                            const int64_t columns = std::min(globals_.cols, row.admissible);
+                            return columns + (row.diagonal >= columns);
+                          })),
+        set_(shape.cols()) {}
 
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
     if (row.index < globals_.rows) return append_range(0, row.admissible, columns);
@@ -168,7 +193,7 @@ class GlobalLocal final : public RowBuilder {
       const ColumnRange range = window_columns(shape_, spec_.causal, *spec_.window, row);
       set_.insert_range(range.first, range.last + 1);
     } else {
-      insert_nearest(row.diagonal, 0, row.admissible, row_budget(*spec_.density, row.admissible), set_);
+      insert_nearest(row.diagonal, 0, row.admissible, budget_.of(row.admissible), set_);
     }
     set_.flush(columns);
   }
@@ -177,6 +202,7 @@ class GlobalLocal final : public RowBuilder {
   const PatternSpec& spec_;
   const PatternShape shape_;
   const Globals globals_;
+  const RowBudget budget_;
   ColumnSet set_;
 };
 
@@ -184,7 +210,7 @@ class Strided final : public RowBuilder {
  public:
   Strided(const PatternSpec& spec, const PatternShape& shape)
       : stride_(spec.stride ? std::min(*spec.stride, shape.cols() + 1)
-                            : stride_for_density(shape, spec.causal, *spec.density)) {}
+                            : stride_for_density(shape, spec.causal, *spec.density, spec.budget)) {}
 
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
     const auto push = [&](int64_t j) {
@@ -209,32 +235,21 @@ class Strided final : public RowBuilder {
 class RandomRows final : public RowBuilder {
  public:
   RandomRows(const PatternSpec& spec, const PatternShape& shape)
-      : spec_(spec), shape_(shape), globals_(spec, shape), set_(shape.cols()) {}
+      : spec_(spec),
+        shape_(shape),
+        globals_(spec, shape),
+        budget_(budget_of(spec, shape, [this](const Row& row) { return kept_anyway(row).size; })),
+        set_(shape.cols()) {}
   bool by_head() const override { return true; }
 
   void append(int64_t head, const Row& row, std::vector<int32_t>& columns) override {
-    // Columns that are kept anyway, as ascending disjoint ranges.
-    std::array<ColumnRange, 3> ranges;
-    ranges[0] = {row.diagonal, row.diagonal};
-    size_t count = 1;
-    if (spec_.kind == PatternKind::bigbird) {
-      if (row.index < globals_.rows) return append_range(0, row.admissible, columns);
-      ranges[count++] = {0, std::min(globals_.cols, row.admissible) - 1};
-      ranges[count++] = spec_.window ? window_columns(shape_, spec_.causal, *spec_.window, row)
-                                     : ColumnRange{std::max<int64_t>(0, row.diagonal - 1),
-                                                   std::min(row.diagonal + 1, row.admissible - 1)};
-    }
-    count = merge(std::span(ranges).first(count));
-    int64_t fixed = 0;
-    for (size_t n = 0; n < count; ++n) {
-      set_.insert_range(ranges[n].first, ranges[n].last + 1);
-      fixed += ranges[n].last - ranges[n].first + 1;
-    }
+    const auto [ranges, count, fixed] = kept_anyway(row);
+    for (size_t n = 0; n < count; ++n) set_.insert_range(ranges[n].first, ranges[n].last + 1);
     const int64_t free = row.admissible - fixed;
-    const int64_t draws = row_budget(*spec_.density, row.admissible) - fixed;
+    const int64_t draws = budget_.of(row.admissible) - fixed;
     RandomStream random(spec_.seed, head, row.index);
     // The t-th column outside the ranges.
-    const auto free_column = [&](int64_t t) {
+    const auto free_column = [&ranges = ranges, count = count](int64_t t) {
       for (size_t n = 0; n < count && t >= ranges[n].first; ++n) t += ranges[n].last - ranges[n].first + 1;
       return t;
     };
@@ -246,6 +261,28 @@ class RandomRows final : public RowBuilder {
   }
 
  private:
+  // Columns of a row that are kept anyway, as ascending disjoint ranges.
+  struct KeptAnyway {
+    std::array<ColumnRange, 3> ranges;
+    size_t count = 1;
+    int64_t size = 0;  // columns in all
+  };
+  KeptAnyway kept_anyway(const Row& row) const {
+    KeptAnyway kept;
+    kept.ranges[0] = {row.diagonal, row.diagonal};
+    if (spec_.kind == PatternKind::bigbird && row.index < globals_.rows) {
+      kept.ranges[0] = {0, row.admissible - 1};
+    } else if (spec_.kind == PatternKind::bigbird) {
+      kept.ranges[kept.count++] = {0, std::min(globals_.cols, row.admissible) - 1};
+      kept.ranges[kept.count++] = spec_.window ? window_columns(shape_, spec_.causal, *spec_.window, row)
+                                               : ColumnRange{std::max<int64_t>(0, row.diagonal - 1),
+                                                             std::min(row.diagonal + 1, row.admissible - 1)};
+    }
+    kept.count = merge(std::span(kept.ranges).first(kept.count));
+    for (size_t n = 0; n < kept.count; ++n) kept.size += kept.ranges[n].last - kept.ranges[n].first + 1;
+    return kept;
+  }
+
   // Sorts, drops empty ranges and joins those that overlap or touch; returns how many are left.
   static size_t merge(std::span<ColumnRange> ranges) {
     for (size_t n = 1; n < ranges.size(); ++n) {  // two or three of them: insertion
@@ -266,6 +303,7 @@ class RandomRows final : public RowBuilder {
   const PatternSpec& spec_;
   const PatternShape shape_;
   const Globals globals_;
+  const RowBudget budget_;
   ColumnSet set_;
 };
 
@@ -302,7 +340,13 @@ class DilatedSegments final : public RowBuilder {
 
 class Hierarchical final : public RowBuilder {
  public:
-  Hierarchical(const PatternSpec& spec, const PatternShape& shape) : spec_(spec), shape_(shape), set_(shape.cols()) {}
+  Hierarchical(const PatternSpec& spec, const PatternShape& shape)
+      : spec_(spec),
+        shape_(shape),
+        local_(local_budget()),
+        global_(far_budget(spec.global_density, &FarRooms::node)),
+        inter_node_(far_budget(spec.inter_node_density, &FarRooms::others)),
+        set_(shape.cols()) {}
 
   void append(int64_t, const Row& row, std::vector<int32_t>& columns) override {
     const int64_t rank = row.index * spec_.ranks / shape_.rows();
@@ -310,9 +354,7 @@ class Hierarchical final : public RowBuilder {
     const int64_t begin = first_col(rank), end = std::min(first_col(rank + 1), row.admissible);
     set_.insert(row.diagonal);
     if (begin < end) {
-      const ColumnRange run =
-          nearest_run(std::clamp(row.diagonal, begin, end - 1), begin, end,
-                      row_budget(spec_.local_density ? *spec_.local_density : *spec_.density, end - begin));
+      const ColumnRange run = nearest_run(std::clamp(row.diagonal, begin, end - 1), begin, end, local_.of(end - begin));
       set_.insert_range(run.first, run.last + 1);
     }
     for (int64_t j : far_) {
@@ -326,36 +368,72 @@ class Hierarchical final : public RowBuilder {
   // First column of a rank: the smallest j with j * ranks / cols >= rank.
   int64_t first_col(int64_t rank) const { return ceil_div(rank * shape_.cols(), spec_.ranks); }
 
-  void choose_far_columns(int64_t rank) {
-    rank_ = rank;
-    far_.clear();
+  // Columns [outer) without [inner), as far as they are admissible: how many lie before and after the hole.
+  struct Ring {
+    int64_t begin = 0, hole_end = 0, before = 0, after = 0;
+    int64_t room() const { return before + after; }
+  };
+  static Ring ring(int64_t begin, int64_t end, int64_t hole_begin, int64_t hole_end, int64_t admissible) {
+    return {begin, hole_end, std::max<int64_t>(0, std::min(hole_begin, admissible) - begin),
+            std::max<int64_t>(0, std::min(end, admissible) - hole_end)};
+  }
+  // What lies outside the rank: in other ranks of its node, and in other nodes.
+  struct FarRooms {
+    Ring node, others;
+  };
+  FarRooms far_rooms(int64_t rank) const {
     const int64_t last_row = ceil_div((rank + 1) * shape_.rows(), spec_.ranks) - 1;
     const int64_t admissible = admissible_cols(shape_, spec_.causal, last_row);
     const int64_t node_first = rank / spec_.ranks_per_node * spec_.ranks_per_node;
     const int64_t node_end =
         spec_.ranks_per_node > spec_.ranks - node_first ? spec_.ranks : node_first + spec_.ranks_per_node;
-    const int64_t own[2] = {first_col(rank), first_col(rank + 1)};
-    const int64_t node[2] = {first_col(node_first), first_col(node_end)};
-    choose_evenly(node, own, admissible, spec_.global_density ? *spec_.global_density : *spec_.density);
-    const int64_t all[2] = {0, shape_.cols()};
-    choose_evenly(all, node, admissible, spec_.inter_node_density ? *spec_.inter_node_density : *spec_.density);
+    const int64_t begin = first_col(node_first), end = first_col(node_end);
+    return {ring(begin, end, first_col(rank), first_col(rank + 1), admissible),
+            ring(0, shape_.cols(), begin, end, admissible)};
+  }
+
+  RowBudget local_budget() const {
+    std::vector<RowRoom> rooms;
+    for (int64_t i = 0; i < shape_.rows() && spec_.budget == Budget::even; ++i) {
+      const int64_t rank = i * spec_.ranks / shape_.rows();
+      const int64_t room = std::min(first_col(rank + 1), admissible_cols(shape_, spec_.causal, i)) - first_col(rank);
+      if (room > 0) rooms.push_back({1, room});
+    }
+    return {spec_.budget, spec_.local_density ? *spec_.local_density : *spec_.density, rooms};
+  }
+  RowBudget far_budget(const std::optional<double>& own, Ring FarRooms::*part) const {
+    std::vector<RowRoom> rooms;
+    // More ranks than rows: most have none, and their rooms do not count.
+    for (int64_t i = 0, last = -1; i < shape_.rows() && spec_.budget == Budget::even; ++i) {
+      const int64_t rank = i * spec_.ranks / shape_.rows();
+      if (rank == last) continue;
+      last = rank;
+      const int64_t room = (far_rooms(rank).*part).room();
+      if (room > 0) rooms.push_back({1, room});
+    }
+    return {spec_.budget, own ? *own : *spec_.density, rooms};
+  }
+
+  void choose_far_columns(int64_t rank) {
+    rank_ = rank;
+    far_.clear();
+    const FarRooms rooms = far_rooms(rank);
+    choose_evenly(rooms.node, spec_.global_density ? *spec_.global_density : *spec_.density, global_);
+    choose_evenly(rooms.others, spec_.inter_node_density ? *spec_.inter_node_density : *spec_.density, inter_node_);
     std::sort(far_.begin(), far_.end());
   }
 
-  // Columns of `outer` without `inner`, evenly spread.
-  void choose_evenly(const int64_t outer[2], const int64_t inner[2], int64_t admissible, double density) {
-    const int64_t before = std::max<int64_t>(0, std::min(inner[0], admissible) - outer[0]);
-    const int64_t after = std::max<int64_t>(0, std::min(outer[1], admissible) - inner[1]);
-    const int64_t room = before + after;
-    const int64_t budget = density > 0 ? row_budget(density, room) : 0;
+  void choose_evenly(const Ring& ring, double density, const RowBudget& budgets) {
+    const int64_t room = ring.room(), budget = density > 0 ? budgets.of(room) : 0;
     for (int64_t n = 0; n < budget; ++n) {
       const int64_t t = (2 * n + 1) * room / (2 * budget);
-      far_.push_back(t < before ? outer[0] + t : inner[1] + t - before);
+      far_.push_back(t < ring.before ? ring.begin + t : ring.hole_end + t - ring.before);
     }
   }
 
   const PatternSpec& spec_;
   const PatternShape shape_;
+  const RowBudget local_, global_, inter_node_;
   ColumnSet set_;
   int64_t rank_ = -1;
   std::vector<int64_t> far_;  // columns of other ranks that the rows of rank_ share, ascending
@@ -372,10 +450,18 @@ ColumnRange window_columns(const PatternShape& shape, bool causal, int64_t windo
   return {first / shape.block_k, last / shape.block_k};
 }
 
-int64_t stride_for_density(const PatternShape& shape, bool causal, double density) {
-  int64_t allowed = 0;
+RowBudget density_budget(const PatternSpec& spec, const PatternShape& whole) {
+  return budget_of(spec, whole, [](const Row&) { return int64_t{1}; });
+}
+
+int64_t stride_for_density(const PatternShape& shape, bool causal, double density, Budget budget) {
+  const bool even = budget == Budget::even;
+  double allowed = 0;
   const int64_t rows = shape.cols() > 0 ? shape.rows() : 0;
-  for (int64_t i = 0; i < rows; ++i) allowed += row_budget(density, admissible_cols(shape, causal, i));
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t admissible = admissible_cols(shape, causal, i);
+    allowed += even ? density * static_cast<double>(admissible) : static_cast<double>(row_budget(density, admissible));
+  }
   const auto kept = [&](int64_t stride) {
     int64_t sum = 0;
     for (int64_t i = 0; i < rows; ++i) {
@@ -385,7 +471,7 @@ int64_t stride_for_density(const PatternShape& shape, bool causal, double densit
       sum += 1 + before / stride + after / stride;
       if (stride > 1) sum += (before > 0) + (after > 0);
     }
-    return sum;
+    return static_cast<double>(sum);
   };
   int64_t low = 1, high = std::max<int64_t>(1, shape.cols());  // kept() never grows with the stride
   while (low < high) {
@@ -396,7 +482,7 @@ int64_t stride_for_density(const PatternShape& shape, bool causal, double densit
       low = middle + 1;
     }
   }
-  return low;
+  return even && low > 1 && kept(low - 1) - allowed <= allowed - kept(low) ? low - 1 : low;
 }
 
 std::unique_ptr<RowBuilder> make_row_builder(const PatternSpec& spec, const PatternShape& shape) {

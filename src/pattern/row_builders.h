@@ -2,8 +2,10 @@
 // heads and rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "tessera/patterns.h"
@@ -17,6 +19,28 @@ struct Row {
   int64_t diagonal = 0;
   int64_t first_key = 0, last_key = 0;  // key positions of its first and last query; may lie outside the keys
 };
+
+// What one row may keep: `least` is kept whatever the budget says (1 <= least <= admissible, or both 0).
+struct RowRoom {
+  int64_t least = 0, admissible = 0;
+};
+
+// Budgets of the rows that share a density.
+class RowBudget {
+ public:
+  RowBudget(Budget budget, double density, std::span<const RowRoom> rows);
+  int64_t of(int64_t admissible) const {
+    return budget_ == Budget::even ? std::min(each_, admissible) : row_budget(density_, admissible);
+  }
+
+ private:
+  Budget budget_;
+  double density_;
+  int64_t each_ = 0;  // even
+};
+
+// Of spec.density over the rows of `whole`, where nothing but the diagonal is kept anyway.
+RowBudget density_budget(const PatternSpec& spec, const PatternShape& whole);
 
 class RowBuilder {
  public:
@@ -41,8 +65,8 @@ ColumnRange window_columns(const PatternShape& shape, bool causal, int64_t windo
 
 Row row_of(const PatternShape& shape, bool causal, int64_t index);
 
-// The smallest stride whose kept pairs do not exceed the budgets of all rows together.
-int64_t stride_for_density(const PatternShape& shape, bool causal, double density);
+// The stride of a density: see patterns.h.
+int64_t stride_for_density(const PatternShape& shape, bool causal, double density, Budget budget);
 
 // Defaults that the header documents.
 inline constexpr int64_t kDefaultGlobalTokens = 64;

@@ -81,6 +81,20 @@ PatternKind pattern_kind(std::string_view name) {
   fail("pattern", fmt::format("\"{}\"", name), allowed);
 }
 
+std::string_view name_of(Budget budget) {
+  switch (budget) {
+    case Budget::even: return "even";
+    case Budget::proportional: return "proportional";
+  }
+  fail("budget", fmt::to_string(static_cast<int>(budget)), "a Budget");
+}
+
+Budget budget_of_name(std::string_view name) {
+  if (name == "even") return Budget::even;
+  if (name == "proportional") return Budget::proportional;
+  fail("budget", fmt::format("\"{}\"", name), "even, proportional");
+}
+
 void check_spec(const PatternSpec& spec) {
   using enum PatternKind;
   const std::string_view kind = name_of(spec.kind);
@@ -135,6 +149,7 @@ void check_spec(const PatternSpec& spec) {
       break;
   }
 
+  name_of(spec.budget);
   check_density("density", spec.density, false);
   check_density("local_density", spec.local_density, false);
   check_density("global_density", spec.global_density, true);

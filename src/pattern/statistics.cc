@@ -36,8 +36,9 @@ double share(int64_t part, int64_t whole) {
 
 }  // namespace
 
-PatternStatistics statistics(const BlockPattern& pattern, bool causal) {
+PatternStatistics statistics(const BlockPattern& pattern, std::optional<bool> asked) {
   const BlockPatternView view = pattern.view();
+  const bool causal = resolve_causal(view.shape, asked);
   const PatternShape& shape = view.shape;
   const int64_t groups = shape.batches * shape.heads;
   PatternStatistics out;
