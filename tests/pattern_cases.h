@@ -60,20 +60,21 @@ inline BlockPattern random_pattern(Random& random, const PatternShape& shape, do
   return BlockPattern::from_csr(shape, indptr, indices, bitmap_index, bitmaps);
 }
 
-// Token matrix [batches, heads, Sq, Sk] of what the pattern admits.
+// Token matrix [batches, heads, Sq, Sk] of what the pattern admits, its causality included.
 inline std::vector<uint8_t> dense_tokens(const BlockPattern& pattern) {
   const BlockPatternView v = pattern.view();
   const PatternShape& s = v.shape;
   std::vector<uint8_t> out(static_cast<size_t>(s.batches * s.heads * s.seqlen_q * s.seqlen_k), 0);
   for (int64_t g = 0; g < s.batches * s.heads; ++g) {
     for (int64_t q = 0; q < s.seqlen_q; ++q) {
-      const int64_t r = g * s.rows() + q / s.block_q;
+      const int64_t r = g * s.rows() + s.row_of(q);
       for (int64_t e = v.indptr[r]; e < v.indptr[r + 1]; ++e) {
         const uint64_t* bits = v.bitmap(e);
-        if (bits != nullptr) bits += q % s.block_q * s.bitmap_words();
+        if (bits != nullptr) bits += s.row_in_block(q) * s.bitmap_words();
         for (int64_t k = 0; k < s.block_k; ++k) {
           const int64_t key = v.indices[e] * int64_t{s.block_k} + k;
           const bool admitted = bits == nullptr || (bits[k / 64] >> (k % 64) & 1) != 0;
+          if (s.causal && key > q + s.diagonal()) continue;
           if (key < s.seqlen_k) out[(g * s.seqlen_q + q) * s.seqlen_k + key] = admitted;
         }
       }

@@ -10,6 +10,7 @@
 
 #include "pattern_cases.h"
 #include "tessera/error.h"
+#include "tessera/pattern_combine.h"
 #include "tessera/pattern_statistics.h"
 #include "tessera/patterns.h"
 
@@ -58,8 +59,51 @@ struct Definition {
     const int64_t last = std::min((i + 1) * spec.block_q, spec.seqlen_q) - 1;
     return std::max<int64_t>(0, last + spec.seqlen_k - spec.seqlen_q) / spec.block_k;
   }
-  static int64_t budget(double density, int64_t count) {
+  static int64_t proportional(double density, int64_t count) {
     return count == 0 ? 0 : std::max<int64_t>(1, static_cast<int64_t>(std::floor(density * count + 0.5)));
+  }
+  // What a row may keep, and what it keeps whatever the budget says.
+  struct Room {
+    int64_t least, most;
+  };
+  // The b of Budget::even: every number is tried.
+  static int64_t even(double density, const std::vector<Room>& rooms) {
+    int64_t best = 1, longest = 1;
+    double wanted = 0, nearest = -1;
+    for (const Room& r : rooms) {
+      wanted += static_cast<double>(r.most);
+      longest = std::max(longest, r.most);
+    }
+    wanted *= density;
+    for (int64_t b = 1; b <= longest; ++b) {
+      int64_t kept = 0;
+      for (const Room& r : rooms) kept += std::max(r.least, std::min(b, r.most));
+      const double away = std::abs(static_cast<double>(kept) - wanted);
+      if (nearest < 0 || away <= nearest) {
+        nearest = away;
+        best = b;
+      }
+    }
+    return best;
+  }
+  // Of a row with `count` admissible columns. Rooms are asked for where rows share a number.
+  template <class Rooms>
+  int64_t budget(double density, int64_t count, Rooms rooms) const {
+    return spec.budget == Budget::even ? std::min(even(density, rooms()), count) : proportional(density, count);
+  }
+  mutable std::optional<int64_t> each;  // Budget::even of spec.density, once it has been asked for
+  int64_t budget(int64_t count) const {
+    if (spec.budget == Budget::proportional) return proportional(*spec.density, count);
+    if (!each) {
+      std::vector<Room> rooms;
+      for (int64_t i = 0; i < shape.rows(); ++i) {
+        const Columns all = admissible_columns(i);
+        if (all.empty()) continue;
+        rooms.push_back({static_cast<int64_t>(kept_anyway(i, all).size()), static_cast<int64_t>(all.size())});
+      }
+      each = even(*spec.density, rooms);
+    }
+    return std::min(*each, count);
   }
   std::vector<int64_t> nearest_first(const Columns& columns, int64_t d) const {
     std::vector<int64_t> list(columns.begin(), columns.end());
@@ -84,7 +128,7 @@ struct Definition {
   Columns dilated_sparse(int64_t i, const Columns& all) const {
     std::vector<int64_t> rates = spec.dilation_rates;
     if (rates.empty()) rates = {1, 2, 4, 8, 16};
-    const int64_t d = diagonal(i), size = budget(*spec.density, static_cast<int64_t>(all.size()));
+    const int64_t d = diagonal(i), size = budget(static_cast<int64_t>(all.size()));
     Columns kept{d};
     for (bool added = true; added && static_cast<int64_t>(kept.size()) < size;) {
       added = false;
@@ -113,16 +157,20 @@ struct Definition {
   }
   int64_t stride() const {
     if (spec.stride) return *spec.stride;
-    for (int64_t s = 1; s < shape.cols(); ++s) {
-      int64_t kept = 0, allowed = 0;
+    const bool even = spec.budget == Budget::even;
+    double before = 0;  // pairs too many at the stride before
+    for (int64_t s = 1;; ++s) {
+      double kept = 0, allowed = 0;
       for (int64_t i = 0; i < shape.rows(); ++i) {
         const Columns all = admissible_columns(i);
-        kept += static_cast<int64_t>(strided(i, all, s).size());
-        allowed += budget(*spec.density, static_cast<int64_t>(all.size()));
+        const int64_t count = static_cast<int64_t>(all.size());
+        kept += static_cast<double>(strided(i, all, s).size());
+        allowed +=
+            even ? *spec.density * static_cast<double>(count) : static_cast<double>(proportional(*spec.density, count));
       }
-      if (kept <= allowed) return s;
+      if (kept <= allowed || s >= shape.cols()) return even && s > 1 && before <= allowed - kept ? s - 1 : s;
+      before = kept - allowed;
     }
-    return std::max<int64_t>(1, shape.cols());
   }
 
   Columns dilated_segments(int64_t i, const Columns& all, int64_t head) const {
@@ -149,25 +197,65 @@ struct Definition {
     const int64_t rank = rank_of_row(i);
     int64_t last_row = i;
     while (last_row + 1 < shape.rows() && rank_of_row(last_row + 1) == rank) ++last_row;
-    Columns own, kept{diagonal(i)};
-    for (int64_t j : all) {
-      if (rank_of_col(j) == rank) own.insert(j);
-    }
-    Columns near;
-    fill_nearest(own, diagonal(i), budget(spec.local_density.value_or(spec.density.value_or(0)), own.size()), near);
+    const auto own_columns = [&](int64_t row) {
+      Columns own;
+      for (int64_t j : admissible_columns(row)) {
+        if (rank_of_col(j) == rank_of_row(row)) own.insert(j);
+      }
+      return own;
+    };
+    const auto local_rooms = [&] {
+      std::vector<Room> rooms;
+      for (int64_t r = 0; r < shape.rows(); ++r) {
+        const int64_t room = static_cast<int64_t>(own_columns(r).size());
+        if (room > 0) rooms.push_back({1, room});
+      }
+      return rooms;
+    };
+    const Columns own = own_columns(i);
+    Columns near, kept{diagonal(i)};
+    fill_nearest(own, diagonal(i),
+                 budget(spec.local_density.value_or(spec.density.value_or(0)), own.size(), local_rooms), near);
     kept.insert(near.begin(), near.end());
     for (bool inside : {true, false}) {
       const std::optional<double>& own_density = inside ? spec.global_density : spec.inter_node_density;
       const double density = own_density.value_or(spec.density.value_or(0));
-      std::vector<int64_t> far;
-      for (int64_t j : admissible_columns(last_row)) {
-        if (rank_of_col(j) != rank && (node(rank_of_col(j)) == node(rank)) == inside) far.push_back(j);
-      }
-      const int64_t room = static_cast<int64_t>(far.size()), count = density > 0 ? budget(density, room) : 0;
+      const auto far_columns = [&](int64_t of_rank, int64_t last) {
+        std::vector<int64_t> far;
+        for (int64_t j : admissible_columns(last)) {
+          if (rank_of_col(j) != of_rank && (node(rank_of_col(j)) == node(of_rank)) == inside) far.push_back(j);
+        }
+        return far;
+      };
+      const auto far_rooms = [&] {
+        std::vector<Room> rooms;
+        for (int64_t r = 0; r < shape.rows(); ++r) {
+          if (r + 1 < shape.rows() && rank_of_row(r + 1) == rank_of_row(r)) continue;
+          const int64_t room = static_cast<int64_t>(far_columns(rank_of_row(r), r).size());
+          if (room > 0) rooms.push_back({1, room});
+        }
+        return rooms;
+      };
+      const std::vector<int64_t> far = far_columns(rank, last_row);
+      const int64_t room = static_cast<int64_t>(far.size());
+      const int64_t count = density > 0 ? budget(density, room, far_rooms) : 0;
       for (int64_t n = 0; n < count; ++n) {
         const int64_t j = far[(2 * n + 1) * room / (2 * count)];
         if (all.count(j)) kept.insert(j);
       }
+    }
+    return kept;
+  }
+
+  // What row i keeps whatever its budget.
+  Columns kept_anyway(int64_t i, const Columns& all) const {
+    const int64_t d = diagonal(i), tokens = spec.global_tokens.value_or(64);
+    Columns kept{d};
+    if (spec.kind != PatternKind::global_local && spec.kind != PatternKind::bigbird) return kept;
+    for (int64_t j : all) {
+      const bool global = i < blocks(tokens, spec.block_q) || j < blocks(tokens, spec.block_k);
+      const bool near = spec.window ? in_window(i, j) : spec.kind == PatternKind::bigbird && std::abs(j - d) <= 1;
+      if (global || near) kept.insert(j);
     }
     return kept;
   }
@@ -183,7 +271,7 @@ struct Definition {
       case PatternKind::causal: return all;
       case PatternKind::local_window:
         if (!spec.window) {
-          fill_nearest(all, d, budget(*spec.density, count), kept);
+          fill_nearest(all, d, budget(count), kept);
           return kept;
         }
         for (int64_t j : all) {
@@ -196,15 +284,9 @@ struct Definition {
       case PatternKind::random: return {d};
       case PatternKind::global_local:
       case PatternKind::bigbird: {
-        const int64_t tokens = spec.global_tokens.value_or(64);
-        kept.insert(d);
-        for (int64_t j : all) {
-          const bool global = i < blocks(tokens, spec.block_q) || j < blocks(tokens, spec.block_k);
-          const bool near = spec.window ? in_window(i, j) : spec.kind == PatternKind::bigbird && std::abs(j - d) <= 1;
-          if (global || near) kept.insert(j);
-        }
+        kept = kept_anyway(i, all);
         if (spec.kind == PatternKind::global_local && !spec.window) {
-          fill_nearest(all, d, budget(*spec.density, count), kept);
+          fill_nearest(all, d, budget(count), kept);
         }
         return kept;
       }
@@ -225,6 +307,7 @@ PatternSpec random_spec(Random& random, PatternKind kind) {
   s.block_k = shape.block_k;
   s.heads = random.in(1, 3);
   s.causal = random.chance(0.5);
+  s.budget = random.chance(0.6) ? Budget::even : Budget::proportional;
   s.seed = random.word();
   const auto density = [&] { return random.chance(0.1) ? 1.0 : 0.01 + 0.98 * random.unit(); };
   switch (kind) {
@@ -273,6 +356,7 @@ std::string describe(const PatternSpec& s) {
   std::string text = std::string(name_of(s.kind)) + " Sq " + std::to_string(s.seqlen_q) + " Sk " +
                      std::to_string(s.seqlen_k) + " block_q " + std::to_string(s.block_q) + " block_k " +
                      std::to_string(s.block_k) + (s.causal ? " causal" : "");
+  text += s.budget == Budget::even ? " even" : " proportional";
   if (s.density) text += " density " + std::to_string(*s.density);
   if (s.window) text += " window " + std::to_string(*s.window);
   if (s.stride) text += " stride " + std::to_string(*s.stride);
@@ -301,10 +385,47 @@ TEST_P(PatternKinds, AgreesWithItsDefinition) {
         if (drawn) {
           ASSERT_TRUE(std::includes(got.begin(), got.end(), certain.begin(), certain.end())) << "row " << i;
           ASSERT_TRUE(std::includes(all.begin(), all.end(), got.begin(), got.end())) << "row " << i;
-          const int64_t budget = Definition::budget(*spec.density, static_cast<int64_t>(all.size()));
+          const int64_t budget = definition.budget(static_cast<int64_t>(all.size()));
           ASSERT_EQ(static_cast<int64_t>(got.size()), std::max<int64_t>(budget, certain.size())) << "row " << i;
         } else {
           ASSERT_EQ(got, certain) << "head " << h << " row " << i;
+        }
+      }
+    }
+  }
+}
+
+// A token sees the same blocks in the pattern of the whole, in rows taken out of it, and in rows made alone: steps of
+// one token, chunks that begin inside a block, everything.
+TEST_P(PatternKinds, RowsOfALongerSequenceAreThoseOfTheWhole) {
+  Random random(71 + static_cast<uint64_t>(GetParam()));
+  for (int n = 0; n < 60; ++n) {
+    PatternSpec spec = random_spec(random, GetParam());
+    spec.seqlen_k = spec.seqlen_q;
+    const BlockPattern whole = make_pattern(spec);
+    const std::vector<uint8_t> tokens = testing::dense_tokens(whole);
+    for (int m = 0; m < 4; ++m) {
+      const int64_t begin = random.in(0, spec.seqlen_q - 1);
+      const int64_t end = random.chance(0.4) ? begin + 1 : random.in(begin, spec.seqlen_q);
+      SCOPED_TRACE(describe(spec) + " queries " + std::to_string(begin) + ".." + std::to_string(end));
+      const BlockPattern taken = for_queries(whole, begin, end);
+      PatternSpec rows = spec;
+      rows.seqlen_q = end - begin;
+      rows.q_offset = begin;
+      rows.seqlen_total = spec.seqlen_q;
+      if (whole.shape().causal) rows.seqlen_k = end;
+      const BlockPattern made = make_pattern(rows);
+      ASSERT_TRUE(taken.shape() == made.shape());
+      ASSERT_TRUE(taken == made);
+      ASSERT_EQ(taken.hash(), made.hash());
+      const PatternShape& s = taken.shape();
+      ASSERT_EQ(s.seqlen_k, whole.shape().causal ? end : spec.seqlen_q);
+      const std::vector<uint8_t> part = testing::dense_tokens(taken);
+      for (int64_t h = 0; h < spec.heads; ++h) {
+        for (int64_t q = 0; q < s.seqlen_q; ++q) {
+          const uint8_t* all = tokens.data() + (h * spec.seqlen_q + begin + q) * spec.seqlen_q;
+          ASSERT_TRUE(std::equal(all, all + s.seqlen_k, part.begin() + (h * s.seqlen_q + q) * s.seqlen_k));
+          ASSERT_EQ(std::count(all + s.seqlen_k, all + spec.seqlen_q, 1), 0);
         }
       }
     }
@@ -389,6 +510,7 @@ TEST(DilatedSparse, UsesRoomThatTheRowAboveLacked) {
   spec.causal = true;
   spec.dilation_rates = {1, 4};
   spec.density = 0.65;
+  spec.budget = Budget::proportional;
   EXPECT_EQ(columns_of(make_pattern(spec), 0, 3), (Columns{1, 2, 3}));
   EXPECT_EQ(columns_of(make_pattern(spec), 0, 4), (Columns{0, 3, 4}));
 }
@@ -404,6 +526,22 @@ TEST(Budget, RoundsHalvesUpAndKeepsOne) {
   const PatternStatistics s = statistics(make_pattern(spec));
   EXPECT_EQ(s.kept_blocks, 64);
   EXPECT_EQ(s.diagonal_density, 1);
+}
+
+// Rows of 1 to 8 admissible columns: 3 each, capped, is 21 of 36, nearer to half (18) than 2 each (15)? Both are 3
+// away: the larger.
+TEST(Budget, EvenIsTheNearestNumberForAllRows) {
+  const std::vector<int64_t> rooms = {1, 2, 3, 4, 5, 6, 7, 8};
+  EXPECT_EQ(even_budget(0.5, rooms), 3);
+  EXPECT_EQ(even_budget(1e-9, rooms), 1);
+  EXPECT_EQ(even_budget(1.0, rooms), 8);
+  EXPECT_EQ(even_budget(0.5, {}), 1);
+  PatternSpec spec = spec_of(PatternKind::local_window, 128, 16);
+  spec.causal = true;
+  spec.density = 0.5;
+  EXPECT_EQ(make_pattern(spec).num_blocks(), 21);
+  spec.budget = Budget::proportional;
+  EXPECT_EQ(make_pattern(spec).num_blocks(), 1 + 1 + 2 + 2 + 3 + 3 + 4 + 4);
 }
 
 // 64 columns, 16 a row, 400 seeds, row 20: each column but the diagonal is kept with p = 15/63. Six standard
@@ -468,6 +606,32 @@ void expect_error(const PatternSpec& spec, const std::string& argument) {
     EXPECT_EQ(e.argument(), argument) << e.what();
     EXPECT_NE(std::string(e.what()).find("allowed"), std::string::npos);
   }
+}
+
+TEST(PatternSpecErrors, RowsOfALongerSequence) {
+  PatternSpec s = spec_of(PatternKind::local_window, 100, 16);
+  s.density = 0.5;
+  s.causal = true;
+  s.seqlen_total = 200;
+  expect_error(s, "seqlen_total");  // of what?
+  s.q_offset = 60;
+  expect_error(s, "seqlen_k");  // 60 + 100 > 100
+  s.seqlen_k = 160;
+  s.seqlen_total = 159;
+  expect_error(s, "seqlen_total");
+  s.seqlen_total = int64_t{1} << 62;
+  expect_error(s, "seqlen_total");
+  s.seqlen_total = 200;
+  EXPECT_EQ(make_pattern(s).shape().q_skip, 60 % 16);
+  s.q_offset = -1;
+  expect_error(s, "q_offset");
+  s.q_offset = std::numeric_limits<int64_t>::max();
+  expect_error(s, "q_offset");
+  s.q_offset = 60;
+  s.causal = false;
+  expect_error(s, "seqlen_k");  // sees all 200
+  s.seqlen_k = 200;
+  EXPECT_EQ(make_pattern(s).shape().seqlen_k, 200);
 }
 
 TEST(PatternSpecErrors, MissingOptionsAreNamed) {
