@@ -61,9 +61,10 @@ TEST(PatternCache, GivesWhatMakePatternGivesAndMakesItOnce) {
 // count of changes must be that of its names.
 TEST(PatternCache, AnyChangedFieldMisses) {
   PatternSpec spec;
-  auto& [kind, seqlen_q, seqlen_k, block_q, block_k, heads, causal, density, window, dilation_rates, segment_lengths,
-         global_tokens, stride, seed, ranks, ranks_per_node, local_density, global_density, inter_node_density] = spec;
-  const std::array<std::function<void()>, 19> changes = {
+  auto& [kind, seqlen_q, seqlen_k, block_q, block_k, heads, causal, density, budget, q_offset, seqlen_total, window,
+         dilation_rates, segment_lengths, global_tokens, stride, seed, ranks, ranks_per_node, local_density,
+         global_density, inter_node_density] = spec;
+  const std::array<std::function<void()>, 22> changes = {
       [&] { kind = PatternKind::bigbird; },
       [&] { seqlen_q = 1; },
       [&] { seqlen_k = 1; },
@@ -72,6 +73,9 @@ TEST(PatternCache, AnyChangedFieldMisses) {
       [&] { heads = 2; },
       [&] { causal = true; },
       [&] { density = 0.0; },  // is not "not given"
+      [&] { budget = Budget::proportional; },
+      [&] { q_offset = 0; },
+      [&] { seqlen_total = 0; },
       [&] { window = 0; },
       [&] { dilation_rates = {0}; },
       [&] { segment_lengths = {0}; },

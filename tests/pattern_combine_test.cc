@@ -191,5 +191,112 @@ TEST(Combine, TransposeSwapsTokens) {
   }
 }
 
+// A shape that stands somewhere: causal or not, with a position of its own or without, beginning inside a block or not.
+PatternShape placed_shape(Random& random, int64_t heads = 1, int64_t batches = 1) {
+  PatternShape s = testing::random_shape(random, heads, batches);
+  s.causal = random.chance(0.6);
+  if (random.chance(0.6)) s.q_offset = random.in(-50, 450);
+  if (random.chance(0.6)) s.q_skip = static_cast<int>(random.in(0, s.block_q - 1));
+  return s;
+}
+
+// subtract is "and not"; complement is "not" among the admissible pairs.
+TEST(Combine, SubtractAndComplementAreTokenExact) {
+  Random random(37);
+  for (int n = 0; n < 150; ++n) {
+    PatternShape s = placed_shape(random, 2, 1);
+    const BlockPattern x = random_pattern(random, s, 0.6);
+    if (!s.placed() && random.chance(0.5))
+      s.q_offset = random.in(-50, 450);  // stands anywhere, beside one that does not
+    if (x.shape().causal && random.chance(0.5)) s.causal = false;
+    s.heads = random.in(1, 2);
+    const BlockPattern y = random_pattern(random, s, 0.6);
+    const std::vector<uint8_t> tx = broadcast_tokens(x, 2, 1), ty = broadcast_tokens(y, 2, 1);
+    const std::vector<uint8_t> rest = dense_tokens(subtract(x, y)), not_x = dense_tokens(complement(x));
+    const PatternShape& shape = x.shape();
+    for (int64_t h = 0, t = 0; h < 2; ++h) {
+      for (int64_t q = 0; q < shape.seqlen_q; ++q) {
+        for (int64_t k = 0; k < shape.seqlen_k; ++k, ++t) {
+          ASSERT_EQ(rest[t], tx[t] & !ty[t]);
+          const bool admissible = !shape.causal || k <= q + shape.diagonal();
+          ASSERT_EQ(not_x[t], admissible && !tx[t]) << "query " << q << " key " << k;
+        }
+      }
+    }
+    EXPECT_TRUE(complement(complement(x)) == intersect(x, complement(random_pattern(random, shape, 0.0))));
+  }
+}
+
+TEST(Combine, CausalityIsNeitherLostNorInvented) {
+  Random random(38);
+  for (int n = 0; n < 100; ++n) {
+    PatternShape s = placed_shape(random, 1, 2);
+    s.causal = false;
+    const BlockPattern open = random_pattern(random, s, 0.5), causal = make_causal(open);
+    ASSERT_TRUE(causal.shape().causal);
+    const std::vector<uint8_t> all = dense_tokens(open), past = dense_tokens(causal);
+    size_t t = 0;
+    for (int64_t b = 0; b < s.batches; ++b) {
+      for (int64_t q = 0; q < s.seqlen_q; ++q) {
+        for (int64_t k = 0; k < s.seqlen_k; ++k, ++t) ASSERT_EQ(past[t], all[t] && k <= q + s.diagonal());
+      }
+    }
+    const BlockPattern spelled = without_causality(causal);
+    EXPECT_FALSE(spelled.shape().causal);
+    EXPECT_EQ(dense_tokens(spelled), past);
+    EXPECT_EQ(dense_tokens(intersect(causal, open)), past);
+    EXPECT_TRUE(intersect(open, causal).shape().causal);
+    expect_error("causal", [&] { unite(open, causal); });
+    expect_error("causal", [&] { subtract(open, causal); });
+    expect_error("q_offset", [&] { make_causal(causal, s.diagonal() + 1); });
+    PatternShape elsewhere = causal.shape();
+    elsewhere.q_offset = s.diagonal() + 1;
+    expect_error("q_offset", [&] { intersect(causal, random_pattern(random, elsewhere, 0.5)); });
+    if (s.q_skip != 0) {
+      expect_error("pattern", [&] { transpose(causal); });
+      continue;
+    }
+    const std::vector<uint8_t> turned = dense_tokens(transpose(causal));
+    for (int64_t b = 0; b < s.batches; ++b) {
+      for (int64_t q = 0; q < s.seqlen_q; ++q) {
+        for (int64_t k = 0; k < s.seqlen_k; ++k) {
+          ASSERT_EQ(turned[(b * s.seqlen_k + k) * s.seqlen_q + q], past[(b * s.seqlen_q + q) * s.seqlen_k + k]);
+        }
+      }
+    }
+  }
+}
+
+// Slices and rows of what stands somewhere, twice over: each token keeps its pairs.
+TEST(Combine, PartsOfPlacedPatternsKeepTheirPairs) {
+  Random random(39);
+  for (int n = 0; n < 150; ++n) {
+    const PatternShape s = placed_shape(random);
+    const BlockPattern p = random_pattern(random, s, 0.6);
+    const std::vector<uint8_t> whole = dense_tokens(p);
+    const auto expect_part = [&](const BlockPattern& part, int64_t q0, int64_t k0) {
+      const PatternShape& t = part.shape();
+      const std::vector<uint8_t> tokens = dense_tokens(part);
+      for (int64_t q = 0; q < t.seqlen_q; ++q) {
+        for (int64_t k = 0; k < t.seqlen_k; ++k) {
+          ASSERT_EQ(tokens[q * t.seqlen_k + k], whole[(q0 + q) * s.seqlen_k + k0 + k]) << q0 + q << ", " << k0 + k;
+        }
+      }
+    };
+    const int64_t begin = random.in(0, s.seqlen_q), end = random.in(begin, s.seqlen_q);
+    const BlockPattern rows = for_queries(p, begin, end);
+    expect_part(rows, begin, 0);
+    EXPECT_EQ(rows.shape().diagonal(), s.diagonal() + begin);
+    const int64_t inner = random.in(0, end - begin);
+    expect_part(for_queries(rows, inner, end - begin), begin + inner, 0);
+    EXPECT_TRUE(for_queries(p, begin + inner, end) == for_queries(rows, inner, end - begin));
+    const int64_t r = random.in(0, s.rows()), c = random.in(0, s.cols());
+    expect_part(slice(p, r, s.rows(), c, s.cols()), r == s.rows() ? s.seqlen_q : s.query_begin(r), c * s.block_k);
+    expect_part(slice(p, 0, r, 0, c), 0, 0);
+    expect_error("begin", [&] { for_queries(p, -1, 0); });
+    expect_error("end", [&] { for_queries(p, 0, s.seqlen_q + 1); });
+  }
+}
+
 }  // namespace
 }  // namespace tessera

@@ -8,6 +8,7 @@
 
 #include "pattern_cases.h"
 #include "tessera/error.h"
+#include "tessera/pattern_combine.h"
 #include "tessera/patterns.h"
 
 namespace tessera {
@@ -116,8 +117,11 @@ TEST(Statistics, OfDenseAndCausal) {
   EXPECT_EQ(dense.load_imbalance, 1);
   spec.kind = PatternKind::causal;
   const BlockPattern causal = make_pattern(spec);
+  EXPECT_EQ(statistics(causal).density, 1);
   EXPECT_EQ(statistics(causal, true).density, 1);
-  EXPECT_EQ(statistics(causal, false).density, 10.0 / 16);
+  EXPECT_THROW(statistics(causal, false), Error);
+  EXPECT_EQ(statistics(without_causality(causal)).density, 10.0 / 16);
+  EXPECT_EQ(statistics(for_queries(causal, 20, 40)).admissible_blocks, 2 + 3);
   EXPECT_EQ(statistics(causal, true).load_imbalance, 4 / 2.5);
   const PatternStatistics none = statistics(BlockPattern());
   EXPECT_EQ(none.kept_blocks + none.admissible_blocks + none.empty_rows, 0);

@@ -255,11 +255,14 @@ void BlockPattern::Storage::build_transposed() const {
 
 void BlockPattern::Storage::build_hash() const {
   uint64_t h = 0;
-  for (int64_t field :
-       {shape.seqlen_q, shape.seqlen_k, int64_t{shape.block_q}, int64_t{shape.block_k}, shape.heads, shape.batches,
-        int64_t{shape.causal}, int64_t{shape.q_offset.has_value()}, shape.q_offset.value_or(0), int64_t{shape.q_skip},
-        static_cast<int64_t>(indices.size()), static_cast<int64_t>(bitmaps.size())}) {
+  for (int64_t field : {shape.seqlen_q, shape.seqlen_k, int64_t{shape.block_q}, int64_t{shape.block_k}, shape.heads,
+                        shape.batches, static_cast<int64_t>(indices.size()), static_cast<int64_t>(bitmaps.size())}) {
     h = hash_word(h, static_cast<uint64_t>(field));
+  }
+  if (shape.placed() || shape.q_skip != 0) {
+    const uint64_t kind = uint64_t{shape.causal} | uint64_t{shape.q_offset.has_value()} << 1;
+    h = hash_word(h, kind | static_cast<uint64_t>(shape.q_skip) << 2);
+    h = hash_word(h, static_cast<uint64_t>(shape.q_offset.value_or(0)));
   }
   for (int64_t x : indptr) h = hash_word(h, static_cast<uint64_t>(x));
   const auto hash_pairs = [&h](const std::vector<int32_t>& v) {
