@@ -37,10 +37,13 @@ struct Dropout {
 
 struct AttentionOptions {
   std::optional<double> scale;  // softmax scale, finite; default 1 / sqrt(D)
-  // Position of query i is i + q_offset, of key j is j + k_offset. Default q_offset: Sk - Sq (bottom-right alignment).
+  // Position of query i is i + q_offset, of key j is j + k_offset. Default q_offset: where the pattern stands, else
+  // Sk - Sq (bottom-right alignment). A pattern that is causal or carries a position was made for one distance between
+  // query 0 and key 0: with another one the call is an Error, unless every pair that is admitted there is kept.
   std::optional<int64_t> q_offset;
   int64_t k_offset = 0;
-  bool causal = false;                  // admits keys at positions <= the query's
+  // Admits keys at positions <= the query's. Default: the pattern's own causality; false for a causal pattern is an Error
+  std::optional<bool> causal;
   std::optional<int64_t> window_left;   // tokens, >= 0: admits keys at most this far before the query
   std::optional<int64_t> window_right;  // tokens, >= 0: ... after the query (causal: none after it anyway)
   // [B] number of valid keys, each in 0..Sk. Empty: all Sk. Does not move the alignment, unless

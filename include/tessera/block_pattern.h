@@ -64,6 +64,11 @@ struct BlockPatternView {
     if (bitmap_index == nullptr || bitmap_index[entry] < 0) return nullptr;
     return bitmaps + static_cast<int64_t>(bitmap_index[entry]) * shape.block_q * shape.bitmap_words();
   }
+  // The row of that bitmap that belongs to a query of the entry's block row, [bitmap_words], or nullptr likewise.
+  const uint64_t* bitmap_row(int64_t entry, int64_t query) const {
+    const uint64_t* bits = bitmap(entry);
+    return bits == nullptr ? nullptr : bits + shape.row_in_block(query) * shape.bitmap_words();
+  }
 };
 
 // The same entries grouped by column (for gradients of keys and values).

@@ -97,8 +97,8 @@ int64_t dilated_pairs(int64_t seqlen, const Dilation& dilation, const AttentionO
 
 // The pairs of tokens that some (w, r) admits, as a pattern with token bitmaps, one head for each of `heads` (>= 1): to
 // look at and to measure coverage with. It is not dilated attention itself, where a pair counts as often as it is
-// admitted. Takes time and memory for every pair that is admitted.
-BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, bool causal, int64_t heads, int block_q,
-                             int block_k);
+// admitted. Takes time and memory for every pair that is admitted. causal: as AttentionOptions has it.
+BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, std::optional<bool> causal, int64_t heads,
+                             int block_q, int block_k);
 
 }  // namespace tessera

@@ -43,7 +43,7 @@ Rgb viridis(double v);
 struct PatternPicture {
   std::string title;
   int64_t batch = 0, head = 0;  // which one of the pattern's
-  bool causal = false;          // shades what causality excludes, and marks the pairs it cuts as partial
+  std::optional<bool> causal;   // shades what causality excludes, and marks the pairs it cuts as partial
   int size = 512;               // pixels of the longer side of the plot itself, 64..4096
   bool legend = true;
 };

@@ -125,15 +125,14 @@ MassMap attention_mass(const AnalysisInput& input, int block_q, int block_k, Exe
   map.row_tokens.resize(static_cast<size_t>(map.shape.total_rows()));
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t i = 0; i < rows; ++i) {
-      const Interval columns = analysis::admissible_columns(problem, b, i, block_q, block_k);
+      const Interval columns = analysis::admissible_columns(problem, b, i, map.shape);
       map.first.push_back(static_cast<int32_t>(columns.begin));
       map.last.push_back(static_cast<int32_t>(columns.end));
     }
   }
   const ScanPlan plan{.problem = &problem,
                       .outputs = false,
-                      .block_q = block_q,
-                      .block_k = block_k,
+                      .grid = map.shape,
                       .patterns = {},
                       .tokens = analysis::sample_tokens(problem.seqlen_q, 0, 0)};
   analysis::scan(plan, executor, [&](const RowBlock& row) {
@@ -153,6 +152,7 @@ Coverage coverage_of(const MassMap& mass, const BlockPattern& pattern) {
   const PatternShape& s = pattern.shape();
   const PatternShape& m = mass.shape;
   if (s.seqlen_q != m.seqlen_q || s.seqlen_k != m.seqlen_k || s.block_q != m.block_q || s.block_k != m.block_k ||
+      s.q_skip != m.q_skip ||
       (s.heads != 1 && s.heads != m.heads) || (s.batches != 1 && s.batches != m.batches)) {
     fail("pattern", "other lengths, block sizes, heads or batches", "those of the mass map (heads, batches: or 1)");
   }

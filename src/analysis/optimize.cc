@@ -193,7 +193,7 @@ OptimizeResult optimize(const MassMap& mass, bool causal, const OptimizeOptions&
 
 OptimizeResult optimize(const AnalysisInput& input, int block_q, int block_k, const OptimizeOptions& options,
                         Executor& executor) {
-  return optimize(attention_mass(input, block_q, block_k, executor), input.options.causal, options);
+  return optimize(attention_mass(input, block_q, block_k, executor), input.options.causal.value_or(false), options);
 }
 
 std::vector<QualityCurve> quality_curves(const AnalysisInput& input, std::span<const PatternSpec> specs,
@@ -208,7 +208,7 @@ std::vector<QualityCurve> quality_curves(const AnalysisInput& input, std::span<c
     spec.seqlen_k = mass.shape.seqlen_k;
     spec.block_q = block_q;
     spec.block_k = block_k;
-    spec.causal = input.options.causal;
+    spec.causal = input.options.causal.value_or(false);
     for (const double density : densities) {
       spec.density = density;
       patterns.push_back(make_pattern(spec));

@@ -6,7 +6,9 @@
 #include <fmt/format.h>
 
 #include "analysis/picture_canvas.h"
+#include "pattern/geometry.h"
 #include "tessera/error.h"
+#include "tessera/patterns.h"
 #include "tessera/picture.h"
 
 namespace tessera {
@@ -192,23 +194,20 @@ Image draw_pattern(const BlockPattern& pattern, const PatternPicture& options) {
   Axis x{shape.cols(), shape.seqlen_k, static_cast<double>(shape.block_k), 1};
   Axis y{shape.rows(), shape.seqlen_q, static_cast<double>(shape.block_q), 1};
   scale_axes(x, y, options.size);
-  const int64_t diagonal = shape.seqlen_k - shape.seqlen_q;  // query q sees keys up to q + diagonal
+  const int64_t diagonal = shape.diagonal();  // query q sees keys up to q + diagonal
+  const bool causal = resolve_causal(shape, options.causal);
 
   Coverage full(x, y), partial(x, y);
   int64_t kept = 0, admissible = 0;
   bool any_partial = false;
   for (int64_t i = 0; i < shape.rows(); ++i) {
-    const int64_t first_query = i * shape.block_q;
-    const int64_t last_query = std::min(first_query + shape.block_q, shape.seqlen_q) - 1;
-    const int64_t last_key = last_query + diagonal;
-    admissible += !options.causal ? shape.cols()
-                  : last_key < 0  ? 0
-                                  : std::min(shape.cols(), last_key / shape.block_k + 1);
+    const int64_t first_query = shape.query_begin(i);
+    admissible += admissible_cols(shape, causal, i);
     const int64_t row = view.row_id(options.batch, options.head, i);
     for (int64_t entry = view.indptr[row]; entry < view.indptr[row + 1]; ++entry) {
       const int64_t j = view.indices[entry];
       const int64_t block_end = std::min((j + 1) * shape.block_k, shape.seqlen_k);
-      const bool cut = options.causal && block_end - 1 > first_query + diagonal;
+      const bool cut = causal && block_end - 1 > first_query + diagonal;
       const bool is_partial = cut || view.bitmap(entry) != nullptr;
       any_partial |= is_partial;
       (is_partial ? partial : full).add(i, j);
@@ -223,7 +222,7 @@ Image draw_pattern(const BlockPattern& pattern, const PatternPicture& options) {
   std::vector<LegendEntry> legend{{"kept", kFull}};
   if (any_partial) legend.push_back({"partial", kPartial});
   legend.push_back({"skipped", kSkipped});
-  if (options.causal) legend.push_back({"future", kExcluded});
+  if (causal) legend.push_back({"future", kExcluded});
   // Past the plot by what the right margin leaves anyway.
   const int legend_width = std::max(x.pixels, 3 * kPixelsPerTick) + kPadding;
   const int legend_lines = options.legend ? draw_legend(legend, 0, 0, legend_width, nullptr) : 0;
@@ -232,10 +231,10 @@ Image draw_pattern(const BlockPattern& pattern, const PatternPicture& options) {
 
   for (int py = 0; py < y.pixels; ++py) {
     const double query = (py + 0.5) * static_cast<double>(y.blocks) / y.pixels;
-    const int64_t last_query = std::min((static_cast<int64_t>(query) + 1) * shape.block_q, shape.seqlen_q) - 1;
+    const int64_t last_query = shape.query_end(static_cast<int64_t>(query)) - 1;
     for (int px = 0; px < x.pixels; ++px) {
       const auto column = static_cast<int64_t>((px + 0.5) * static_cast<double>(x.blocks) / x.pixels);
-      const bool excluded = options.causal && column * shape.block_k > last_query + diagonal;
+      const bool excluded = causal && column * shape.block_k > last_query + diagonal;
       const float a = full.at(px, py), b = partial.at(px, py), both = a + b;
       Rgb color = excluded ? kExcluded : kSkipped;
       if (both > 0) {

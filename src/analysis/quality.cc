@@ -2,6 +2,7 @@
 #include <cmath>
 #include <map>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "analysis/scan.h"
@@ -57,7 +58,7 @@ void record(const RowBlock& row, int64_t head, size_t first_token, int64_t rows,
 Counts count_blocks(const Problem& problem, const BlockPatternView& pattern, int64_t b, int64_t h) {
   Counts counts;
   for (int64_t i = 0; i < pattern.shape.rows(); ++i) {
-    const Interval columns = analysis::admissible_columns(problem, b, i, pattern.shape.block_q, pattern.shape.block_k);
+    const Interval columns = analysis::admissible_columns(problem, b, i, pattern.shape);
     counts.admissible += columns.size();
     counts.kept += analysis::kept_blocks(pattern, pattern.row_id(b, h, i), columns);
   }
@@ -111,7 +112,7 @@ Quality summarise(const Problem& problem, const BlockPatternView& pattern, const
   return result;
 }
 
-// All patterns here have the same block sizes.
+// All patterns here have the same block sizes and causality and stand at the same place.
 void judge(const AnalysisInput& input, std::span<const BlockPattern> patterns, std::span<const size_t> which,
            const std::vector<int64_t>& tokens, Executor& executor, std::vector<Quality>* results) {
   const Input resolved(input, patterns[which[0]]);
@@ -128,8 +129,7 @@ void judge(const AnalysisInput& input, std::span<const BlockPattern> patterns, s
   }
   const ScanPlan plan{.problem = &problem,
                       .outputs = resolved.has_v(),
-                      .block_q = shape.block_q,
-                      .block_k = shape.block_k,
+                      .grid = shape,
                       .patterns = views,
                       .tokens = tokens};
   analysis::scan(plan, executor, [&](const RowBlock& row) {
@@ -149,15 +149,18 @@ std::vector<Quality> quality(const AnalysisInput& input, std::span<const BlockPa
                              const QualityOptions& options) {
   if (options.sample_rows < 0) fail("sample_rows", std::to_string(options.sample_rows), "at least 0 (0: all rows)");
   std::vector<Quality> results(patterns.size());
-  std::map<std::pair<int, int>, std::vector<size_t>> by_block_size;
+  std::map<std::tuple<int, int, int, bool, int64_t>, std::vector<size_t>> alike;
   for (size_t p = 0; p < patterns.size(); ++p) {
     const Input validated(input, patterns[p]);
-    by_block_size[{patterns[p].shape().block_q, patterns[p].shape().block_k}].push_back(p);
+    const PatternShape& s = patterns[p].shape();
+    const Problem& problem = validated.problem();
+    const int64_t diagonal = problem.batch > 0 ? problem.diagonal(0) : 0;
+    alike[{s.block_q, s.block_k, s.q_skip, problem.causal, diagonal}].push_back(p);
   }
   if (patterns.empty()) return results;
   const std::vector<int64_t> tokens =
       analysis::sample_tokens(patterns[0].shape().seqlen_q, options.sample_rows, options.seed);
-  for (const auto& [size, which] : by_block_size) judge(input, patterns, which, tokens, executor, &results);
+  for (const auto& [what, which] : alike) judge(input, patterns, which, tokens, executor, &results);
   return results;
 }
 

@@ -70,7 +70,7 @@ class RowScanner {
  public:
   RowScanner(const ScanPlan& plan, int64_t max_columns)
       : plan_(plan), problem_(*plan.problem), value_dim_(round_up(problem_.head_dim_v, kTileColumns)) {
-    const size_t rows = static_cast<size_t>(plan.block_q), keys = static_cast<size_t>(plan.block_k);
+    const size_t rows = static_cast<size_t>(plan.grid.block_q), keys = static_cast<size_t>(plan.grid.block_k);
     const size_t head_dim = static_cast<size_t>(problem_.head_dim), patterns = plan.patterns.size();
     const size_t outputs = plan.outputs ? rows * static_cast<size_t>(value_dim_) : 0;
     q_.resize(rows * head_dim);
@@ -108,7 +108,7 @@ class RowScanner {
     b_ = b, h_ = h, i_ = i;
     tokens_ = tokens;
     mask_ = problem_.mask(b);
-    columns_ = admissible_columns(problem_, b, i, plan_.block_q, plan_.block_k);
+    columns_ = admissible_columns(problem_, b, i, plan_.grid);
     start();
     bool finite = true;
     for (int64_t j = columns_.begin; j < columns_.end; ++j) finite = scan_tile(j) && finite;
@@ -121,7 +121,7 @@ class RowScanner {
   int64_t rows() const { return static_cast<int64_t>(tokens_.size()); }
   int64_t row_values() const { return rows() * value_dim_; }
   float* sparse(size_t pattern) { return sparse_.data() + pattern * (sparse_.size() / plan_.patterns.size()); }
-  double* share(size_t pattern) { return share_.data() + pattern * static_cast<size_t>(plan_.block_q); }
+  double* share(size_t pattern) { return share_.data() + pattern * static_cast<size_t>(plan_.grid.block_q); }
 
   void start() {
     const int64_t d = problem_.head_dim;
@@ -147,12 +147,12 @@ class RowScanner {
   // Only keys that some row of this row of blocks admits are read: the rest becomes zero, whatever lies in memory.
   void load_tile(int64_t j, Interval admitted) {
     const int64_t h = h_ / problem_.group();
-    const int64_t first = j * plan_.block_k;
+    const int64_t first = j * plan_.grid.block_k;
     const size_t size = size_of(problem_.dtype);
     std::fill(keys_.begin(), keys_.end(), 0.0f);
     for (int64_t k = admitted.begin; k < admitted.end; ++k) {
       load_row(problem_.k.at(b_, k, h, size), problem_.dtype, problem_.head_dim, keys_.data() + (k - first),
-               plan_.block_k);
+               plan_.grid.block_k);
     }
     if (!plan_.outputs) return;
     std::fill(values_.begin(), values_.end(), 0.0f);
@@ -163,8 +163,8 @@ class RowScanner {
   }
 
   bool scan_tile(int64_t j) {
-    const int64_t first = j * plan_.block_k;
-    const int64_t last = std::min(first + plan_.block_k, problem_.seqlen_k);
+    const int64_t first = j * plan_.grid.block_k;
+    const int64_t last = std::min(first + plan_.grid.block_k, problem_.seqlen_k);
     Interval admitted{last, first};
     for (int64_t r = 0; r < rows(); ++r) {
       const Interval keys = mask_.keys_of(tokens_[r], problem_.seqlen_k);
@@ -173,16 +173,16 @@ class RowScanner {
       end_[r] = static_cast<int32_t>(end - first);
       if (begin < end) admitted = {std::min(admitted.begin, begin), std::max(admitted.end, end)};
     }
-    const int64_t slot = (j - columns_.begin) * plan_.block_q;
+    const int64_t slot = (j - columns_.begin) * plan_.grid.block_q;
     if (admitted.empty()) {  // with sampled rows a block that the row of blocks admits may be out of their reach
       std::fill_n(tile_sum_.begin() + slot, rows(), 0.0f);
       std::fill_n(tile_max_.begin() + slot, rows(), 0.0f);
       return true;
     }
     load_tile(j, admitted);
-    multiply(q_.data(), keys_.data(), scores_.data(), rows(), problem_.head_dim, plan_.block_k);
+    multiply(q_.data(), keys_.data(), scores_.data(), rows(), problem_.head_dim, plan_.grid.block_k);
     if (adjusts_scores(problem_)) adjust_tile(first);
-    if (!softmax_numerators(scores_.data(), rows(), plan_.block_k, begin_.data(), end_.data(), max_.data(),
+    if (!softmax_numerators(scores_.data(), rows(), plan_.grid.block_k, begin_.data(), end_.data(), max_.data(),
                             rescale_.data(), sum_.data())) {
       return false;
     }
@@ -193,7 +193,7 @@ class RowScanner {
       tile_max_[slot + r] = max_[r];
     }
     if (plan_.outputs) {
-      multiply(scores_.data(), values_.data(), product_.data(), rows(), plan_.block_k, value_dim_);
+      multiply(scores_.data(), values_.data(), product_.data(), rows(), plan_.grid.block_k, value_dim_);
       add_to(dense_.data(), product_.data(), row_values());
     }
     for (size_t p = 0; p < plan_.patterns.size(); ++p) keep_tile(p, j);
@@ -202,7 +202,7 @@ class RowScanner {
 
   void adjust_tile(int64_t first) {
     for (int64_t r = 0; r < rows(); ++r) {
-      float* row = scores_.data() + r * plan_.block_k;
+      float* row = scores_.data() + r * plan_.grid.block_k;
       for (int32_t c = begin_[r]; c < end_[r]; ++c) {
         row[c] = static_cast<float>(adjusted(problem_, mask_, b_, h_, tokens_[r], first + c, row[c]));
       }
@@ -224,27 +224,25 @@ class RowScanner {
     int64_t& entry = next_entry_[p];
     while (entry < row_end && pattern.indices[entry] < j) ++entry;
     if (entry == row_end || pattern.indices[entry] != j) return;
-    const uint64_t* bitmap = pattern.bitmap(entry);
-    if (bitmap == nullptr) {
+    if (pattern.bitmap(entry) == nullptr) {
       for (int64_t r = 0; r < rows(); ++r) share(p)[r] += sum_[r];
       if (plan_.outputs) add_to(sparse(p), product_.data(), row_values());
       return;
     }
-    const int words = pattern.shape.bitmap_words();
     for (int64_t r = 0; r < rows(); ++r) {
-      const uint64_t* bits = bitmap + (tokens_[r] - i_ * plan_.block_q) * words;
+      const uint64_t* bits = pattern.bitmap_row(entry, tokens_[r]);
       double sum = 0;
-      for (int64_t c = 0; c < plan_.block_k; ++c) {
+      for (int64_t c = 0; c < plan_.grid.block_k; ++c) {
         const bool admits = bits[c / 64] >> (c % 64) & 1;
-        const float x = admits ? scores_[r * plan_.block_k + c] : 0.0f;
-        masked_[r * plan_.block_k + c] = x;
+        const float x = admits ? scores_[r * plan_.grid.block_k + c] : 0.0f;
+        masked_[r * plan_.grid.block_k + c] = x;
         sum += x;
       }
       share(p)[r] += sum;
     }
     if (!plan_.outputs) return;
     // Its own buffer: other patterns still need the whole block's product.
-    multiply(masked_.data(), values_.data(), masked_product_.data(), rows(), plan_.block_k, value_dim_);
+    multiply(masked_.data(), values_.data(), masked_product_.data(), rows(), plan_.grid.block_k, value_dim_);
     add_to(sparse(p), masked_product_.data(), row_values());
   }
 
@@ -252,7 +250,7 @@ class RowScanner {
     std::fill(mass_.begin(), mass_.end(), 0.0);
     for (int64_t c = 0; c < columns_.size(); ++c) {
       for (int64_t r = 0; r < rows(); ++r) {
-        const size_t slot = static_cast<size_t>(c * plan_.block_q + r);
+        const size_t slot = static_cast<size_t>(c * plan_.grid.block_q + r);
         if (tile_sum_[slot] == 0) continue;
         const double factor = tile_max_[slot] == max_[r] ? 1.0 : std::exp(double{tile_max_[slot]} - double{max_[r]});
         mass_[c] += tile_sum_[slot] * factor / total_[r];
@@ -287,9 +285,9 @@ class RowScanner {
     std::sort(best_.begin() + 1, best_.begin() + 1 + n, std::greater<>());
     for (int64_t c = 1; c <= n; ++c) best_[c] += best_[c - 1];
     // patterns.h: by |j - d|, the past first among equals; d holds the position of the row's last query.
-    const int64_t last_query = std::min((i_ + 1) * plan_.block_q, problem_.seqlen_q) - 1;
+    const int64_t last_query = plan_.grid.query_end(i_) - 1;
     const int64_t position = std::max<int64_t>(0, last_query + mask_.diagonal);
-    const int64_t d = std::clamp(position / plan_.block_k, columns_.begin, columns_.end - (n > 0 ? 1 : 0));
+    const int64_t d = std::clamp(position / plan_.grid.block_k, columns_.begin, columns_.end - (n > 0 ? 1 : 0));
     int64_t past = d, future = d + 1;
     for (int64_t c = 1; c <= n; ++c) {
       const bool take_past = past >= columns_.begin && (future >= columns_.end || d - past <= future - d);
@@ -355,14 +353,13 @@ class RowScanner {
 Input::Input(const AnalysisInput& input, const BlockPattern& pattern)
     : args_(forward_args(input, pattern)), has_v_(input.v.defined()), problem_(resolve(args_, Purpose::weights)) {}
 
-Interval admissible_columns(const Problem& problem, int64_t b, int64_t i, int block_q, int block_k) {
+Interval admissible_columns(const Problem& problem, int64_t b, int64_t i, const PatternShape& grid) {
   const MaskGeometry mask = problem.mask(b);
-  const int64_t first = i * block_q;
-  const int64_t last = std::min(first + block_q, problem.seqlen_q) - 1;
+  const int64_t first = grid.query_begin(i), last = grid.query_end(i) - 1;
   // Both ends of a query's keys grow with the query, and the intervals of neighbours touch: their union is one.
   const Interval keys{mask.keys_of(first, problem.seqlen_k).begin, mask.keys_of(last, problem.seqlen_k).end};
   if (keys.empty()) return {0, 0};
-  return {keys.begin / block_k, (keys.end - 1) / block_k + 1};
+  return {keys.begin / grid.block_k, (keys.end - 1) / grid.block_k + 1};
 }
 
 int64_t kept_blocks(const BlockPatternView& pattern, int64_t row, Interval columns) {
@@ -396,14 +393,14 @@ void scan(const ScanPlan& plan, Executor& executor, const std::function<void(con
   };
   std::vector<Row> rows;  // descending: under causality the longest first
   for (size_t end = plan.tokens.size(), begin = end; end > 0; end = begin) {
-    const int64_t i = plan.tokens[end - 1] / plan.block_q;
-    while (begin > 0 && plan.tokens[begin - 1] / plan.block_q == i) --begin;
+    const int64_t i = plan.grid.row_of(plan.tokens[end - 1]);
+    while (begin > 0 && plan.grid.row_of(plan.tokens[begin - 1]) == i) --begin;
     rows.push_back({i, std::span(plan.tokens).subspan(begin, end - begin)});
   }
   int64_t max_columns = 0;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (const Row& row : rows) {
-      const Interval columns = admissible_columns(problem, b, row.i, plan.block_q, plan.block_k);
+      const Interval columns = admissible_columns(problem, b, row.i, plan.grid);
       max_columns = std::max(max_columns, columns.size());
     }
   }

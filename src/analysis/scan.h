@@ -28,7 +28,7 @@ class Input {
 };
 
 // Block columns that some query of block row i admits, as [begin, end); they are contiguous.
-Interval admissible_columns(const Problem& problem, int64_t b, int64_t i, int block_q, int block_k);
+Interval admissible_columns(const Problem& problem, int64_t b, int64_t i, const PatternShape& grid);
 
 // Kept blocks of a pattern's row (BlockPatternView::row_id) in `columns`.
 int64_t kept_blocks(const BlockPatternView& pattern, int64_t row, Interval columns);
@@ -57,8 +57,8 @@ struct RowBlock {
 struct ScanPlan {
   const Problem* problem = nullptr;
   bool outputs = false;
-  int block_q = 0, block_k = 0;
-  std::span<const BlockPatternView> patterns;  // of these block sizes
+  PatternShape grid;                           // lengths, block sizes and q_skip: where rows and columns of blocks lie
+  std::span<const BlockPatternView> patterns;  // of this grid
   // Token rows judged, ascending; the same for every head.
   std::vector<int64_t> tokens;
 };

@@ -31,8 +31,7 @@ class WeightRows {
   // `first`: position of the row's first block in the result.
   void run(int64_t b, int64_t h, int64_t i, int64_t first) {
     const PatternShape& s = p_.pattern.shape;
-    const int64_t row = p_.pattern.row_id(b, h, i), begin = i * s.block_q;
-    const int64_t end = std::min(p_.seqlen_q, begin + s.block_q);
+    const int64_t row = p_.pattern.row_id(b, h, i), begin = s.query_begin(i), end = s.query_end(i);
     const int64_t blocks = p_.pattern.indptr[row + 1] - p_.pattern.indptr[row];
     const int64_t block_size = static_cast<int64_t>(s.block_q) * s.block_k;
     const MaskGeometry mask = p_.mask(b);

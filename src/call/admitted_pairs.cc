@@ -22,7 +22,7 @@ int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& opti
     const MaskGeometry mask = p.mask(b);
     for (int64_t h = 0; h < distinct_heads; ++h) {
       for (int64_t i = 0; i < s.rows(); ++i) {
-        const int64_t q_begin = i * s.block_q, q_end = std::min(s.seqlen_q, q_begin + s.block_q);
+        const int64_t q_begin = s.query_begin(i), q_end = s.query_end(i);
         const int64_t row = p.pattern.row_id(b, h, i);
         for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
           const int64_t k_begin = static_cast<int64_t>(p.pattern.indices[e]) * s.block_k;
@@ -41,7 +41,7 @@ int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& opti
               pairs += std::max<int64_t>(0, end - begin);
               continue;
             }
-            const uint64_t* words = bits + (q - q_begin) * s.bitmap_words();
+            const uint64_t* words = p.pattern.bitmap_row(e, q);
             for (int64_t w = begin / 64; w <= (end - 1) / 64; ++w) {
               const int64_t low = std::max<int64_t>(0, begin - w * 64), high = std::min<int64_t>(64, end - w * 64);
               const uint64_t inside = (~uint64_t{0} >> (64 - (high - low))) << low;

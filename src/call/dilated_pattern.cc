@@ -23,7 +23,7 @@ void add_pairs(const DilatedPlan& plan, const DilatedPart& part, int64_t h, cons
     const MaskGeometry mask = p.mask(b);
     const int64_t first = (part.segment + b) * group.segment + part.offset;
     for (int64_t i = 0; i < p.seqlen_q; ++i) {
-      const int64_t q = first + i * group.rate, row = p.pattern.row_id(b, h, i / inside.block_q);
+      const int64_t q = first + i * group.rate, row = p.pattern.row_id(b, h, inside.row_of(i));
       for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
         for_each_admitted_key(p, mask, i, e, [&](int64_t j) {
           const int64_t k = first + j * group.rate;
@@ -39,14 +39,15 @@ void add_pairs(const DilatedPlan& plan, const DilatedPart& part, int64_t h, cons
 
 }  // namespace
 
-BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, bool causal, int64_t heads, int block_q,
+BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, std::optional<bool> causal, int64_t heads, int block_q,
                              int block_k) {
-  const PatternShape shape{seqlen, seqlen, block_q, block_k, heads};
+  PatternShape shape{seqlen, seqlen, block_q, block_k, heads};
   check_shape(shape);
   AttentionOptions options;
   options.causal = causal;
   const Problem whole = sequence_without_tensors(seqlen, dilation, options, 1, heads);
   const DilatedPlan plan(whole, dilation, options, true);
+  shape.causal = plan.causal();
 
   BitmapTable table(shape);
   std::vector<int64_t> indptr{0};

@@ -4,13 +4,12 @@
 
 #include <algorithm>
 
+#include "pattern/geometry.h"
 #include "tessera/error.h"
 
 namespace tessera {
 
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // Rows offset, offset + rate, ... below `tokens`.
 int64_t rows_of(int64_t tokens, int64_t offset, int64_t rate) {
@@ -67,6 +66,9 @@ void check_dilated(const TensorView& q, const TensorView& k, const Dilation& dil
   }
   if (o.q_offset) fail("q_offset", fmt::format("{}", *o.q_offset), "none in dilated attention");
   if (o.k_offset != 0) fail("k_offset", fmt::format("{}", o.k_offset), "0 in dilated attention");
+  if (dilation.pattern && dilation.pattern->q_offset) {
+    fail("pattern", fmt::format("a q_offset of {}", *dilation.pattern->q_offset), "none in dilated attention");
+  }
   if (o.align_to_key_lengths) fail("align_to_key_lengths", "true", "false in dilated attention");
   if (o.block_bias.defined()) fail("block_bias", "a tensor", "none in dilated attention");
   if (o.sinks.defined()) fail("sinks", "a tensor", "none in dilated attention");
@@ -116,6 +118,9 @@ Dropout dropout_of(const Dropout& dropout, int64_t group) {
 
 DilatedPlan::DilatedPlan(const Problem& whole, const Dilation& dilation, const AttentionOptions& options, bool merge)
     : whole_(whole), dilation_(dilation), options_(options) {
+  if (dilation.pattern) {
+    whole_.causal = whole_.causal || dilation.pattern->causal || dilation.pattern->kind == PatternKind::causal;
+  }
   const int64_t n = whole.seqlen_q;
   if (n == 0 || whole.batch == 0 || whole.heads == 0) return;
   for (size_t i = 0; i < dilation.segment_lengths.size(); ++i) {
@@ -230,7 +235,7 @@ const BlockPattern& DilatedPlan::pattern_of(int64_t rows) {
   if (known != patterns_.end()) return known->second;
   PatternSpec spec = dilation_.pattern.value_or(PatternSpec{});
   spec.seqlen_q = spec.seqlen_k = rows;
-  spec.causal = spec.causal || options_.causal;
+  spec.causal = spec.causal || whole_.causal;
   BlockPattern pattern = dilation_.make ? dilation_.make(spec) : make_pattern(spec);
   const PatternShape& s = pattern.shape();
   if (s.seqlen_q != rows || s.seqlen_k != rows) {
@@ -238,6 +243,10 @@ const BlockPattern& DilatedPlan::pattern_of(int64_t rows) {
          fmt::format("{} x {}, the rows of a dilated segment", rows, rows));
   }
   if (s.batches != 1) fail("pattern", fmt::format("{} batches", s.batches), "1 in dilated attention");
+  if (s.q_offset && *s.q_offset != 0) {
+    fail("pattern", fmt::format("a q_offset of {}", *s.q_offset), "none, or 0, in dilated attention");
+  }
+  whole_.causal = resolve_causal(s, options_.causal) || whole_.causal;
   if (s.heads != 1 && s.heads != whole_.heads) {
     fail("pattern", fmt::format("{} heads", s.heads), fmt::format("1 or H = {}", whole_.heads));
   }

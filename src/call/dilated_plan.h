@@ -51,6 +51,7 @@ class DilatedPlan {
   // `merge`: segments of several batches may be one part, as evenly_spaced() holds for every tensor of the call.
   DilatedPlan(const Problem& whole, const Dilation& dilation, const AttentionOptions& options, bool merge);
 
+  bool causal() const { return whole_.causal; }
   const std::vector<DilatedGroup>& groups() const { return groups_; }
   const std::vector<DilatedPart>& parts() const { return parts_; }  // by group
   std::pair<size_t, size_t> parts_of(size_t group) const;           // first, last + 1

@@ -9,7 +9,9 @@
 #include "call/checks.h"
 #include "call/philox.h"
 #include "call/problem.h"
+#include "pattern/geometry.h"
 #include "tessera/error.h"
+#include "tessera/patterns.h"
 
 namespace tessera {
 
@@ -211,7 +213,7 @@ void check_position(const char* name, int64_t value) {
 
 // What of the options concerns masks; the lengths and the batch are set.
 void resolve_positions(const AttentionOptions& o, Problem& p) {
-  p.causal = o.causal;
+  p.causal = o.causal.value_or(false);
   if (o.window_left) {
     if (*o.window_left < 0) fail("window_left", fmt::format("{}", *o.window_left), ">= 0 tokens");
     p.window_left = std::min(*o.window_left, MaskGeometry::kUnlimited);
@@ -241,6 +243,44 @@ void resolve_positions(const AttentionOptions& o, Problem& p) {
   p.align_to_key_lengths = o.align_to_key_lengths;
 }
 
+// Whether every pair that causality (or nothing) admits with query 0 at position `diagonal` is kept: then the pattern
+// is as good there as where it was made.
+bool is_dense_at(const BlockPatternView& pattern, bool causal, int64_t diagonal) {
+  if (pattern.bitmap_index != nullptr) return false;
+  PatternShape s = pattern.shape;
+  s.q_offset = diagonal;
+  for (int64_t r = 0; r < s.total_rows(); ++r) {
+    const int64_t needed = admissible_cols(s, causal, r % s.rows());
+    const int64_t begin = pattern.indptr[r];
+    if (pattern.indptr[r + 1] - begin < needed) return false;
+    if (needed > 0 && pattern.indices[begin + needed - 1] != needed - 1) return false;
+  }
+  return true;
+}
+
+// Causality and position of a call and its pattern: what is not said is the pattern's, what contradicts it an Error.
+// Offsets and key lengths are set.
+void place_pattern(const AttentionOptions& o, Problem& p) {
+  const PatternShape& s = p.pattern.shape;
+  p.causal = resolve_causal(s, o.causal);
+  if (!s.placed()) return;
+  if (!p.q_offset_given && !(p.align_to_key_lengths && p.key_lengths)) {
+    p.q_offset_given = s.q_offset.has_value() || p.k_offset != 0;
+    if (p.q_offset_given) p.q_offset = s.diagonal() + p.k_offset;
+    return;
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.diagonal(b) == s.diagonal() || is_dense_at(p.pattern, p.causal, p.diagonal(b))) continue;
+    const std::string allowed =
+        fmt::format("query 0 at position {} of the keys, where the pattern was made (a pattern for other rows: "
+                    "for_queries(pattern, begin, end), or a spec with q_offset)", s.diagonal());
+    if (p.q_offset_given) {
+      fail("q_offset", fmt::format("{} with k_offset {}", p.q_offset, p.k_offset), allowed);
+    }
+    fail("key_lengths", fmt::format("{} for batch {}, with which query 0 is at position {}", p.key_length(b), b, p.diagonal(b)), allowed);
+  }
+}
+
 void set_pattern(const BlockPattern& pattern, Problem& p) {
   p.pattern = pattern.view();
   const PatternShape& s = p.pattern.shape;
@@ -255,6 +295,7 @@ void set_pattern(const BlockPattern& pattern, Problem& p) {
 // All but tensors and pattern, which are set.
 void resolve_rest(const ForwardArgs& args, Purpose purpose, Problem& p) {
   resolve_positions(args.options, p);
+  if (p.pattern.indptr != nullptr) place_pattern(args.options, p);
   if (args.page_table) resolve_pages(args, p);
   resolve_numbers(args.options, p);
   resolve_biases(args.options, p);
@@ -278,6 +319,7 @@ Problem resolve_mask(const BlockPattern& pattern, const AttentionOptions& option
   const PatternShape& s = pattern.shape();
   Problem p = resolve_mask(s.seqlen_q, s.seqlen_k, options, batch, heads);
   set_pattern(pattern, p);
+  place_pattern(options, p);
   return p;
 }
 

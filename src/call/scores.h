@@ -73,8 +73,7 @@ void for_each_admitted_key(const Problem& p, const MaskGeometry& mask, int64_t q
   Interval keys = mask.keys_of(q, p.seqlen_k);
   keys.begin = std::max(keys.begin, block_begin);
   keys.end = std::min(keys.end, block_begin + s.block_k);
-  const uint64_t* bits = p.pattern.bitmap(entry);
-  if (bits != nullptr) bits += (q % s.block_q) * s.bitmap_words();
+  const uint64_t* bits = p.pattern.bitmap_row(entry, q);
   for (int64_t k = keys.begin; k < keys.end; ++k) {
     const int64_t i = k - block_begin;
     if (bits == nullptr || (bits[i / 64] >> (i % 64) & 1)) visit(k);

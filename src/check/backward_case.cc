@@ -13,7 +13,7 @@ namespace {
 // Some key of the row has a weight above 0: admitted, and not -inf by its bias.
 bool sees_a_key(const Problem& p, const MaskGeometry& mask, int64_t b, int64_t h, int64_t q) {
   bool any = false;
-  const int64_t row = p.pattern.row_id(b, h, q / p.pattern.shape.block_q);
+  const int64_t row = p.pattern.row_id(b, h, p.pattern.shape.row_of(q));
   for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1] && !any; ++e) {
     for_each_admitted_key(p, mask, q, e, [&](int64_t k) { any = any || admits_by_bias(p, b, h, q, k); });
   }

@@ -53,7 +53,7 @@ class Part {
       const MaskGeometry mask = p_.mask(b);
       for (int64_t h = 0; h < p_.heads; ++h) {
         for (int64_t q = 0; q < p_.seqlen_q; ++q) {
-          const int64_t row = p_.pattern.row_id(b, h, q / p_.pattern.shape.block_q);
+          const int64_t row = p_.pattern.row_id(b, h, p_.pattern.shape.row_of(q));
           for (int64_t e = p_.pattern.indptr[row]; e < p_.pattern.indptr[row + 1]; ++e) {
             for_each_admitted_key(p_, mask, q, e, [&](int64_t k) {
               if (admits_by_bias(p_, b, h, q, k)) touch_pair(b, h, q, k, e);

@@ -76,10 +76,19 @@ BlockPattern Case::pattern(Random& r, int64_t seqlen_q, int64_t seqlen_k, int64_
     PatternSpec spec = named_pattern(r, heads);
     spec.seqlen_q = seqlen_q;
     spec.seqlen_k = seqlen_k;
+    if (c.pattern_placed && c.path != CheckPath::dilated && seqlen_q <= seqlen_k) {
+      spec.q_offset = r.between(0, seqlen_k - seqlen_q);
+      spec.seqlen_total = seqlen_k + (spec.causal || c.kind == PatternKind::causal ? r.between(0, 200) : 0);
+    }
     return make_pattern(spec);
   }
   PatternShape shape{
       seqlen_q, seqlen_k, c.block_q, c.block_k, std::max<int64_t>(1, heads), std::max<int64_t>(1, batches)};
+  shape.causal = c.pattern_causal;
+  if (c.pattern_placed) {
+    shape.q_skip = static_cast<int>(r.between(0, shape.block_q - 1));
+    if (c.path != CheckPath::dilated && r.chance(0.7)) shape.q_offset = r.between(-40, 40 + seqlen_k);
+  }
   std::vector<int64_t> indptr{0};
   std::vector<int32_t> indices, bitmap_index;
   std::vector<uint64_t> bitmaps;
@@ -119,7 +128,7 @@ void Case::make_options() {
   const CaseConfig& c = config_;
   AttentionOptions& o = options_;
   o.scale = c.scale;
-  o.causal = c.causal;
+  if (c.causal || (!c.pattern_causal && c.kind != PatternKind::causal && r.chance(0.5))) o.causal = c.causal;
   o.window_left = c.window_left;
   o.window_right = c.window_right;
   o.q_offset = c.q_offset;
@@ -221,6 +230,11 @@ Case::Case(const CaseConfig& config) : config_(config), random_(config.seed, 1) 
     patterns_.push_back(pattern(random_, c.seqlen_q, c.seqlen_k, pattern_heads, c.pattern_per_batch ? c.batch : 1));
     args_.pattern = patterns_[0];
     make_options();
+    // What the call says must agree with where the pattern stands.
+    if (const PatternShape& s = patterns_[0].shape(); s.placed()) {
+      if (options_.q_offset) options_.q_offset = s.diagonal() + options_.k_offset;
+      options_.align_to_key_lengths = false;
+    }
     const int64_t pages = c.batch * patterns_[0].shape().cols() + 2;
     const bool paged = c.path == CheckPath::paged;
     const int64_t kv_batch = paged ? pages : c.batch, kv_rows = paged ? c.block_k : c.seqlen_k;
@@ -284,7 +298,7 @@ void Case::fill_inputs() {
       const MaskGeometry mask = p.mask(b);
       for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t q = 0; q < p.seqlen_q; ++q) {
-          const int64_t row = p.pattern.row_id(b, h, q / p.pattern.shape.block_q);
+          const int64_t row = p.pattern.row_id(b, h, p.pattern.shape.row_of(q));
           bool any = false;
           for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
             bool used = false;

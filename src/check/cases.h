@@ -44,9 +44,10 @@ struct CaseConfig {
   bool pattern_per_head = false, pattern_per_batch = false;
   double density = 0.5;
   bool pattern_causal = false;
+  bool pattern_placed = false;  // stands somewhere: rows of a longer sequence, an offset, a first row inside a block
 
   std::optional<double> scale;
-  bool causal = false;
+  bool causal = false;  // said in the call; a causal pattern needs no saying
   std::optional<int64_t> window_left, window_right, q_offset;
   int64_t k_offset = 0;
   bool key_lengths = false, align_to_key_lengths = false;

@@ -35,6 +35,7 @@ void choose_pattern(Random& r, CaseConfig& c) {
                    PatternKind::global_local, PatternKind::strided, PatternKind::random, PatternKind::bigbird});
   c.density = r.pick({0.05, 0.2, 0.5, 0.8, 1.0});
   c.pattern_causal = r.chance(0.4);
+  c.pattern_placed = r.chance(0.3);
   c.pattern_per_head = r.chance(0.3);
   c.pattern_per_batch =
       r.chance(0.2) && c.source != PatternSource::named && c.path != CheckPath::varlen && c.path != CheckPath::dilated;
@@ -45,7 +46,7 @@ void choose_options(Random& r, CaseConfig& c) {
   // A third of the cases is plain, a third has one or two options, a third many.
   const double p = r.pick({0.0, 0.08, 0.3});
   if (r.chance(p)) c.scale = r.pick({0.0, -0.3, 0.05, 0.5, 1.0});
-  c.causal = c.pattern_causal ? r.chance(0.8) : r.chance(0.3);
+  c.causal = c.pattern_causal ? r.chance(0.5) : r.chance(0.3);
   if (r.chance(p)) c.window_left = r.pick<int64_t>({0, 1, 15, 16, 40, 64, 100, 1000000000000});
   if (r.chance(p)) c.window_right = r.pick<int64_t>({0, 1, 15, 16, 40, 64, 100});
   if (!dilated && r.chance(p)) c.k_offset = r.pick<int64_t>({-1000, -7, 3, 64, 5000000000});
@@ -168,6 +169,7 @@ std::string describe(const CaseConfig& c) {
   const char* source = c.source == PatternSource::random_csr ? "csr" : "bitmaps";
   text += fmt::format(" pattern={} density={}", c.source == PatternSource::named ? name_of(c.kind) : source, c.density);
   if (c.pattern_causal) text += " pattern_causal";
+  if (c.pattern_placed) text += " placed";
   if (c.pattern_per_head) text += " per_head";
   if (c.pattern_per_batch) text += " per_batch";
   if (c.scale) text += fmt::format(" scale={}", *c.scale);

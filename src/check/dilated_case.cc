@@ -58,7 +58,7 @@ const BlockPattern& Case::segment_pattern(int64_t rows) {
   const Dilation& dilation = dilated_.dilation;
   PatternSpec spec = dilation.pattern.value_or(PatternSpec{});
   spec.seqlen_q = spec.seqlen_k = rows;
-  spec.causal = spec.causal || options_.causal;
+  spec.causal = spec.causal || options_.causal.value_or(false);
   return segment_patterns_[rows] = dilation.make ? dilation.make(spec) : make_pattern(spec);
 }
 
@@ -80,6 +80,7 @@ void Case::make_segments() {
       p.k = rows_of(whole.k, s, h / whole.group(), p.dtype);
       p.v = rows_of(whole.v, s, h / whole.group(), p.dtype);
       p.pattern = segment_pattern(p.seqlen_q).view();
+      p.causal = p.causal || p.pattern.shape.causal;
       if (p.pattern.shape.heads > 1) p.pattern.indptr += h * p.pattern.shape.rows();
       p.pattern.shape.heads = 1;
       if (c.window_left) p.window_left = *c.window_left / rate;  // whole steps of `rate` tokens

@@ -54,7 +54,7 @@ void touch(const Case& test, GradientTruth& truth) {
       if (!touched.empty()) touched[(s.batch * c.seqlen_q + s.first + i * s.rate) * heads + head] = 1;
     };
     for (int64_t q = 0; q < p.seqlen_q; ++q) {
-      const int64_t row = p.pattern.row_id(0, 0, q / p.pattern.shape.block_q);
+      const int64_t row = p.pattern.row_id(0, 0, p.pattern.shape.row_of(q));
       for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
         for_each_admitted_key(p, mask, q, e, [&](int64_t k) {
           if (!admits_by_bias(p, 0, 0, q, k)) return;

@@ -28,7 +28,7 @@ void plain_attention(const Problem& p, double* out, double* lse) {
         weights.clear();
         seen.clear();
         double max = -kInfinity;
-        const int64_t row = p.pattern.row_id(b, h, q / p.pattern.shape.block_q);
+        const int64_t row = p.pattern.row_id(b, h, p.pattern.shape.row_of(q));
         for (int64_t entry = p.pattern.indptr[row]; entry < p.pattern.indptr[row + 1]; ++entry) {
           for_each_admitted_key(p, mask, q, entry, [&](int64_t k) {
             double* key = &keys[k * p.head_dim];

@@ -73,7 +73,7 @@ class Plain {
     const auto rounding = [&](double x) { return round(x); };
     pairs_.clear();
     double max = -kInfinity;
-    const int64_t row = p_.pattern.row_id(b, h, q / p_.pattern.shape.block_q);
+    const int64_t row = p_.pattern.row_id(b, h, p_.pattern.shape.row_of(q));
     for (int64_t entry = p_.pattern.indptr[row]; entry < p_.pattern.indptr[row + 1]; ++entry) {
       for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) {
         if (pairs_.empty()) load_row(p_.q.at(b, q, h, element), p_.dtype, p_.head_dim, query_.data());

@@ -56,6 +56,7 @@ void Verdict::complain(std::string what) {
 
 Truth::Truth(const Problem& problem, Executor& executor) {
   Problem p = problem;
+  keep = 1 / (1 - p.dropout.p);
   out.resize(p.batch * p.seqlen_q * p.heads * p.head_dim_v);
   lse.resize(p.batch * p.heads * p.seqlen_q);
   out_bound.resize(out.size());
@@ -79,6 +80,7 @@ namespace {
 Truth dilated_truth(const Case& test, Executor& executor) {
   const Problem& p = test.problems()[0];
   Truth t;
+  t.keep = 1 / (1 - p.dropout.p);
   t.out.resize(p.batch * p.seqlen_q * p.heads * p.head_dim_v);
   t.lse.resize(p.batch * p.heads * p.seqlen_q);
   t.out_bound.resize(t.out.size());
@@ -109,7 +111,8 @@ std::vector<Truth> truths_of(const Case& test, Executor& executor) {
 
 double Truth::out_tolerance(DType dtype, size_t i) const {
   if (dtype == DType::f32 || out.size() < kFewElements) return out_bound[i];
-  const double underflow = dtype == DType::f16 ? 0x1p-25 : std::numeric_limits<float>::min();
+  // A subnormal value may count as 0 before it is multiplied.
+  const double underflow = dtype == DType::f16 ? 0x1p-25 : keep * std::numeric_limits<float>::min();
   return 2 * plain_error + epsilon_of(dtype) / 2 * std::abs(out[i]) + underflow;
 }
 

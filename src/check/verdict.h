@@ -15,6 +15,7 @@ struct Truth {
   std::vector<float> out_bound;  // like out
   std::vector<float> lse_bound;  // like lse
   double plain_error = 0;        // largest error of the plain implementation in the dtype of the inputs
+  double keep = 1;               // factor of dropout on what is not dropped
 
   Truth() = default;
   Truth(const Problem& problem, Executor& executor);

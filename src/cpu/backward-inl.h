@@ -161,8 +161,7 @@ class ColumnKernel {
   int64_t Visits() const { return std::max<int64_t>(1, 2 * pair_.queries() * pair_.keys() / (kTileRows * kMaxPanel)); }
 
   FetchList RowsOf(const Place& place) const {
-    const int64_t q = place.i * p_.pattern.shape.block_q;
-    const int64_t rows = std::min<int64_t>(p_.pattern.shape.block_q, p_.seqlen_q - q);
+    const int64_t q = p_.pattern.shape.query_begin(place.i), rows = p_.pattern.shape.query_end(place.i) - q;
     constexpr int64_t size = sizeof(T);
     FetchList list;
     if (g_.dq.data != nullptr) {
@@ -351,8 +350,7 @@ inline bool SeesKey(const Problem& p, const MaskGeometry& mask, const RowOfBlock
   for (int64_t e = row.first; e < row.end; ++e) {
     const int64_t begin = int64_t{p.pattern.indices[e]} * s.block_k;
     const int64_t first = std::max(keys.begin, begin), end = std::min(keys.end, begin + s.block_k);
-    const uint64_t* bitmap = p.pattern.bitmap(e);
-    if (bitmap != nullptr) bitmap += (q % s.block_q) * s.bitmap_words();
+    const uint64_t* bitmap = p.pattern.bitmap_row(e, q);
     for (int64_t k = first - begin; k < end - begin; ++k) {
       if (bitmap == nullptr || (bitmap[k / 64] >> (k % 64) & 1)) return true;
     }
@@ -366,8 +364,7 @@ double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
   const BackwardProblem& g = *state.problem;
   const Problem& p = g.forward;
   const Floats d;
-  const int64_t begin = i * p.pattern.shape.block_q;
-  const int64_t end = std::min<int64_t>(begin + p.pattern.shape.block_q, p.seqlen_q), dims = p.head_dim_v;
+  const int64_t begin = p.pattern.shape.query_begin(i), end = p.pattern.shape.query_end(i), dims = p.head_dim_v;
   const RowOfBlocks& row = state.rows[state.row_index(b, h, i)];
   const MaskGeometry mask = p.mask(b);
   double sink_sum = 0;
@@ -423,7 +420,7 @@ class AttnBiasKernel {
     const PatternShape& shape = p_.pattern.shape;
     const int64_t* size = g_.dattn_bias_size;
     const bool each_q = size[2] == p_.seqlen_q, each_k = size[3] == p_.seqlen_k;
-    rows_ = each_q ? std::min<int64_t>(shape.block_q, p_.seqlen_q - unit_.i * shape.block_q) : 1;
+    rows_ = each_q ? shape.query_end(unit_.i) - shape.query_begin(unit_.i) : 1;
     cols_ = each_k ? std::min<int64_t>(shape.block_k, p_.seqlen_k - unit_.j * shape.block_k) : 1;
     std::fill_n(sums_, rows_ * cols_, 0.0f);
     const auto range = [](bool all, int64_t one, int64_t n) { return all ? Interval{0, n} : Interval{one, one + 1}; };
@@ -439,7 +436,7 @@ class AttnBiasKernel {
     }
     const int64_t* stride = g_.dattn_bias_stride;
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t at = unit_.b * stride[0] + unit_.h * stride[1] + (unit_.i * shape.block_q + r) * stride[2] +
+      const int64_t at = unit_.b * stride[0] + unit_.h * stride[1] + ((each_q ? shape.query_begin(unit_.i) : 0) + r) * stride[2] +
                          unit_.j * shape.block_k * stride[3];
       for (int64_t c = 0; c < cols_; ++c) {
         store_from_double(g_.dattn_bias, g_.dattn_bias_dtype, at + c * stride[3], sums_[r * cols_ + c]);

@@ -58,7 +58,7 @@ struct BackwardState {
   bool live(const MaskGeometry& mask, int64_t i, int64_t j) const {
     const Problem& p = problem->forward;
     const PatternShape& s = p.pattern.shape;
-    return mask.classify(i * s.block_q, std::min<int64_t>((i + 1) * s.block_q, p.seqlen_q), j * s.block_k,
+    return mask.classify(s.query_begin(i), s.query_end(i), j * s.block_k,
                          std::min<int64_t>((j + 1) * s.block_k, p.seqlen_k)) != TileKind::empty;
   }
 };

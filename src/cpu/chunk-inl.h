@@ -48,8 +48,8 @@ class ChunkReader {
   ChunkReader(const Problem& p, int64_t b, int64_t h, int64_t row, const MaskGeometry& mask)
       : p_(p),
         mask_(mask),
-        q_begin_(row * p.pattern.shape.block_q),
-        q_end_(std::min(q_begin_ + p.pattern.shape.block_q, p.seqlen_q)),
+        q_begin_(p.pattern.shape.query_begin(row)),
+        q_end_(p.pattern.shape.query_end(row)),
         special_(ModifiesScores(p) || p.dropout.p > 0) {
     const int64_t id = p.pattern.row_id(b, h, row);
     entry_ = p.pattern.indptr[id];

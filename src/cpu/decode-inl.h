@@ -233,11 +233,10 @@ class DecodeKernel {
   }
   bool Admits(const Tile& tile, int64_t q, int64_t j) const {
     if (!mask_.admits(q, tile.k + j)) return false;
-    const uint64_t* bitmap = p_.pattern.bitmap(tile.entry);
+    const uint64_t* bitmap = p_.pattern.bitmap_row(tile.entry, q);
     if (bitmap == nullptr) return true;
-    const PatternShape& shape = p_.pattern.shape;
-    const int64_t key = tile.k + j - int64_t{p_.pattern.indices[tile.entry]} * shape.block_k;
-    return (bitmap[q * shape.bitmap_words() + key / 64] >> (key % 64)) & 1;
+    const int64_t key = tile.k + j - int64_t{p_.pattern.indices[tile.entry]} * p_.pattern.shape.block_k;
+    return (bitmap[key / 64] >> (key % 64)) & 1;
   }
 
   // All that happens to scores before the softmax: softcap and biases, masks, and -inf behind the last key.

@@ -54,8 +54,8 @@ class RowKernel {
   RowKernel(const Problem& p, const RowUnit& unit, Scratch& scratch)
       : p_(p), b_(unit.b), h_(unit.h), mask_(p.mask(unit.b)), row_(unit.row), stager_(p, unit.b, unit.h, scratch) {
     const PatternShape& shape = p.pattern.shape;
-    q_begin_ = row_ * shape.block_q;
-    q_end_ = std::min(q_begin_ + shape.block_q, p.seqlen_q);
+    q_begin_ = shape.query_begin(row_);
+    q_end_ = shape.query_end(row_);
     steps_ = (p.head_dim + P::kElementsPerStep - 1) / P::kElementsPerStep;
     const int64_t queries = hwy::RoundUpTo(shape.block_q, kLanes);
     const int64_t chunk = std::min<int64_t>(kChunk, hwy::RoundUpTo(std::max<int64_t>(p.seqlen_k, 1), 2));
@@ -96,9 +96,9 @@ class RowKernel {
     list.Add(p_.out.at(b_, q_begin_, h_, size), p_.out.seq * size, p_.head_dim_v * size, q_end_ - q_begin_);
     if (next == nullptr) return list;
     const PatternShape& shape = p_.pattern.shape;
-    const int64_t q = next->row * shape.block_q;
+    const int64_t q = shape.query_begin(next->row);
     list.Add(p_.q.at(next->b, q, next->h, size), p_.q.seq * size, p_.head_dim * size,
-             std::min<int64_t>(shape.block_q, p_.seqlen_q - q));
+             shape.query_end(next->row) - q);
     const MaskGeometry mask = p_.mask(next->b);
     ChunkReader reader(p_, next->b, next->h, next->row, mask);
     const Segment first = reader.First();
@@ -218,7 +218,7 @@ class RowKernel {
     }
     uint64_t bits[kChunk];
     if (masked) {
-      MaskBits(mask_, p_.pattern.bitmap(segment.entry), shape.bitmap_words(), panel.q - q_begin_,
+      MaskBits(mask_, p_.pattern.bitmap_row(segment.entry, panel.q), shape.bitmap_words(),
                segment.k - int64_t{p_.pattern.indices[segment.entry]} * shape.block_k, place, bits);
       MaskPanel<NV>(bits, keys, kNegInf, scores_);
     }

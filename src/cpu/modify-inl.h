@@ -66,8 +66,8 @@ HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float 
 }
 
 // Admitted queries of each key of the place, as bits (bit r: query place.q + r): the mask's interval and the bitmap.
-inline void MaskBits(const MaskGeometry& mask, const uint64_t* bitmap, int block_words, int64_t row_in_block,
-                     int64_t key_in_block, const PanelPlace& place, uint64_t* bits) {
+// `bitmap`: its row of query place.q, or nullptr.
+inline void MaskBits(const MaskGeometry& mask, const uint64_t* bitmap, int block_words, int64_t key_in_block, const PanelPlace& place, uint64_t* bits) {
   for (int64_t i = 0; i < place.keys; ++i) {
     const Interval in = mask.queries_of(place.k + i, place.q, place.q + place.rows);
     bits[i] = 0;
@@ -78,7 +78,7 @@ inline void MaskBits(const MaskGeometry& mask, const uint64_t* bitmap, int block
   if (bitmap == nullptr) return;
   for (int64_t i = 0; i < place.keys; ++i) {
     const int64_t key = key_in_block + i;
-    const uint64_t* word = bitmap + row_in_block * block_words + key / 64;
+    const uint64_t* word = bitmap + key / 64;
     uint64_t column = 0;
     for (int64_t r = 0; r < place.rows; ++r) column |= ((word[r * block_words] >> (key % 64)) & 1) << r;
     bits[i] &= column;
@@ -114,7 +114,7 @@ HWY_INLINE void MultiplyWide(hn::Vec<Uints> a, uint32_t m, hn::Vec<Uints>& high,
   high = hn::OddEven(odd, hn::BitCast(du, hn::ShiftRight<32>(hn::BitCast(dw, even))));
 }
 
-// attention/philox.h on vectors: one counter a lane; `x` is the counters.
+// call/philox.h on vectors: one counter a lane; `x` is the counters.
 HWY_INLINE Philox4 PhiloxWords(Philox4 x, Philox::Key key) {
   const Uints du;
   for (int round = 0; round < Philox::kRounds; ++round) {

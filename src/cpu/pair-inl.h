@@ -115,8 +115,8 @@ class BlockPair {
   // Block row i of head h.
   void LoadQueries(int64_t h, int64_t i) {
     h_ = h;
-    q_begin_ = i * block_q_;
-    queries_ = std::min<int64_t>(block_q_, p_.seqlen_q - q_begin_);
+    q_begin_ = p_.pattern.shape.query_begin(i);
+    queries_ = p_.pattern.shape.query_end(i) - q_begin_;
     query_state_ = Finite::unknown;
     const int64_t at = state_.query_index(b_, h, q_begin_);
     lse2_ = state_.lse2 + at;
@@ -318,8 +318,7 @@ class BlockPair {
     const int64_t high = std::clamp<int64_t>(keys.end - first, 0, panel.width());
     if (low >= high) return 0;
     uint64_t bits = (high == 64 ? ~uint64_t{0} : (uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
-    if (const uint64_t* bitmap = p_.pattern.bitmap(entry_)) {
-      const uint64_t* words = bitmap + (q - q_begin_) * p_.pattern.shape.bitmap_words();
+    if (const uint64_t* words = p_.pattern.bitmap_row(entry_, q)) {
       bits &= words[panel.first / 64] >> (panel.first % 64);
     }
     return bits;

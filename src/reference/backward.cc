@@ -129,14 +129,14 @@ class GradientPasses {
     if (g_.dq.data == nullptr && bounds_.dq == nullptr) return;
     run(p_.batch * p_.heads * s_.rows(), [&](Worker& w, int64_t unit) {
       const int64_t b = unit / s_.rows() / p_.heads, h = unit / s_.rows() % p_.heads, i = unit % s_.rows();
-      const int64_t begin = i * s_.block_q;
+      const int64_t begin = s_.query_begin(i), end = s_.query_end(i);
       w.first.clear(s_.block_q, p_.head_dim);
       w.second.clear(s_.block_q, p_.head_dim);  // of weights: how much an error of delta counts
       visit_row(w, b, h, i, [&](int64_t, const PairGradient& pair) {
         w.first.add(pair.q - begin, pair.ddot, pair.key, pair.ddot_error);
         if (with_bounds_) w.second.add(pair.q - begin, pair.weight * pair.slope, pair.key, {});
       });
-      for (int64_t r = 0; with_bounds_ && r < std::min(p_.seqlen_q - begin, int64_t{s_.block_q}); ++r) {
+      for (int64_t r = 0; with_bounds_ && r < end - begin; ++r) {
         const int64_t row = (b * p_.heads + h) * p_.seqlen_q + begin + r;
         for (int64_t d = 0; d < p_.head_dim; ++d) {
           w.first.add_error(
@@ -144,7 +144,7 @@ class GradientPasses {
               rows_.lse_error[row].times(w.first.value(r, d)) + rows_.delta_error[row].times(w.second.value(r, d)));
         }
       }
-      store(w.first, g_.dq, b, begin, std::min(p_.seqlen_q, begin + s_.block_q), h, p_.seqlen_q, p_.heads, p_.head_dim,
+      store(w.first, g_.dq, b, begin, end, h, p_.seqlen_q, p_.heads, p_.head_dim,
             bounds_.dq);
     });
   }
@@ -189,7 +189,7 @@ class GradientPasses {
         w.shares.assign((last - first) * s_.block_q, {});
         visit_row(w, b, h, i, [&](int64_t entry, const PairGradient& pair) {
           w.first.add(entry - first, pair.dscore, pair.dscore_error);
-          w.shares[(entry - first) * s_.block_q + pair.q % s_.block_q].add(pair);
+          w.shares[(entry - first) * s_.block_q + s_.row_in_block(pair.q)].add(pair);
         });
         for (size_t n = 0; n < w.shares.size(); ++n) {
           add_share(w.first, static_cast<int64_t>(n) / s_.block_q, w.shares[n]);
@@ -213,8 +213,8 @@ class GradientPasses {
     const int64_t parts = by_row ? s_.rows() : 1;
     run(size[0] * size[1] * parts, [&](Worker& w, int64_t unit) {
       const int64_t bias_b = unit / parts / size[1], bias_h = unit / parts % size[1], part = unit % parts;
-      const int64_t begin = by_row ? part * s_.block_q : 0;
-      const int64_t rows = by_row ? std::min(p_.seqlen_q - begin, static_cast<int64_t>(s_.block_q)) : 1;
+      const int64_t begin = by_row ? s_.query_begin(part) : 0;
+      const int64_t rows = by_row ? s_.query_end(part) - begin : 1;
       w.first.clear(rows * size[3], 1);
       for_each_head(size[0], bias_b, size[1], bias_h, [&](int64_t b, int64_t h) {
         const int64_t first = by_row ? part : 0, last = by_row ? part + 1 : s_.rows();
@@ -223,7 +223,7 @@ class GradientPasses {
           visit_row(w, b, h, i, [&](int64_t, const PairGradient& pair) {
             const int64_t to = (by_row ? pair.q - begin : 0) * size[3] + (by_key ? pair.k : 0);
             w.first.add(to, pair.dscore, pair.dscore_error);
-            RowShare alone, &share = by_key ? alone : w.shares[pair.q % s_.block_q];
+            RowShare alone, &share = by_key ? alone : w.shares[pair.q - s_.query_begin(i)];
             share.add(pair);
             if (by_key) add_share(w.first, to, alone);
           });
@@ -246,14 +246,14 @@ class GradientPasses {
     if (g_.dsinks == nullptr) return;
     std::vector<Sums> partial(p_.heads * s_.rows(), Sums(with_bounds_));
     run(p_.heads * s_.rows(), [&](Worker& w, int64_t unit) {
-      const int64_t h = unit / s_.rows(), i = unit % s_.rows(), begin = i * s_.block_q;
+      const int64_t h = unit / s_.rows(), i = unit % s_.rows(), begin = s_.query_begin(i);
       const double sink = p_.sinks[h * p_.sinks_head];
       std::vector<char> seen(s_.block_q);
       partial[unit].clear(1, 1);
       for (int64_t b = 0; b < p_.batch; ++b) {
         std::fill(seen.begin(), seen.end(), 0);
         visit_row(w, b, h, i, [&](int64_t, const PairGradient& pair) { seen[pair.q - begin] = 1; });
-        for (int64_t q = begin; q < std::min(p_.seqlen_q, begin + s_.block_q); ++q) {
+        for (int64_t q = begin; q < s_.query_end(i); ++q) {
           if (seen[q - begin]) add_sink(partial[unit], sink, (b * p_.heads + h) * p_.seqlen_q + q);
         }
       }

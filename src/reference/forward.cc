@@ -62,7 +62,7 @@ class Reference {
   // Block row i of batch b, head h.
   void run(int64_t b, int64_t h, int64_t i) {
     const PatternShape& s = p_.pattern.shape;
-    const int64_t begin = i * s.block_q, end = std::min(p_.seqlen_q, begin + s.block_q);
+    const int64_t begin = s.query_begin(i), end = s.query_end(i);
     const MaskGeometry mask = p_.mask(b);
     std::fill(rows_.begin(), rows_.end(), RowState{});
     std::fill(out_.begin(), out_.end(), 0.0);

@@ -55,7 +55,7 @@ class PairGradients {
   template <class Visit>
   void visit(int64_t b, int64_t h, int64_t i, int64_t entry, Visit visit) {
     const PatternShape& s = p_.pattern.shape;
-    const int64_t begin = i * s.block_q, end = std::min(p_.seqlen_q, begin + s.block_q);
+    const int64_t begin = s.query_begin(i), end = s.query_end(i);
     const int64_t column = p_.pattern.indices[entry], kv_head = h / p_.group();
     const int64_t element = static_cast<int64_t>(size_of(p_.dtype));
     const MaskGeometry mask = p_.mask(b);

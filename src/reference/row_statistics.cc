@@ -35,9 +35,10 @@ class RowErrors {
   }
 
   void run(int64_t b, int64_t h, int64_t i) {
-    const int64_t block_q = p_.pattern.shape.block_q, begin = i * block_q, dv = p_.head_dim_v;
+    const PatternShape& shape = p_.pattern.shape;
+    const int64_t begin = shape.query_begin(i), dv = p_.head_dim_v;
     const int64_t first_row = (b * p_.heads + h) * p_.seqlen_q + begin;
-    const int64_t count = std::min(block_q, p_.seqlen_q - begin);
+    const int64_t count = shape.query_end(i) - begin;
     keys_.assign(count, 0);
     magnitude_.assign(count * dv, 0);
     squares_.assign(count * dv, 0);
