@@ -42,6 +42,7 @@ struct QualityFigures {
   double locality = 0;         // coverage of the nearest blocks to the diagonal at this pattern's budget of each row
   double oracle_coverage = 0;  // coverage of the best choice of whole blocks at this pattern's budget of each row
   double oracle_ratio = 0;     // coverage / oracle_coverage
+  double bound_coverage = 0;   // the most that any choice of as many blocks keeps, over all rows (at most 1 % above it)
   // |sparse - dense| / |dense| (Frobenius) of the attention outputs, sparse renormalised over the kept keys; not set
   // without v.
   std::optional<double> output_error;
@@ -90,12 +91,15 @@ struct Coverage {
 };
 Coverage coverage_of(const MassMap& mass, const BlockPattern& pattern);
 
-// The best pattern: in each row of blocks of each head and batch the max(1, round(density * admissible)) blocks of
-// most mass (ties: the lower column). Heads H, batches B.
-BlockPattern oracle_pattern(const MassMap& mass, double density);
+// The best pattern whose rows have the budgets of patterns.h: in each row of blocks of each head and batch the blocks
+// of most mass (ties: the lower column). Heads H, batches B.
+BlockPattern oracle_pattern(const MassMap& mass, double density, Budget budget = Budget::even);
 // Its coverage, and the (achieved) density of the cheapest such pattern that reaches `coverage`.
-double oracle_coverage(const MassMap& mass, double density);
-double oracle_density(const MassMap& mass, double coverage);
+double oracle_coverage(const MassMap& mass, double density, Budget budget = Budget::even);
+double oracle_density(const MassMap& mass, double coverage, Budget budget = Budget::even);
+// The best pattern of all: the round(density * admissible) blocks of most mass, chosen freely over all rows, heads and
+// batches (ties: the first). No pattern of whole blocks, no more of them, keeps more; its coverage grows with density.
+BlockPattern bound_pattern(const MassMap& mass, double density);
 // Density of the smallest set of blocks, chosen freely over all rows, heads and batches, that reaches `coverage`: no
 // pattern of whole blocks does with less.
 double bound_density(const MassMap& mass, double coverage);
@@ -135,12 +139,12 @@ struct QualityCurve {
     double coverage = 0;
     std::optional<double> output_error;
   };
-  std::string name;  // the kind's name, or "oracle"
+  std::string name;  // the kind's name, or "best possible"
   std::vector<Point> points;
 };
 
 // One curve for each spec at each density (spec.density is replaced; lengths, block sizes and causality too are taken
-// from here and input), and the oracle's as the last one.
+// from here and input), and that of bound_pattern(), the best possible, as the last one.
 std::vector<QualityCurve> quality_curves(const AnalysisInput& input, std::span<const PatternSpec> specs,
                                          std::span<const double> densities, int block_q, int block_k,
                                          Executor& executor);

@@ -58,12 +58,30 @@ std::vector<std::vector<double>> best_sums(const MassMap& mass) {
   return rows;
 }
 
-Coverage oracle_of(const std::vector<std::vector<double>>& best, double density, double tokens) {
+// Budgets of all rows of the map.
+class MapBudget {
+ public:
+  MapBudget(const MassMap& mass, double density, Budget budget) : density_(density), even_(budget == Budget::even) {
+    std::vector<int64_t> rooms;
+    for (int64_t r = 0; even_ && r < mass.shape.total_rows(); ++r) rooms.push_back(row_of(mass, r).columns.size());
+    if (even_) each_ = even_budget(density, rooms);
+  }
+  int64_t of(int64_t admissible) const {
+    return even_ ? std::min(each_, admissible) : row_budget(density_, admissible);
+  }
+
+ private:
+  double density_;
+  bool even_;
+  int64_t each_ = 0;
+};
+
+Coverage oracle_of(const std::vector<std::vector<double>>& best, const MapBudget& budgets, double tokens) {
   double sum = 0;
   int64_t kept = 0, admissible = 0;
   for (const std::vector<double>& row : best) {
     const int64_t columns = static_cast<int64_t>(row.size()) - 1;
-    const int64_t budget = row_budget(density, columns);
+    const int64_t budget = budgets.of(columns);
     sum += row[static_cast<size_t>(budget)];
     kept += budget;
     admissible += columns;
@@ -152,8 +170,7 @@ Coverage coverage_of(const MassMap& mass, const BlockPattern& pattern) {
   const PatternShape& s = pattern.shape();
   const PatternShape& m = mass.shape;
   if (s.seqlen_q != m.seqlen_q || s.seqlen_k != m.seqlen_k || s.block_q != m.block_q || s.block_k != m.block_k ||
-      s.q_skip != m.q_skip ||
-      (s.heads != 1 && s.heads != m.heads) || (s.batches != 1 && s.batches != m.batches)) {
+      s.q_skip != m.q_skip || (s.heads != 1 && s.heads != m.heads) || (s.batches != 1 && s.batches != m.batches)) {
     fail("pattern", "other lengths, block sizes, heads or batches", "those of the mass map (heads, batches: or 1)");
   }
   if (pattern.num_bitmaps() > 0) {
@@ -181,13 +198,14 @@ Coverage coverage_of(const MassMap& mass, const BlockPattern& pattern) {
           .density = admissible > 0 ? static_cast<double>(kept) / static_cast<double>(admissible) : 0};
 }
 
-BlockPattern oracle_pattern(const MassMap& mass, double density) {
+BlockPattern oracle_pattern(const MassMap& mass, double density, Budget budget_kind) {
   check_density(density);
+  const MapBudget budgets(mass, density, budget_kind);
   std::vector<int64_t> indptr{0};
   std::vector<int32_t> indices, order;
   for (int64_t r = 0; r < mass.shape.total_rows(); ++r) {
     const MapRow row = row_of(mass, r);
-    const int64_t budget = row_budget(density, row.columns.size());
+    const int64_t budget = budgets.of(row.columns.size());
     order.resize(static_cast<size_t>(row.columns.size()));
     std::iota(order.begin(), order.end(), 0);
     std::partial_sort(order.begin(), order.begin() + budget, order.end(), [&](int32_t a, int32_t b) {
@@ -202,22 +220,58 @@ BlockPattern oracle_pattern(const MassMap& mass, double density) {
   return BlockPattern::from_csr(mass.shape, std::move(indptr), std::move(indices));
 }
 
-double oracle_coverage(const MassMap& mass, double density) {
+BlockPattern bound_pattern(const MassMap& mass, double density) {
   check_density(density);
-  return oracle_of(best_sums(mass), density, total_tokens(mass)).coverage;
+  struct Block {
+    float mass;  // in tokens
+    int64_t row;
+    int32_t column;
+  };
+  std::vector<Block> blocks;
+  for (int64_t r = 0; r < mass.shape.total_rows(); ++r) {
+    const MapRow row = row_of(mass, r);
+    for (int64_t c = 0; c < row.columns.size(); ++c) {
+      blocks.push_back(
+          {row.values[c] * static_cast<float>(row.tokens), r, static_cast<int32_t>(row.columns.begin + c)});
+    }
+  }
+  const int64_t kept = row_budget(density, static_cast<int64_t>(blocks.size()));
+  const auto earlier = [](const Block& a, const Block& b) {
+    return a.row != b.row ? a.row < b.row : a.column < b.column;
+  };
+  const auto better = [&](const Block& a, const Block& b) {
+    return a.mass != b.mass ? a.mass > b.mass : earlier(a, b);
+  };
+  std::nth_element(blocks.begin(), blocks.begin() + std::max<int64_t>(0, kept - 1), blocks.end(), better);
+  blocks.resize(static_cast<size_t>(kept));
+  std::sort(blocks.begin(), blocks.end(), earlier);
+  std::vector<int64_t> indptr(static_cast<size_t>(mass.shape.total_rows()) + 1, 0);
+  std::vector<int32_t> indices;
+  for (const Block& block : blocks) {
+    ++indptr[static_cast<size_t>(block.row) + 1];
+    indices.push_back(block.column);
+  }
+  std::partial_sum(indptr.begin(), indptr.end(), indptr.begin());
+  return BlockPattern::from_csr(mass.shape, std::move(indptr), std::move(indices));
 }
 
-double oracle_density(const MassMap& mass, double coverage) {
+double oracle_coverage(const MassMap& mass, double density, Budget budget) {
+  check_density(density);
+  return oracle_of(best_sums(mass), MapBudget(mass, density, budget), total_tokens(mass)).coverage;
+}
+
+double oracle_density(const MassMap& mass, double coverage, Budget budget) {
   check_coverage(coverage);
   const std::vector<std::vector<double>> best = best_sums(mass);
   const double tokens = total_tokens(mass);
   double low = 0, high = 1;  // coverage grows with density: bisection to far below one block of the longest row
+  const auto at = [&](double density) { return oracle_of(best, MapBudget(mass, density, budget), tokens); };
   const double step = 1 / (64.0 * static_cast<double>(std::max<int64_t>(1, mass.shape.cols())));
   while (high - low > step) {
     const double middle = (low + high) / 2;
-    (analysis::reaches(oracle_of(best, middle, tokens).coverage, coverage) ? high : low) = middle;
+    (analysis::reaches(at(middle).coverage, coverage) ? high : low) = middle;
   }
-  return oracle_of(best, high, tokens).density;
+  return at(high).density;
 }
 
 double bound_density(const MassMap& mass, double coverage) {

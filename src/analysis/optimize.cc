@@ -214,8 +214,8 @@ std::vector<QualityCurve> quality_curves(const AnalysisInput& input, std::span<c
       patterns.push_back(make_pattern(spec));
     }
   }
-  curves.push_back({"oracle", {}});
-  for (const double density : densities) patterns.push_back(oracle_pattern(mass, density));
+  curves.push_back({"best possible", {}});
+  for (const double density : densities) patterns.push_back(bound_pattern(mass, density));
   const std::vector<Quality> judged = quality(input, patterns, executor);
   for (size_t c = 0; c < curves.size(); ++c) {
     for (size_t d = 0; d < densities.size(); ++d) {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "analysis/scan.h"
+#include "analysis/top_mass.h"
 #include "tessera/analysis.h"
 #include "tessera/error.h"
 
@@ -16,15 +17,17 @@ namespace {
 using analysis::Input;
 using analysis::RowBlock;
 using analysis::ScanPlan;
+using analysis::TopMass;
 
 constexpr float kUnseen = -1;  // coverage of a row that sees no key: it is not counted
 
 // Sums over rows of blocks.
 struct Sums {
   double coverage = 0, best = 0, nearest = 0, squared_error = 0, squared_norm = 0;
+  int64_t blocks = 0;  // kept, of the rows judged
 
   Sums& operator+=(const Sums& o) {
-    coverage += o.coverage, best += o.best, nearest += o.nearest;
+    coverage += o.coverage, best += o.best, nearest += o.nearest, blocks += o.blocks;
     squared_error += o.squared_error, squared_norm += o.squared_norm;
     return *this;
   }
@@ -49,6 +52,7 @@ void record(const RowBlock& row, int64_t head, size_t first_token, int64_t rows,
     coverage[r] = row.total[r] > 0 ? static_cast<float>(kept.share[r]) : kUnseen;
     sums.coverage += kept.share[r];
   }
+  sums.blocks = kept.blocks;
   sums.best = row.best[static_cast<size_t>(kept.blocks)];
   sums.nearest = row.nearest[static_cast<size_t>(kept.blocks)];
   sums.squared_error = kept.squared_error;
@@ -66,7 +70,8 @@ Counts count_blocks(const Problem& problem, const BlockPatternView& pattern, int
 }
 
 // `coverage` loses its rows that see no key and its order.
-QualityFigures figures_of(std::vector<float>& coverage, const Sums& sums, const Counts& counts, bool has_v) {
+QualityFigures figures_of(std::vector<float>& coverage, const Sums& sums, const Counts& counts, const TopMass& masses,
+                          bool has_v) {
   QualityFigures f;
   coverage.erase(std::remove(coverage.begin(), coverage.end(), kUnseen), coverage.end());
   f.rows = static_cast<int64_t>(coverage.size());
@@ -76,6 +81,7 @@ QualityFigures figures_of(std::vector<float>& coverage, const Sums& sums, const 
     f.coverage = sums.coverage / rows;
     f.locality = sums.nearest / rows;
     f.oracle_coverage = sums.best / rows;
+    f.bound_coverage = std::min(1.0, masses.largest(sums.blocks) / rows);
     const int64_t rank = std::max<int64_t>(0, (f.rows + 19) / 20 - 1);  // nearest rank: ceil(5 % of the rows)
     std::nth_element(coverage.begin(), coverage.begin() + rank, coverage.end());
     f.coverage_p5 = coverage[static_cast<size_t>(rank)];
@@ -87,8 +93,8 @@ QualityFigures figures_of(std::vector<float>& coverage, const Sums& sums, const 
   return f;
 }
 
-Quality summarise(const Problem& problem, const BlockPatternView& pattern, const Findings& findings, size_t tokens,
-                  bool has_v) {
+Quality summarise(const Problem& problem, const BlockPatternView& pattern, const Findings& findings,
+                  const std::vector<TopMass>& masses, const TopMass& all_masses, size_t tokens, bool has_v) {
   const int64_t rows = pattern.shape.rows();
   Sums all_sums;
   Counts all_counts;
@@ -100,12 +106,12 @@ Quality summarise(const Problem& problem, const BlockPatternView& pattern, const
     const Counts counts = count_blocks(problem, pattern, head / problem.heads, head % problem.heads);
     const float* first = findings.coverage.data() + static_cast<size_t>(head) * tokens;
     head_coverage.assign(first, first + tokens);
-    result.heads.push_back(figures_of(head_coverage, sums, counts, has_v));
+    result.heads.push_back(figures_of(head_coverage, sums, counts, masses[static_cast<size_t>(head)], has_v));
     all_sums += sums;
     all_counts.kept += counts.kept;
     all_counts.admissible += counts.admissible;
   }
-  static_cast<QualityFigures&>(result) = figures_of(all_coverage, all_sums, all_counts, has_v);
+  static_cast<QualityFigures&>(result) = figures_of(all_coverage, all_sums, all_counts, all_masses, has_v);
   if (has_v && !std::isfinite(*result.output_error)) {
     fail("v", "an admitted value that is NaN or infinite", "finite values, or none");
   }
@@ -127,19 +133,21 @@ void judge(const AnalysisInput& input, std::span<const BlockPattern> patterns, s
     f.coverage.assign(heads * tokens.size(), kUnseen);
     f.sums.resize(heads * static_cast<size_t>(shape.rows()));
   }
-  const ScanPlan plan{.problem = &problem,
-                      .outputs = resolved.has_v(),
-                      .grid = shape,
-                      .patterns = views,
-                      .tokens = tokens};
+  const ScanPlan plan{
+      .problem = &problem, .outputs = resolved.has_v(), .grid = shape, .patterns = views, .tokens = tokens};
+  std::vector<TopMass> masses(heads);
   analysis::scan(plan, executor, [&](const RowBlock& row) {
+    for (const double mass : row.mass) masses[static_cast<size_t>(row.b * problem.heads + row.h)].add(mass);
     const size_t first_token = static_cast<size_t>(row.tokens.data() - plan.tokens.data());
     for (size_t p = 0; p < views.size(); ++p) {
       record(row, row.b * problem.heads + row.h, first_token, shape.rows(), p, &findings[p], tokens.size());
     }
   });
+  TopMass all_masses;
+  for (const TopMass& head : masses) all_masses += head;
   for (size_t p = 0; p < which.size(); ++p) {
-    (*results)[which[p]] = summarise(problem, views[p], findings[p], tokens.size(), resolved.has_v());
+    (*results)[which[p]] =
+        summarise(problem, views[p], findings[p], masses, all_masses, tokens.size(), resolved.has_v());
   }
 }
 
