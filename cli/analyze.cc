@@ -87,7 +87,8 @@ std::vector<Judged> collect(const AnalyzeFlags& flags, const Qkv& x) {
   std::vector<Judged> all;
   const auto add = [&](std::string label, Record fields, BlockPattern p, bool causal, std::optional<int64_t> window) {
     Judged j{std::move(label), std::move(fields), std::move(p), base, std::nullopt};
-    j.options.causal = causal;
+    causal = causal || j.pattern.shape().causal;
+    if (causal) j.options.causal = true;
     set_token_window(j.options, causal, window);
     j.fields["block_q"] = j.pattern.shape().block_q;
     j.fields["block_k"] = j.pattern.shape().block_k;

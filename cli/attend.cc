@@ -130,9 +130,17 @@ void attend(Context& context, const AttendFlags& flags) {
   if (ends_with_npy(flags.output) && x.q.dtype() == DType::bf16) {
     throw UsageError("--output: .npy has no bf16; write a .safetensors file, or choose another --dtype");
   }
-  const bool causal = from_file ? flags.pattern.causal() : choice.spec.causal;
+  BlockPattern pattern;
+  if (from_file) {
+    pattern = read_pattern(flags.pattern.file());
+  } else if (!choice.dilated()) {
+    context.progress.show("pattern");
+    pattern = build_pattern(choice.spec, x.seqlen_q(), x.seqlen_k(), x.heads());
+  }
+  // A pattern that is causal says so itself.
+  const bool causal = choice.spec.causal || flags.pattern.causal() || pattern.shape().causal;
   AttentionOptions options;
-  options.causal = causal;
+  if (causal) options.causal = true;
   options.scale = flags.scale;
   options.softcap = flags.softcap;
   std::optional<int64_t> token_window = choice.token_window;
@@ -151,7 +159,6 @@ void attend(Context& context, const AttendFlags& flags) {
                    {"causal", causal}};
   if (token_window) record["token_window"] = *token_window;
 
-  context.progress.show("pattern");
   if (choice.dilated()) {
     const Dilation dilation = choice.dilation();
     const int64_t pairs =
@@ -164,11 +171,9 @@ void attend(Context& context, const AttendFlags& flags) {
     DilatedCall call(x, dilation, options, isa);
     run(context, flags, x, pairs, call, pool, record);
   } else {
-    BlockPattern pattern = from_file ? read_pattern(flags.pattern.file())
-                                     : build_pattern(choice.spec, x.seqlen_q(), x.seqlen_k(), x.heads());
     record["block_q"] = pattern.shape().block_q;
     record["block_k"] = pattern.shape().block_k;
-    record["density"] = statistics(pattern, causal).density;
+    record["density"] = statistics(pattern, options.causal).density;
     record["kept_blocks"] = pattern.num_blocks();
     const int64_t pairs = admitted_pairs(pattern, options, x.batch(), x.heads());
     ForwardCall call(x, pattern, options, isa);

@@ -169,7 +169,7 @@ class Bench {
     BlockPattern pattern;  // dilated attention makes its own
     const double pattern_seconds = choice.dilated() ? 0 : time_once([&] { pattern = make(spec, s); });
     AttentionOptions options;
-    options.causal = spec.causal;
+    if (spec.causal) options.causal = true;
     set_token_window(options, spec.causal, choice.token_window);
 
     PassCall call =
@@ -181,13 +181,13 @@ class Bench {
     // Other work on the machine comes and goes: the peak is the better of one taken before and one after.
     const Isa ran = info.isa;
     const bool has_peak = dtype != DType::f64;
-    cpu::Peaks peaks;
-    if (has_peak) peaks = cpu::measure_peaks(ran, threads, pool, decode());
+    Peaks peaks;
+    if (has_peak) peaks = measure_peaks(ran, threads, pool, decode());
     reset_peak_rss();  // the buffer that bandwidth was measured on does not count
     const Timing timing = time_calls(flags_.repeat, [&] { info = call(pool); });
     const int64_t rss = peak_rss_bytes();
     if (has_peak) {
-      const cpu::Peaks after = cpu::measure_peaks(ran, threads, pool, decode());
+      const Peaks after = measure_peaks(ran, threads, pool, decode());
       peaks.fma_gflops = std::max(peaks.fma_gflops, after.fma_gflops);
       peaks.bf16_dot_gflops = std::max(peaks.bf16_dot_gflops, after.bf16_dot_gflops);
       peaks.read_gbytes_per_second = std::max(peaks.read_gbytes_per_second, after.read_gbytes_per_second);

@@ -63,7 +63,7 @@ Record measure(const GuideRow& row, DType dtype, ThreadPool& pool) {
   const Qkv x = random_qkv(shape, dtype, Layout::bshd, 0, pool);
   ForwardCall call(x, pattern, {}, Isa::automatic);
   ForwardInfo info = call(pool);
-  const cpu::Peaks peaks = cpu::measure_peaks(info.isa, pool.num_threads(), pool, false);
+  const Peaks peaks = measure_peaks(info.isa, pool.num_threads(), pool, false);
   constexpr int kRepeat = 3;
   const Timing timing = time_calls(kRepeat, [&] { info = call(pool); });
   const double gflops = forward_flops(admitted_pairs(pattern, {}, 1, kHeads), kHeadDim, kHeadDim) / timing.median / 1e9;

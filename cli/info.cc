@@ -3,9 +3,9 @@
 #include <fmt/ranges.h>
 
 #include "command.h"
-#include "cpu/cpu.h"
 #include "measure.h"
 #include "options.h"
+#include "tessera/machine.h"
 
 namespace tessera::cli {
 namespace {
@@ -36,7 +36,7 @@ void info(Context& context, bool no_peaks) {
         context.progress.show(fmt::format("measuring {}, threads: {}", name_of(isa), threads));
         // Bandwidth belongs to the machine, not to the ISA: once a number of threads.
         const bool bandwidth = isa == usable_isas().back();
-        const cpu::Peaks p = cpu::measure_peaks(isa, threads, pool, bandwidth);
+        const Peaks p = measure_peaks(isa, threads, pool, bandwidth);
         Record r = {{"isa", name_of(isa)}, {"threads", threads}, {"fma_gflops", p.fma_gflops}};
         r["bf16_dot_gflops"] = p.bf16_dot_gflops > 0 ? Record(p.bf16_dot_gflops) : Record();
         r["read_gbytes_per_second"] = bandwidth ? Record(p.read_gbytes_per_second) : Record();

@@ -45,7 +45,7 @@ Timing time_calls(int repeat, const std::function<void()>& call) {
   return {(samples[(n - 1) / 2] + samples[n / 2]) / 2, samples.front(), samples.back()};
 }
 
-double peak_gflops(const cpu::Peaks& peaks, Isa isa, DType dtype) {
+double peak_gflops(const Peaks& peaks, Isa isa, DType dtype) {
   const bool native_dot = dtype == DType::bf16 && isa == Isa::avx512_bf16;
   return native_dot ? peaks.bf16_dot_gflops : peaks.fma_gflops;
 }

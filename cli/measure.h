@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "cpu/cpu.h"
 #include "tensors.h"
 #include "tessera/attention.h"
 #include "tessera/backward.h"
 #include "tessera/dilated.h"
+#include "tessera/machine.h"
 
 namespace tessera::cli {
 
@@ -28,7 +28,7 @@ Timing time_calls(int repeat, const std::function<void()>& call);
 double time_once(const std::function<void()>& call);
 
 // Peak of the units that the kernel of `isa` uses for `dtype`: the bf16 dot where it is native, FMA elsewhere.
-double peak_gflops(const cpu::Peaks& peaks, Isa isa, DType dtype);
+double peak_gflops(const Peaks& peaks, Isa isa, DType dtype);
 
 // 2 D for the score and 2 Dv for the output of each admitted pair.
 double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v);

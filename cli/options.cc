@@ -97,6 +97,13 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
       ->check(check_density)
       ->type_name("D,..")
       ->group(group);
+  app.add_option("--budget", budget_,
+                 "even: as many pairs in every row, as far as it has them; proportional: a density of its own pairs in "
+                 "every row")
+      ->check(CLI::IsMember({"even", "proportional"}).description(""))
+      ->type_name("HOW")
+      ->capture_default_str()
+      ->group(group);
   add_list(app, "--block", blocks_, "Tokens of a block; a list sweeps. Default 128")
       ->check(check_block)
       ->type_name("N,..")
@@ -182,6 +189,7 @@ PatternChoice PatternOptions::choice(PatternKind kind, std::optional<double> den
   s.heads = heads_.value_or(1);
   s.causal = causal_ || kind == PatternKind::causal;
   s.density = density;
+  s.budget = budget_of_name(budget_);
   if (t.window) s.window = window_;
   if (dilated(kind)) {
     c.segment_lengths = segment_lengths_;

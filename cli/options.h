@@ -74,6 +74,7 @@ class PatternOptions {
   std::vector<std::string> patterns_;
   std::vector<double> densities_;
   std::vector<int> blocks_{128};
+  std::string budget_{"even"};
   std::optional<int> block_k_;
   bool causal_ = false;
   std::optional<int64_t> window_, token_window_, global_tokens_, stride_, heads_;

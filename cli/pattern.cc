@@ -108,6 +108,7 @@ void show(Context& context, const PatternFlagsValues& flags) {
       pattern = read_pattern(flags.pattern.file());
       label = flags.pattern.file();
       record["pattern"] = label;
+      causal = causal || pattern.shape().causal;
     } else {
       const PatternSpec& spec = choices[i].spec;
       label = pattern_label(spec);

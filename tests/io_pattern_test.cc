@@ -34,6 +34,15 @@ TEST(PatternJson, ReadsALiteral) {
   EXPECT_EQ(std::vector<int32_t>(view.indices, view.indices + 3), (std::vector<int32_t>{0, 2, 1}));
 }
 
+TEST(PatternJson, ReadsWhereItStands) {
+  EXPECT_FALSE(parse_pattern(kSmall).shape().placed());
+  const BlockPattern p = parse_pattern(with("\"heads\"", "\"causal\":true,\"q_offset\":-5,\"q_skip\":16,\"heads\""));
+  EXPECT_TRUE(p.shape().causal);
+  EXPECT_EQ(p.shape().q_offset, -5);
+  EXPECT_EQ(p.shape().q_skip, 16);
+  EXPECT_FALSE(parse_pattern(with("\"heads\"", "\"causal\":false,\"heads\"")).shape().causal);
+}
+
 TEST(PatternJson, BitmapDigitsMeanKeys) {
   std::string rows = "\"0001\"";
   for (int i = 1; i < 15; ++i) rows += ",\"0000\"";
@@ -61,6 +70,9 @@ TEST(PatternJson, RoundTripsAreExact) {
     shape.seqlen_k = static_cast<int64_t>(random() % 700) * (n % 11 != 0);
     shape.heads = 1 + static_cast<int64_t>(random() % 3);
     shape.batches = 1 + static_cast<int64_t>(random() % 2);
+    shape.causal = random() % 2;
+    if (random() % 2) shape.q_offset = static_cast<int64_t>(random() % 900) - 100;
+    if (random() % 2) shape.q_skip = static_cast<int>(random() % static_cast<uint64_t>(shape.block_q));
     const auto bitmaps = static_cast<int64_t>(random() % 3);
     std::vector<int64_t> indptr{0};
     std::vector<int32_t> indices, bitmap_index;
@@ -125,6 +137,14 @@ TEST(PatternJson, FaultsOfTheBlocks) {
   expect_bad(with("\"heads\"", "\"batches\":2,\"heads\""), "batches");
   expect_bad(with("\"heads\"", "\"batches\":0,\"heads\""), "batches");
   expect_bad(with("\"heads\"", "\"block_q\":32,\"heads\""), "\"block_q\" twice");
+  for (const char* bad : {"1", "null", "\"true\""}) {
+    expect_bad(with("\"heads\"", "\"causal\":" + std::string(bad) + ",\"heads\""), "causal");
+  }
+  expect_bad(with("\"heads\"", "\"q_offset\":1.5,\"heads\""), "q_offset");
+  expect_bad(with("\"heads\"", "\"q_offset\":9000000000000,\"heads\""), "q_offset");
+  expect_bad(with("\"heads\"", "\"q_skip\":-1,\"heads\""), "q_skip");
+  expect_bad(with("\"heads\"", "\"q_skip\":32,\"heads\""), "q_skip");
+  expect_bad(with("\"heads\"", "\"q_skip\":17,\"heads\""), "indptr");  // 17 + 48 queries: three rows
 }
 
 TEST(PatternJson, FaultsOfBitmaps) {

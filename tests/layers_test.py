@@ -24,6 +24,7 @@ HEADER_ROOMS = {
     "pattern_statistics.h": "pattern",
     "attention.h": "call",
     "backward.h": "call",
+    "machine.h": "call",
     "dilated.h": "call",
     "io.h": "io",
     "analysis.h": "analysis",

@@ -100,10 +100,11 @@ void write_npy(const std::string& path, const Tensor& tensor);
 // ---- patterns --------------------------------------------------------------------------------------------------
 // {"seqlen_q":, "seqlen_k":, "block_q":, "block_k":,
 //  "heads": [{"indptr": [rows + 1], "indices": [..]}, ..]}
-// with one entry for all heads, or one a head. Further keys: "batches": n, where "heads" then lists the heads of batch
-// 0, of batch 1, ...; "bitmaps": [[block_q hex strings], ..], where a string is one token row of a block, bit k of the
-// number (least significant bit: the last digit's 1) admits key k; and in an entry of "heads" "bitmap_index":
-// [one a kept block, -1: full]. Unknown keys are an Error.
+// with one entry for all heads, or one a head. Further keys: "causal": true, "q_offset": position of query 0 among the
+// keys, "q_skip": queries of the first block row that come before query 0 (PatternShape); "batches": n, where "heads"
+// then lists the heads of batch 0, of batch 1, ...; "bitmaps": [[block_q hex strings], ..], where a string is one token
+// row of a block, bit k of the number (least significant bit: the last digit's 1) admits key k; and in an entry of
+// "heads" "bitmap_index": [one a kept block, -1: full]. Unknown keys are an Error.
 
 BlockPattern read_pattern(const std::string& path);
 BlockPattern parse_pattern(std::string_view json);

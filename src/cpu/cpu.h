@@ -16,12 +16,4 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
 // to one place of dq, dk or dv.
 BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Executor& executor);
 
-// Peaks measured on `threads` threads at the same time, best of several short runs.
-struct Peaks {
-  double fma_gflops = 0;              // fp32 FMA of the ISA, 2 flops each
-  double bf16_dot_gflops = 0;         // native bf16 dot, 0 where the ISA has none
-  double read_gbytes_per_second = 0;  // reading a buffer far larger than the caches
-};
-Peaks measure_peaks(Isa isa, int threads, Executor& executor, bool with_read_bandwidth);
-
 }  // namespace tessera::cpu

@@ -137,14 +137,23 @@ void append_numbers(std::string& text, const char* key, const T* begin, const T*
 
 BlockPattern parse_pattern(std::string_view text) {
   const json root = io::parse_json(text, kMaxDepth);
-  allow_keys(io::object(root, "pattern"), "pattern",
-             {"seqlen_q", "seqlen_k", "block_q", "block_k", "batches", "heads", "bitmaps"});
+  allow_keys(
+      io::object(root, "pattern"), "pattern",
+      {"seqlen_q", "seqlen_k", "block_q", "block_k", "causal", "q_offset", "q_skip", "batches", "heads", "bitmaps"});
   PatternShape shape;
   shape.seqlen_q = io::integer(io::member(root, "seqlen_q", "pattern"), "seqlen_q", 0, kMaxSeqlen);
   shape.seqlen_k = io::integer(io::member(root, "seqlen_k", "pattern"), "seqlen_k", 0, kMaxSeqlen);
   for (const auto& [key, block] : {std::pair{"block_q", &shape.block_q}, std::pair{"block_k", &shape.block_k}}) {
     *block = static_cast<int>(io::integer(io::member(root, key, "pattern"), key, 16, 256));
     if (*block % 16 != 0) fail(key, std::to_string(*block), "a multiple of 16 in 16..256");
+  }
+  if (const auto causal = root.find("causal"); causal != root.end()) {
+    if (!causal->is_boolean()) fail("causal", io::brief(*causal), "true or false");
+    shape.causal = causal->get<bool>();
+  }
+  if (root.contains("q_offset")) shape.q_offset = io::integer(root["q_offset"], "q_offset", -kMaxSeqlen, kMaxSeqlen);
+  if (root.contains("q_skip")) {
+    shape.q_skip = static_cast<int>(io::integer(root["q_skip"], "q_skip", 0, shape.block_q - 1));
   }
   const json& heads = io::array(io::member(root, "heads", "pattern"), "heads");
   if (root.contains("batches")) shape.batches = io::integer(root["batches"], "batches", 1, INT32_MAX);
@@ -179,6 +188,9 @@ std::string pattern_json(const BlockPattern& pattern) {
   const BlockPatternView view = pattern.view();
   std::string text = fmt::format("{{\"seqlen_q\":{},\"seqlen_k\":{},\"block_q\":{},\"block_k\":{}", shape.seqlen_q,
                                  shape.seqlen_k, shape.block_q, shape.block_k);
+  if (shape.causal) text += ",\"causal\":true";
+  if (shape.q_offset) fmt::format_to(std::back_inserter(text), ",\"q_offset\":{}", *shape.q_offset);
+  if (shape.q_skip != 0) fmt::format_to(std::back_inserter(text), ",\"q_skip\":{}", shape.q_skip);
   if (shape.batches != 1) fmt::format_to(std::back_inserter(text), ",\"batches\":{}", shape.batches);
   text += ",\"heads\":[";
   for (int64_t i = 0; i < shape.batches * shape.heads; ++i) {
