@@ -27,8 +27,7 @@ int main() {
                     .v = bshd(v),
                     .pattern = pattern,
                     .out = bshd(out),
-                    .lse = tessera::make_view(lse.data(), tessera::DType::f32, {1, heads, seqlen}),
-                    .options = {.causal = true}},
+                    .lse = tessera::make_view(lse.data(), tessera::DType::f32, {1, heads, seqlen})},
                    pool);
 
   // One softmax over all kept keys: the weights of a row sum to 1, so rows that are all alike come out unchanged.

@@ -8,6 +8,7 @@
 #include "attention_inputs.h"
 #include "call/overlap.h"
 #include "call/problem.h"
+#include "tessera/patterns.h"
 
 namespace tessera {
 namespace {
@@ -235,6 +236,48 @@ TEST(Resolve, Pages) {
   EXPECT_EQ(argument([](ForwardArgs&) {}), "page_table");
   const std::vector<int64_t> lengths{24, 16};  // batch 1 has no key on its second page
   EXPECT_EQ(argument([&](ForwardArgs& a) { a.options.key_lengths = lengths; }), "");
+}
+
+// What is not said is the pattern's; what contradicts it names the argument. kShape: 20 queries at the end of 24 keys.
+TEST(Resolve, CausalityAndPositionAreThePatterns) {
+  PatternSpec spec{.kind = PatternKind::local_window, .seqlen_q = 20, .seqlen_k = 24, .block_q = 16, .block_k = 16};
+  spec.window = 1;
+  const auto problem = [&](const std::function<void(AttentionOptions&)>& change) {
+    Call c(kShape, DType::f32, make_pattern(spec));
+    change(c.args.options);
+    return resolve(c.args);
+  };
+  const auto argument = [&](const std::function<void(AttentionOptions&)>& change) {
+    return error_argument([&] { problem(change); });
+  };
+  const std::vector<int64_t> shorter{24, 21}, whole{24, 24};
+  const auto aligned = [](const std::vector<int64_t>& lengths) {
+    return [&lengths](AttentionOptions& o) { o.key_lengths = lengths, o.align_to_key_lengths = true; };
+  };
+
+  EXPECT_FALSE(problem([](AttentionOptions&) {}).causal);
+  EXPECT_TRUE(problem([](AttentionOptions& o) { o.causal = true; }).causal);
+  EXPECT_EQ(argument([](AttentionOptions& o) { o.q_offset = 9; }), "");  // who says it means it
+  EXPECT_EQ(argument(aligned(shorter)), "key_lengths");
+  EXPECT_EQ(argument(aligned(whole)), "");
+
+  spec.causal = true;
+  EXPECT_TRUE(problem([](AttentionOptions&) {}).causal);
+  EXPECT_EQ(problem([](AttentionOptions&) {}).diagonal(0), 4);
+  EXPECT_EQ(argument([](AttentionOptions& o) { o.k_offset = 2; }), "k_offset");  // moves keys, but not queries
+  EXPECT_EQ(argument([](AttentionOptions& o) { o.causal = false; }), "causal");
+  EXPECT_EQ(argument([](AttentionOptions& o) { o.q_offset = 9; }), "q_offset");
+  EXPECT_EQ(argument([](AttentionOptions& o) { o.q_offset = 14, o.k_offset = 10; }), "");
+  EXPECT_EQ(argument(aligned(shorter)), "key_lengths");
+
+  spec.q_offset = 2;  // rows 2..21 of a longer sequence
+  spec.seqlen_total = 40;
+  EXPECT_EQ(problem([](AttentionOptions&) {}).diagonal(0), 2);
+  EXPECT_EQ(argument([](AttentionOptions& o) { o.q_offset = 4; }), "q_offset");
+
+  spec = {.kind = PatternKind::causal, .seqlen_q = 20, .seqlen_k = 24, .block_q = 16, .block_k = 16};
+  EXPECT_EQ(argument(aligned(shorter)), "");  // keeps all that is admitted there as well
+  EXPECT_EQ(problem(aligned(shorter)).diagonal(1), 1);
 }
 
 TEST(Overlap, ExactOnStridedViews) {

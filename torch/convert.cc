@@ -75,18 +75,29 @@ MutableTensorView output_view(const char* name, const at::Tensor& t) {
   return {{const_cast<void*>(v.data), v.dtype, v.rank, v.sizes, v.strides}};
 }
 
-BlockPattern pattern_of(const PatternTensors& p) {
-  if (p.shape.size() != 6) {
-    fail("pattern_shape", std::to_string(p.shape.size()) + " numbers",
-         "6: seqlen_q, seqlen_k, block_q, block_k, heads, batches");
+int narrow(int64_t n) { return static_cast<int>(std::clamp<int64_t>(n, -1, 1 << 20)); }
+
+std::vector<int64_t> shape_numbers(const PatternShape& s) {
+  const int64_t flags = (s.causal ? 1 : 0) | (s.q_offset ? 2 : 0);
+  return {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches, flags, s.q_offset.value_or(0), s.q_skip};
+}
+
+PatternShape shape_of(const char* name, at::IntArrayRef n) {
+  if (n.size() != kShapeNumbers) {
+    fail(name, std::to_string(n.size()) + " numbers",
+         "9: seqlen_q, seqlen_k, block_q, block_k, heads, batches, flags (1: causal, 2: q_offset given), q_offset, "
+         "q_skip");
   }
-  PatternShape shape;
-  shape.seqlen_q = p.shape[0];
-  shape.seqlen_k = p.shape[1];
-  shape.block_q = static_cast<int>(std::clamp<int64_t>(p.shape[2], -1, 1 << 20));
-  shape.block_k = static_cast<int>(std::clamp<int64_t>(p.shape[3], -1, 1 << 20));
-  shape.heads = p.shape[4];
-  shape.batches = p.shape[5];
+  if (n[6] < 0 || n[6] > 3) fail(name, "flags " + std::to_string(n[6]), "0..3 (1: causal, 2: q_offset given)");
+  PatternShape shape{n[0], n[1], narrow(n[2]), narrow(n[3]), n[4], n[5]};
+  shape.causal = (n[6] & 1) != 0;
+  if (n[6] & 2) shape.q_offset = n[7];
+  shape.q_skip = narrow(n[8]);
+  return shape;
+}
+
+BlockPattern pattern_of(const PatternTensors& p) {
+  const PatternShape shape = shape_of("pattern_shape", p.shape);
   std::vector<int32_t> bitmap_index;
   std::vector<uint64_t> bitmaps;
   if (p.bitmap_index.has_value() != p.bitmaps.has_value()) {
@@ -106,13 +117,14 @@ BlockPattern pattern_of(const PatternTensors& p) {
 std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
                                       at::TensorList bitmaps, at::IntArrayRef shapes) {
   const size_t n = indptr.size();
-  if (indices.size() != n || bitmap_index.size() != n || bitmaps.size() != n || shapes.size() != 6 * n) {
+  if (indices.size() != n || bitmap_index.size() != n || bitmaps.size() != n || shapes.size() != kShapeNumbers * n) {
     fail("patterns", std::to_string(n) + " indptr, " + std::to_string(shapes.size()) + " numbers of shapes",
-         "N of every tensor and 6 N numbers");
+         "N of every tensor and 9 N numbers");
   }
   std::vector<BlockPattern> patterns;
   for (size_t i = 0; i < n; ++i) {
-    patterns.push_back(pattern_of({indptr[i], indices[i], bitmap_index[i], bitmaps[i], shapes.slice(6 * i, 6).vec()}));
+    patterns.push_back(pattern_of(
+        {indptr[i], indices[i], bitmap_index[i], bitmaps[i], shapes.slice(kShapeNumbers * i, kShapeNumbers).vec()}));
   }
   return patterns;
 }
@@ -132,7 +144,7 @@ PatternResult tensors_of(const BlockPattern& pattern) {
     std::copy_n(v.bitmap_index, entries, bitmap_index.mutable_data_ptr<int32_t>());
     std::copy_n(v.bitmaps, bitmaps.numel(), reinterpret_cast<uint64_t*>(bitmaps.mutable_data_ptr<int64_t>()));
   }
-  return {indptr, indices, bitmap_index, bitmaps, {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
+  return {indptr, indices, bitmap_index, bitmaps, shape_numbers(s)};
 }
 
 Options::Options(const OptionArguments& a, int64_t batch) {

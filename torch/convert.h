@@ -36,15 +36,21 @@ TensorView view_of(const char* name, const MaybeTensor& t);
 MutableTensorView output_view(const char* name, const at::Tensor& t);  // undefined: undefined
 
 // A pattern as tensors: indptr int32 or int64 [batches * heads * rows + 1], indices int32 [entries]; bitmap_index int32
-// [entries] and bitmaps int64 [n, block_q, words] or both absent; shape: seqlen_q, seqlen_k, block_q, block_k, heads,
-// batches. Validated on every call, in O(kept blocks).
+// [entries] and bitmaps int64 [n, block_q, words] or both absent; shape: the numbers of shape_numbers. Validated on
+// every call, in O(kept blocks). A PatternShape as numbers: seqlen_q, seqlen_k, block_q, block_k, heads, batches, flags
+// (1: causal, 2: q_offset is given), q_offset, q_skip.
+inline constexpr size_t kShapeNumbers = 9;
+std::vector<int64_t> shape_numbers(const PatternShape& shape);
+PatternShape shape_of(const char* name, at::IntArrayRef numbers);
+int narrow(int64_t n);  // what int cannot hold becomes something that no check allows
+
 struct PatternTensors {
   at::Tensor indptr, indices;
   MaybeTensor bitmap_index, bitmaps;
   std::vector<int64_t> shape;
 };
 BlockPattern pattern_of(const PatternTensors& tensors);
-// Several: each tensor a list, absent bitmaps are empty tensors, shapes [N * 6].
+// Several: each tensor a list, absent bitmaps are empty tensors, shapes [N * kShapeNumbers].
 std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
                                       at::TensorList bitmaps, at::IntArrayRef shapes);
 
@@ -54,7 +60,7 @@ PatternResult tensors_of(const BlockPattern& pattern);
 // The options of an op, in the order of its schema (ops.cc).
 struct OptionArguments {
   std::optional<double> scale;
-  bool causal = false;
+  std::optional<bool> causal;  // not given: the pattern's own
   std::optional<int64_t> window_left, window_right, q_offset;
   int64_t k_offset = 0;
   MaybeTensor key_lengths;  // int32 or int64 [B]

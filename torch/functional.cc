@@ -20,10 +20,10 @@ using ops::PatternTensors;
 // Operators by their schemas in ops.cc. SymInt where those say so.
 #define PATTERN_TYPES const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, c10::SymIntArrayRef
 using MaybeInt = std::optional<int64_t>;
-#define OPTION_TYPES                                                                                             \
-  std::optional<double>, bool, std::optional<int64_t>, std::optional<int64_t>, std::optional<c10::SymInt>,       \
-      c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, \
-      const MaybeTensor&, double, const MaybeTensor&
+#define OPTION_TYPES                                                                                 \
+  std::optional<double>, std::optional<bool>, std::optional<int64_t>, std::optional<int64_t>,        \
+      std::optional<c10::SymInt>, c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, \
+      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, const MaybeTensor&
 using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                    PATTERN_TYPES, OPTION_TYPES);
 using Decode = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
@@ -31,13 +31,14 @@ using Decode = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::T
 using Dilated = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                    c10::SymIntArrayRef, c10::SymIntArrayRef,
                                                    std::optional<c10::string_view>, std::optional<double>, int64_t,
-                                                   MaybeInt, at::IntArrayRef, MaybeInt, MaybeInt, int64_t,
-                                                   OPTION_TYPES);
+                                                   c10::string_view, MaybeInt, at::IntArrayRef, MaybeInt, MaybeInt,
+                                                   int64_t, OPTION_TYPES);
 using Varlen = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                   const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList,
                                                   at::TensorList, at::TensorList, c10::SymIntArrayRef,
-                                                  std::optional<double>, bool, MaybeInt, MaybeInt, double,
-                                                  const MaybeTensor&, const MaybeTensor&, double, const MaybeTensor&);
+                                                  std::optional<double>, std::optional<bool>, MaybeInt, MaybeInt,
+                                                  double, const MaybeTensor&, const MaybeTensor&, double,
+                                                  const MaybeTensor&);
 using Merge = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                  const at::Tensor&);
 using Weights = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, PATTERN_TYPES, OPTION_TYPES);
@@ -183,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at:
   const at::ScalarType exact = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 
   OptionArguments options;
-  options.causal = a.causal;
+  if (a.causal) options.causal = true;
   options.attn_bias = maybe(bias_of(a, batch, rows, keys, exact));
   options.dropout_p = drops_all ? 0 : a.dropout_p;
   // A key of zeros has score 0 and adds nothing but to the denominator: a sink.
@@ -248,6 +249,7 @@ PatternSpec taken(const PatternSpec& spec, bool causal) {
   t.block_q = t.block_k = spec.block_q;
   t.causal = causal && spec.causal;
   t.density = spec.density;
+  t.budget = spec.budget;
   t.window = spec.window;
   t.dilation_rates = spec.dilation_rates;
   t.global_tokens = spec.global_tokens;
@@ -264,19 +266,24 @@ std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const 
   const PatternSpec spec = dilation.pattern.value_or(PatternSpec{});
   TORCH_CHECK_VALUE(spec.block_q == spec.block_k, "dilation.pattern: got blocks of ", spec.block_q, " x ", spec.block_k,
                     "; allowed: square ones");
+  OptionArguments o = drawn(options);
+  if (spec.causal && !o.causal) o.causal = true;
   TORCH_CHECK_VALUE(
-      spec == taken(spec, options.causal),
-      "dilation.pattern: got heads, causal without options.causal, segment_lengths, ranks or hierarchical "
-      "densities; allowed: kind, block, density, window, dilation_rates, global_tokens, stride, seed");
+      spec == taken(spec, o.causal.value_or(false)),
+      "dilation.pattern: got heads, causal beside options.causal = false, a position, segment_lengths, ranks or "
+      "hierarchical densities; allowed: kind, block, density, budget, window, dilation_rates, global_tokens, stride, "
+      "seed");
   std::optional<c10::string_view> kind;
   const std::string name(name_of(spec.kind));
   if (dilation.pattern) kind = name;
   const std::vector<int64_t> lengths(dilation.segment_lengths.begin(), dilation.segment_lengths.end());
   const std::vector<int64_t> rates(dilation.dilation_rates.begin(), dilation.dilation_rates.end());
   static const auto op = find_op<Dilated>("tessera::dilated_forward");
-  return call(op, drawn(options), q, k, v, symbols(lengths), symbols(rates), kind, spec.density,
-              static_cast<int64_t>(spec.block_q), MaybeInt(spec.window), at::IntArrayRef(spec.dilation_rates),
-              MaybeInt(spec.global_tokens), MaybeInt(spec.stride), static_cast<int64_t>(spec.seed));
+  const std::string_view budget = name_of(spec.budget);
+  return call(op, o, q, k, v, symbols(lengths), symbols(rates), kind, spec.density, static_cast<int64_t>(spec.block_q),
+              c10::string_view(budget.data(), budget.size()), MaybeInt(spec.window),
+              at::IntArrayRef(spec.dilation_rates), MaybeInt(spec.global_tokens), MaybeInt(spec.stride),
+              static_cast<int64_t>(spec.seed));
 }
 
 std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -324,15 +331,21 @@ at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const Pat
   o.dropout_p = 0;
   static const auto op = find_op<Weights>("tessera::weights");
   const at::Tensor query = q.detach(), key = k.detach();
+  const PatternShape shape = ops::translate_errors([&] { return ops::shape_of("pattern", pattern.shape); });
   auto [indices, values] = call(op, o, query, key, pattern.indptr, pattern.indices, pattern.bitmap_index,
                                 pattern.bitmaps, symbols(pattern.shape));
   const int64_t block_q = values.size(1), block_k = values.size(2);
   const int64_t batch = q.size(0), heads = q.size(2), seqlen_q = q.size(1), seqlen_k = k.size(1);
-  const int64_t rows = (seqlen_q + block_q - 1) / block_q, cols = (seqlen_k + block_k - 1) / block_k;
+  const int64_t rows = shape.rows(), cols = shape.cols(), skip = shape.q_skip;
   at::Tensor dense = at::zeros({batch, heads, rows, block_q, cols, block_k}, values.options());
   const auto at_column = [&](int64_t i) { return std::optional<at::Tensor>(indices.select(1, i)); };
+  // A first row that begins inside its block: its queries stand at the end of it.
+  const at::Tensor first = (indices.select(1, 2) == 0).view({-1, 1, 1});
+  if (skip > 0) values = at::where(first, values.roll(skip, 1), values);
   dense.permute({0, 1, 2, 4, 3, 5}).index_put_({at_column(0), at_column(1), at_column(2), at_column(3)}, values);
-  return dense.view({batch, heads, rows * block_q, cols * block_k}).slice(2, 0, seqlen_q).slice(3, 0, seqlen_k);
+  return dense.view({batch, heads, rows * block_q, cols * block_k})
+      .slice(2, skip, skip + seqlen_q)
+      .slice(3, 0, seqlen_k);
 }
 
 std::tuple<at::Tensor, at::Tensor> multi_head_attention(const at::Tensor& query, const at::Tensor& key,

@@ -69,7 +69,7 @@ at::Tensor BlockSparseAttentionImpl::forward(const at::Tensor& q, const at::Tens
   check_rank("k", k, 4, "[B, Sk, Hkv, D]");
   ops::OptionArguments o;
   o.scale = options.scale;
-  o.causal = is_causal(options.pattern);
+  if (is_causal(options.pattern)) o.causal = true;
   o.window_left = options.window_left;
   o.window_right = options.window_right;
   o.softcap = options.softcap;

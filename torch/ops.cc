@@ -21,15 +21,16 @@ namespace {
 
 Dilation dilation_of(at::IntArrayRef segment_lengths, at::IntArrayRef dilation_rates,
                      std::optional<c10::string_view> kind, std::optional<double> density, int64_t block,
-                     std::optional<int64_t> window, at::IntArrayRef rates, std::optional<int64_t> global_tokens,
-                     std::optional<int64_t> stride, int64_t seed) {
+                     c10::string_view budget, std::optional<int64_t> window, at::IntArrayRef rates,
+                     std::optional<int64_t> global_tokens, std::optional<int64_t> stride, int64_t seed) {
   Dilation d;
   d.segment_lengths = {segment_lengths.data(), segment_lengths.size()};
   d.dilation_rates = {dilation_rates.data(), dilation_rates.size()};
   if (!kind.has_value()) return d;
   PatternSpec spec;
   spec.kind = pattern_kind({kind->data(), kind->size()});
-  spec.block_q = spec.block_k = static_cast<int>(std::clamp<int64_t>(block, -1, 1 << 20));
+  spec.block_q = spec.block_k = narrow(block);
+  spec.budget = budget_of_name({budget.data(), budget.size()});
   spec.density = density;
   spec.window = window;
   spec.dilation_rates = rates.vec();

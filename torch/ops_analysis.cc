@@ -25,8 +25,6 @@ namespace tessera::ops {
 
 namespace {
 
-int narrow(int64_t n) { return static_cast<int>(std::clamp<int64_t>(n, -1, 1 << 20)); }
-
 std::string text_of(c10::string_view s) { return {s.data(), s.size()}; }
 
 AnalysisInput input_of(const at::Tensor& q, const at::Tensor& k, const MaybeTensor& v, const Options& options) {
@@ -38,7 +36,7 @@ AnalysisInput input_of(const at::Tensor& q, const at::Tensor& k, const MaybeTens
   return input;
 }
 
-// [patterns, 1 + B * H, 10]: all together first, then heads; columns are the fields of QualityFigures, a missing output
+// [patterns, 1 + B * H, 11]: all together first, then heads; columns are the fields of QualityFigures, a missing output
 // error NaN.
 at::Tensor quality_op(const at::Tensor& q, const at::Tensor& k, const MaybeTensor& v, PATTERN_LISTS_PARAMETERS,
                       int64_t sample_rows, int64_t sample_seed, OPTION_PARAMETERS) {
@@ -48,12 +46,12 @@ at::Tensor quality_op(const at::Tensor& q, const at::Tensor& k, const MaybeTenso
     const auto found = quality(input_of(q, k, v, options), patterns, torch_threads(),
                                {.sample_rows = sample_rows, .seed = static_cast<uint64_t>(sample_seed)});
     const int64_t heads = found.empty() ? 0 : static_cast<int64_t>(found[0].heads.size());
-    at::Tensor figures = at::empty({static_cast<int64_t>(found.size()), 1 + heads, 10}, at::kDouble);
+    at::Tensor figures = at::empty({static_cast<int64_t>(found.size()), 1 + heads, 11}, at::kDouble);
     double* to = figures.mutable_data_ptr<double>();
     const auto write = [&](const QualityFigures& f) {
       for (double x :
            {f.coverage, f.coverage_p5, f.coverage_min, f.density, f.efficiency, f.locality, f.oracle_coverage,
-            f.oracle_ratio, f.output_error.value_or(std::numeric_limits<double>::quiet_NaN()),
+            f.oracle_ratio, f.bound_coverage, f.output_error.value_or(std::numeric_limits<double>::quiet_NaN()),
             static_cast<double>(f.rows)}) {
         *to++ = x;
       }
@@ -83,8 +81,7 @@ MassResult attention_mass_op(const at::Tensor& q, const at::Tensor& k, int64_t b
     std::copy(m.row_tokens.begin(), m.row_tokens.end(), row_tokens.mutable_data_ptr<int32_t>());
     std::copy(m.first.begin(), m.first.end(), first.mutable_data_ptr<int32_t>());
     std::copy(m.last.begin(), m.last.end(), last.mutable_data_ptr<int32_t>());
-    return MassResult{
-        values, row_tokens, first, last, {s.seqlen_q, s.seqlen_k, s.block_q, s.block_k, s.heads, s.batches}};
+    return MassResult{values, row_tokens, first, last, shape_numbers(s)};
   });
 }
 
@@ -99,14 +96,15 @@ std::vector<T> numbers(const char* name, const at::Tensor& t, at::ScalarType dty
 }
 
 MassMap mass_of(MASS_PARAMETERS) {
-  if (mass_shape.size() != 6) fail("mass_shape", std::to_string(mass_shape.size()) + " numbers", "6");
   MassMap m;
   PatternShape& s = m.shape;
-  s = {mass_shape[0], mass_shape[1], narrow(mass_shape[2]), narrow(mass_shape[3]), mass_shape[4], mass_shape[5]};
-  for (int64_t x : mass_shape) {
-    if (x < 0) fail("mass_shape", std::to_string(x), "what attention_mass gave");
+  s = shape_of("mass_shape", mass_shape);
+  check_shape(s);
+  // What cannot be held was not made; below that all products fit.
+  constexpr int64_t kMostValues = int64_t{1} << 40;
+  if (s.cols() > 0 && s.total_rows() > kMostValues / s.cols()) {
+    fail("mass_shape", c10::str(s.total_rows(), " x ", s.cols(), " blocks"), "at most 2^40");
   }
-  if (s.block_q < 1 || s.block_k < 1) fail("mass_shape", "a block of 0", "what attention_mass gave");
   m.values = numbers<float>("values", values, at::kFloat, s.total_rows() * s.cols());
   m.row_tokens = numbers<int32_t>("row_tokens", row_tokens, at::kInt, s.total_rows());
   m.first = numbers<int32_t>("first", first, at::kInt, s.batches * s.rows());
@@ -119,19 +117,25 @@ MassMap mass_of(MASS_PARAMETERS) {
   return m;
 }
 
-PatternResult oracle_pattern_op(MASS_PARAMETERS, double density) {
-  return translate_errors([&] { return tensors_of(oracle_pattern(MASS_VALUE, density)); });
+Budget budget_of(c10::string_view name) { return budget_of_name({name.data(), name.size()}); }
+
+PatternResult oracle_pattern_op(MASS_PARAMETERS, double density, c10::string_view budget) {
+  return translate_errors([&] { return tensors_of(oracle_pattern(MASS_VALUE, density, budget_of(budget))); });
 }
 
-std::vector<double> mass_densities_op(MASS_PARAMETERS, double coverage) {
+PatternResult bound_pattern_op(MASS_PARAMETERS, double density) {
+  return translate_errors([&] { return tensors_of(bound_pattern(MASS_VALUE, density)); });
+}
+
+std::vector<double> mass_densities_op(MASS_PARAMETERS, double coverage, c10::string_view budget) {
   return translate_errors([&] {
     const MassMap m = MASS_VALUE;
-    return std::vector<double>{oracle_density(m, coverage), bound_density(m, coverage)};
+    return std::vector<double>{oracle_density(m, coverage, budget_of(budget)), bound_density(m, coverage)};
   });
 }
 
-double oracle_coverage_op(MASS_PARAMETERS, double density) {
-  return translate_errors([&] { return oracle_coverage(MASS_VALUE, density); });
+double oracle_coverage_op(MASS_PARAMETERS, double density, c10::string_view budget) {
+  return translate_errors([&] { return oracle_coverage(MASS_VALUE, density, budget_of(budget)); });
 }
 
 std::vector<double> coverage_op(MASS_PARAMETERS, PATTERN_PARAMETERS) {
@@ -160,6 +164,7 @@ std::string spec_text(const PatternSpec& s) {
   if (s.global_tokens) add("global_tokens", std::to_string(*s.global_tokens));
   if (s.stride) add("stride", std::to_string(*s.stride));
   if (s.seed) add("seed", std::to_string(s.seed));
+  if (s.budget != Budget::even) add("budget", '"' + std::string(name_of(s.budget)) + '"');
   add("causal", s.causal ? "true" : "false");
   add("heads", std::to_string(s.heads));
   return text + "}";
@@ -214,8 +219,8 @@ Image image_of(const at::Tensor& t) {
   return image;
 }
 
-at::Tensor draw_pattern_op(PATTERN_PARAMETERS, c10::string_view title, int64_t batch, int64_t head, bool causal,
-                           int64_t size, bool legend) {
+at::Tensor draw_pattern_op(PATTERN_PARAMETERS, c10::string_view title, int64_t batch, int64_t head,
+                           std::optional<bool> causal, int64_t size, bool legend) {
   return translate_errors([&] {
     return tensor_of(
         draw_pattern(pattern_of(PATTERN_VALUE), {text_of(title), batch, head, causal, narrow(size), legend}));
@@ -295,15 +300,16 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
         ") -> Tensor");
   m.def("attention_mass(Tensor q, Tensor k, int block_q, int block_k, int max_bytes=4294967296, " OPTIONS ") -> (" MASS
         ")");
-  m.def("mass_coverage(" MASS ", " PATTERN ") -> float[]");      // coverage, density
-  m.def("mass_densities(" MASS ", float coverage) -> float[]");  // of the oracle, and the bound
-  m.def("oracle_coverage(" MASS ", float density) -> float");
-  m.def("oracle_pattern(" MASS ", float density) -> " PATTERN_RESULT);
+  m.def("mass_coverage(" MASS ", " PATTERN ") -> float[]");                         // coverage, density
+  m.def("mass_densities(" MASS ", float coverage, str budget='even') -> float[]");  // of the oracle, and the bound
+  m.def("oracle_coverage(" MASS ", float density, str budget='even') -> float");
+  m.def("oracle_pattern(" MASS ", float density, str budget='even') -> " PATTERN_RESULT);
+  m.def("bound_pattern(" MASS ", float density) -> " PATTERN_RESULT);
   m.def("optimize(" MASS
         ", bool mass_causal, float target_coverage, str[] kinds, int pattern_seed=0) -> "
         "(str specs, Tensor figures, float oracle_density, float bound_density, int evaluated)");
   m.def("draw_pattern(" PATTERN
-        ", str title='', int batch=0, int head=0, bool causal=False, int size=512, "
+        ", str title='', int batch=0, int head=0, bool? causal=None, int size=512, "
         "bool legend=True) -> Tensor");
   m.def(
       "draw_heat_map(Tensor values, str title='', int seqlen_q=0, int seqlen_k=0, str value_label='', "
@@ -323,6 +329,7 @@ TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("mass_densities", mass_densities_op);
   m.impl("oracle_coverage", oracle_coverage_op);
   m.impl("oracle_pattern", oracle_pattern_op);
+  m.impl("bound_pattern", bound_pattern_op);
   m.impl("optimize", optimize_op);
   m.impl("draw_pattern", draw_pattern_op);
   m.impl("draw_heat_map", draw_heat_map_op);

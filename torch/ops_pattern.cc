@@ -10,6 +10,7 @@
 
 #include "convert.h"
 #include "schema.h"
+#include "tessera/io.h"
 #include "tessera/pattern_cache.h"
 #include "tessera/pattern_combine.h"
 #include "tessera/pattern_custom.h"
@@ -29,36 +30,28 @@
 // Every field of PatternSpec, in its order.
 #define SPEC                                                                                         \
   "str kind, int seqlen_q, int seqlen_k, int block_q, int block_k, int heads=1, bool causal=False, " \
-  "float? density=None, int? window=None, int[] dilation_rates=[], int[] segment_lengths=[], "       \
+  "float? density=None, str budget='even', int? q_offset=None, int? seqlen_total=None, "             \
+  "int? window=None, int[] dilation_rates=[], int[] segment_lengths=[], "                            \
   "int? global_tokens=None, int? stride=None, int seed=0, int ranks=1, int ranks_per_node=1, "       \
   "float? local_density=None, float? global_density=None, float? inter_node_density=None"
-#define SPEC_PARAMETERS                                                                                          \
-  c10::string_view kind, int64_t seqlen_q, int64_t seqlen_k, int64_t block_q, int64_t block_k, int64_t heads,    \
-      bool causal, std::optional<double> density, std::optional<int64_t> window, at::IntArrayRef dilation_rates, \
-      at::IntArrayRef segment_lengths, std::optional<int64_t> global_tokens, std::optional<int64_t> stride,      \
-      int64_t seed, int64_t ranks, int64_t ranks_per_node, std::optional<double> local_density,                  \
+#define SPEC_PARAMETERS                                                                                       \
+  c10::string_view kind, int64_t seqlen_q, int64_t seqlen_k, int64_t block_q, int64_t block_k, int64_t heads, \
+      bool causal, std::optional<double> density, c10::string_view budget, std::optional<int64_t> q_offset,   \
+      std::optional<int64_t> seqlen_total, std::optional<int64_t> window, at::IntArrayRef dilation_rates,     \
+      at::IntArrayRef segment_lengths, std::optional<int64_t> global_tokens, std::optional<int64_t> stride,   \
+      int64_t seed, int64_t ranks, int64_t ranks_per_node, std::optional<double> local_density,               \
       std::optional<double> global_density, std::optional<double> inter_node_density
-#define SPEC_VALUE                                                                                                 \
-  PatternSpec {                                                                                                    \
-    pattern_kind({kind.data(), kind.size()}), seqlen_q, seqlen_k, narrow(block_q), narrow(block_k), heads, causal, \
-        density, window, dilation_rates.vec(), segment_lengths.vec(), global_tokens, stride,                       \
-        static_cast<uint64_t>(seed), ranks, ranks_per_node, local_density, global_density, inter_node_density      \
+#define SPEC_VALUE                                                                                                     \
+  PatternSpec {                                                                                                        \
+    pattern_kind({kind.data(), kind.size()}), seqlen_q, seqlen_k, narrow(block_q), narrow(block_k), heads, causal,     \
+        density, budget_of_name({budget.data(), budget.size()}), q_offset, seqlen_total, window, dilation_rates.vec(), \
+        segment_lengths.vec(), global_tokens, stride, static_cast<uint64_t>(seed), ranks, ranks_per_node,              \
+        local_density, global_density, inter_node_density                                                              \
   }
 
 namespace tessera::ops {
 
 namespace {
-
-// A block size out of int's range stays out of the allowed range.
-int narrow(int64_t block) { return static_cast<int>(std::clamp<int64_t>(block, -1, 1 << 20)); }
-
-PatternShape shape_of(at::IntArrayRef s) {
-  if (s.size() != 6) {
-    fail("pattern_shape", std::to_string(s.size()) + " numbers",
-         "6: seqlen_q, seqlen_k, block_q, block_k, heads, batches");
-  }
-  return {s[0], s[1], narrow(s[2]), narrow(s[3]), s[4], s[5]};
-}
 
 TensorView integer_view(const char* name, const at::Tensor& t) {
   TensorView v;
@@ -156,8 +149,8 @@ PatternResult from_csr_op(at::TensorList indptr, at::TensorList indices, at::Ten
       matrices[i].indices = integer_view("indices", indices[i]);
       if (!blocks.empty()) matrices[i].blocks = integer_view("blocks", blocks[i]);
     }
-    return tensors_of(
-        pattern_from_csr(shape_of(pattern_shape), matrices, sort ? ColumnOrder::any : ColumnOrder::ascending));
+    return tensors_of(pattern_from_csr(shape_of("pattern_shape", pattern_shape), matrices,
+                                       sort ? ColumnOrder::any : ColumnOrder::ascending));
   });
 }
 
@@ -168,6 +161,42 @@ PatternResult unite_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
 PatternResult intersect_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
   return translate_errors(
       [&] { return tensors_of(intersect(pattern_of(PATTERN_VALUE), pattern_of(PATTERN_VALUE_B))); });
+}
+
+PatternResult subtract_op(PATTERN_PARAMETERS, PATTERN_PARAMETERS_B) {
+  return translate_errors([&] { return tensors_of(subtract(pattern_of(PATTERN_VALUE), pattern_of(PATTERN_VALUE_B))); });
+}
+
+PatternResult complement_op(PATTERN_PARAMETERS) {
+  return translate_errors([&] { return tensors_of(complement(pattern_of(PATTERN_VALUE))); });
+}
+
+PatternResult make_causal_op(PATTERN_PARAMETERS, std::optional<int64_t> q_offset) {
+  return translate_errors([&] { return tensors_of(make_causal(pattern_of(PATTERN_VALUE), q_offset)); });
+}
+
+PatternResult without_causality_op(PATTERN_PARAMETERS) {
+  return translate_errors([&] { return tensors_of(without_causality(pattern_of(PATTERN_VALUE))); });
+}
+
+PatternResult for_queries_op(PATTERN_PARAMETERS, int64_t begin, int64_t end) {
+  return translate_errors([&] { return tensors_of(for_queries(pattern_of(PATTERN_VALUE), begin, end)); });
+}
+
+std::string json_op(PATTERN_PARAMETERS) {
+  return translate_errors([&] { return pattern_json(pattern_of(PATTERN_VALUE)); });
+}
+
+PatternResult from_json_op(c10::string_view json) {
+  return translate_errors([&] { return tensors_of(parse_pattern({json.data(), json.size()})); });
+}
+
+void save_op(PATTERN_PARAMETERS, c10::string_view path) {
+  translate_errors([&] { write_pattern({path.data(), path.size()}, pattern_of(PATTERN_VALUE)); });
+}
+
+PatternResult load_op(c10::string_view path) {
+  return translate_errors([&] { return tensors_of(read_pattern({path.data(), path.size()})); });
 }
 
 PatternResult slice_op(PATTERN_PARAMETERS, int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end) {
@@ -187,7 +216,7 @@ PatternResult stack_op(at::TensorList indptr, at::TensorList indices, at::Tensor
   });
 }
 
-std::vector<double> statistics_op(PATTERN_PARAMETERS, bool causal) {
+std::vector<double> statistics_op(PATTERN_PARAMETERS, std::optional<bool> causal) {
   return translate_errors([&] {
     const PatternStatistics s = statistics(pattern_of(PATTERN_VALUE), causal);
     const auto d = [](int64_t x) { return static_cast<double>(x); };
@@ -238,13 +267,22 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
       "-> " PATTERN_RESULT);
   m.def("pattern_unite(" PATTERN ", " PATTERN_B ") -> " PATTERN_RESULT);
   m.def("pattern_intersect(" PATTERN ", " PATTERN_B ") -> " PATTERN_RESULT);
+  m.def("pattern_subtract(" PATTERN ", " PATTERN_B ") -> " PATTERN_RESULT);
+  m.def("pattern_complement(" PATTERN ") -> " PATTERN_RESULT);
+  m.def("pattern_make_causal(" PATTERN ", int? q_offset=None) -> " PATTERN_RESULT);
+  m.def("pattern_without_causality(" PATTERN ") -> " PATTERN_RESULT);
+  m.def("pattern_for_queries(" PATTERN ", int begin, int end) -> " PATTERN_RESULT);
+  m.def("pattern_json(" PATTERN ") -> str");  // the program's files (tessera/io.h)
+  m.def("pattern_from_json(str json) -> " PATTERN_RESULT);
+  m.def("pattern_save(" PATTERN ", str path) -> ()");
+  m.def("pattern_load(str path) -> " PATTERN_RESULT);
   m.def("pattern_slice(" PATTERN ", int row_begin, int row_end, int col_begin, int col_end) -> " PATTERN_RESULT);
   m.def("pattern_transpose(" PATTERN ") -> " PATTERN_RESULT);
   // Absent bitmaps: empty tensors. Heads, or batches, one after the other.
   m.def(
       "pattern_stack(Tensor[] indptr, Tensor[] indices, Tensor[] bitmap_index, Tensor[] bitmaps, "
       "SymInt[] pattern_shapes, bool batches=False) -> " PATTERN_RESULT);
-  m.def("pattern_statistics(" PATTERN ", bool causal=False) -> float[]");  // the fields of PatternStatistics in order
+  m.def("pattern_statistics(" PATTERN ", bool? causal=None) -> float[]");  // the fields of PatternStatistics in order
   m.def("pattern_hash(" PATTERN ") -> int");
   m.def("pattern_ascii(" PATTERN ", int head=0, int max_width=80, int batch=0) -> str");
 }
@@ -258,6 +296,8 @@ TORCH_LIBRARY_IMPL(tessera, CompositeExplicitAutograd, m) {
   m.impl("cache_stats", cache_stats_op);
   m.impl("cache_resize", cache_resize_op);
   m.impl("cache_clear", cache_clear_op);
+  m.impl("pattern_from_json", from_json_op);
+  m.impl("pattern_load", load_op);
 }
 
 TORCH_LIBRARY_IMPL(tessera, CPU, m) {
@@ -267,6 +307,13 @@ TORCH_LIBRARY_IMPL(tessera, CPU, m) {
   m.impl("pattern_from_csr", from_csr_op);
   m.impl("pattern_unite", unite_op);
   m.impl("pattern_intersect", intersect_op);
+  m.impl("pattern_subtract", subtract_op);
+  m.impl("pattern_complement", complement_op);
+  m.impl("pattern_make_causal", make_causal_op);
+  m.impl("pattern_without_causality", without_causality_op);
+  m.impl("pattern_for_queries", for_queries_op);
+  m.impl("pattern_json", json_op);
+  m.impl("pattern_save", save_op);
   m.impl("pattern_slice", slice_op);
   m.impl("pattern_transpose", transpose_op);
   m.impl("pattern_stack", stack_op);

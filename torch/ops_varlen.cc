@@ -13,13 +13,13 @@
 
 #define VARLEN "Tensor cu_seqlens_q, Tensor cu_seqlens_k, " PATTERN_LISTS
 #define VARLEN_OPTIONS                                                                                      \
-  "float? scale=None, bool causal=False, int? window_left=None, int? window_right=None, float softcap=0., " \
+  "float? scale=None, bool? causal=None, int? window_left=None, int? window_right=None, float softcap=0., " \
   "Tensor? alibi_slopes=None, Tensor? sinks=None, float dropout_p=0., Tensor? rng=None"
 #define VARLEN_PARAMETERS const at::Tensor &cu_seqlens_q, const at::Tensor &cu_seqlens_k, PATTERN_LISTS_PARAMETERS
-#define VARLEN_OPTION_PARAMETERS                                                                                     \
-  std::optional<double> scale, bool causal, std::optional<int64_t> window_left, std::optional<int64_t> window_right, \
-      double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks, double dropout_p,                   \
-      const MaybeTensor &rng
+#define VARLEN_OPTION_PARAMETERS                                                                                      \
+  std::optional<double> scale, std::optional<bool> causal, std::optional<int64_t> window_left,                        \
+      std::optional<int64_t> window_right, double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sinks, \
+      double dropout_p, const MaybeTensor &rng
 #define VARLEN_OPTION_VALUE                                                                                          \
   OptionArguments {                                                                                                  \
     scale, causal, window_left, window_right, {}, 0, {}, false, softcap, alibi_slopes, {}, {}, sinks, dropout_p, rng \

@@ -38,11 +38,13 @@ struct Dropout {
 struct AttentionOptions {
   std::optional<double> scale;  // softmax scale, finite; default 1 / sqrt(D)
   // Position of query i is i + q_offset, of key j is j + k_offset. Default q_offset: where the pattern stands, else
-  // Sk - Sq (bottom-right alignment). A pattern that is causal or carries a position was made for one distance between
-  // query 0 and key 0: with another one the call is an Error, unless every pair that is admitted there is kept.
+  // Sk - Sq (bottom-right alignment). A pattern that is causal, or rows of a longer one, was made for one distance
+  // between query 0 and key 0: with another one the call is an Error, unless every pair that is admitted there is kept.
+  // So is any pattern that depends on positions where key_lengths move the queries (align_to_key_lengths).
   std::optional<int64_t> q_offset;
   int64_t k_offset = 0;
-  // Admits keys at positions <= the query's. Default: the pattern's own causality; false for a causal pattern is an Error
+  // Admits keys at positions <= the query's. Default: the pattern's own causality; false for a causal pattern is an
+  // Error
   std::optional<bool> causal;
   std::optional<int64_t> window_left;   // tokens, >= 0: admits keys at most this far before the query
   std::optional<int64_t> window_right;  // tokens, >= 0: ... after the query (causal: none after it anyway)

@@ -25,7 +25,7 @@ struct PatternShape {
   int64_t batches = 1;  // 1 (all batches share) or B
   bool causal = false;  // query i admits keys up to position diagonal() + i
   // Position of query 0 on the scale where key 0 is at 0. Not given: seqlen_k - seqlen_q (bottom-right alignment), and
-  // a pattern without causality may then be used at any position.
+  // a pattern without causality was made for no position. Named patterns that depend on positions say theirs.
   std::optional<int64_t> q_offset;
   int q_skip = 0;  // 0..block_q - 1: queries of the first block row that come before query 0
 
@@ -41,8 +41,17 @@ struct PatternShape {
   bool placed() const { return causal || q_offset.has_value(); }                    // made for one position
   int64_t diagonal() const { return q_offset ? *q_offset : seqlen_k - seqlen_q; }   // position of query 0
   int bitmap_words() const { return (block_k + 63) / 64; }  // 64-bit words a token row of a bitmap
-  bool operator==(const PatternShape&) const = default;
+  // The same sizes at the same place, whether that was said or is the default.
+  friend bool operator==(const PatternShape& a, const PatternShape& b) {
+    return a.seqlen_q == b.seqlen_q && a.seqlen_k == b.seqlen_k && a.block_q == b.block_q && a.block_k == b.block_k &&
+           a.heads == b.heads && a.batches == b.batches && a.causal == b.causal && a.diagonal() == b.diagonal() &&
+           a.q_skip == b.q_skip;
+  }
 };
+
+// Error naming the field for sizes that no pattern has. After it every product of three sizes of the shape fits in
+// int64.
+void check_shape(const PatternShape& shape);
 
 // A pattern as plain pointers, for kernels. "Row" r of batch b, head h, block row i is (b * heads + h) * rows + i;
 // "column" likewise. An "entry" is a position in `indices`: one kept block pair.

@@ -29,6 +29,9 @@ BlockPattern make_causal(const BlockPattern& pattern, std::optional<int64_t> q_o
 // The same pairs without the mark: causality becomes bitmaps of the blocks that it cuts.
 BlockPattern without_causality(const BlockPattern& pattern);
 
+// The same blocks, neither causal nor made for a position: which pairs of a block count is left to the call.
+BlockPattern blocks_only(const BlockPattern& pattern);
+
 // Rows of a longer sequence: the pattern of queries [begin, end), over the keys up to the position of the last of them
 // if causal, else over all keys. It carries its position (q_offset), and its first block row may begin inside a block
 // (q_skip): every query sees the same pairs as in the whole. What a decode step or a chunk of a prefill takes.

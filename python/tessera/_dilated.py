@@ -135,9 +135,11 @@ def weights(
         sub_q, sub_k = q[:, part.rows, part.heads], _key_heads(k, heads, part)
         pattern = inner(n) if inner is not None else _dense(n, block_size, causal)
         _, part_lse = functional.block_sparse_attention(
-            sub_q, sub_k, sub_k, pattern, causal=causal, scale=scale, return_lse=True
+            sub_q, sub_k, sub_k, pattern, causal=causal or None, scale=scale, return_lse=True
         )
-        blocks_at, values, _, _ = functional.attention_weights(sub_q, sub_k, pattern, causal=causal, scale=scale)
+        blocks_at, values, _, _ = functional.attention_weights(
+            sub_q, sub_k, pattern, causal=causal or None, scale=scale
+        )
         for at in range(0, len(blocks_at), 64):
             b, h, row, col = (column[:, None, None] for column in blocks_at[at : at + 64].unbind(1))
             value = values[at : at + 64]

@@ -67,7 +67,7 @@ _NOT_FINITE = re.compile(r"(q, k: got an admitted score|v: got an admitted value
 
 
 def measured_attention(
-    monitor: PerformanceMonitor, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, causal: bool,
+    monitor: PerformanceMonitor, q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, causal: bool | None,
     return_lse: bool = False, layout: str = "bshd", **options: Any,
 ) -> Any:  # fmt: skip
     """block_sparse_attention, measured; q, k, v as layout says."""
@@ -91,7 +91,9 @@ def measured_attention(
     judged = options.get("block_bias") is None
 
     def facts() -> CallFacts:
-        return CallFacts(pattern.statistics(causal=causal).density, causal, judge if judged else None)
+        return CallFacts(
+            pattern.statistics(causal=causal).density, bool(causal or pattern.causal), judge if judged else None
+        )
 
     out = monitor.run(call, q_seen, k_seen, v_seen, facts)
     return (out, lse[0]) if return_lse else out

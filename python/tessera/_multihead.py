@@ -59,7 +59,7 @@ def is_dense(source: Any) -> bool:
 def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
     """Every pair. For compilers an operator, so that no length range is split where the number of blocks becomes 1; for
     who else traces tensor operations, so that tensors may be fake."""
-    shape = (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1)
+    shape = (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1, 0, 0, 0)
     if torch.compiler.is_compiling():
         return _unflatten((*_named_tensors("dense", *shape[:4], False, 1), None, None), shape)
     if not torch._C._len_torch_dispatch_stack():
@@ -75,12 +75,12 @@ def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
 def _named_tensors(
     kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, causal: bool, heads: int,
     density: float | None = None, window: int | None = None, global_tokens: int | None = None,
-    dilation_rates: Sequence[int] | None = None, stride: int | None = None, seed: int = 0,
+    dilation_rates: Sequence[int] | None = None, stride: int | None = None, seed: int = 0, budget: str = "even",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """indptr and indices of a named pattern, as an operator that a graph calls when it runs."""
     pattern = patterns.cache.get(
         kind, seqlen_q, seqlen_k, block=(block_q, block_k), causal=causal, heads=heads, density=density, window=window,
-        global_tokens=global_tokens, dilation_rates=dilation_rates, stride=stride, seed=seed,
+        global_tokens=global_tokens, dilation_rates=dilation_rates, stride=stride, seed=seed, budget=budget,
     )  # fmt: skip
     assert pattern.bitmaps is None and pattern.heads == heads, "named patterns have no bitmaps"
     return pattern.indptr.clone(), pattern.indices.clone()
@@ -112,7 +112,11 @@ def _named(config: PatternConfig, seqlen_q: int, seqlen_k: int, causal: bool, he
         return patterns.cache.share(key, kind, seqlen_q, seqlen_k, block=block, **options)
     block_q, block_k = block if isinstance(block, tuple) else (block, block)
     indptr, indices = _named_tensors(kind, seqlen_q, seqlen_k, block_q, block_k, **options)
-    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, heads, 1))
+    causal = options["causal"]
+    flags, at = (1 if causal else 0), 0  # as make_pattern places what is not dense
+    if kind != "dense":
+        flags, at = flags | 2, seqlen_k - seqlen_q
+    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, heads, 1, flags, at, 0))
 
 
 def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
@@ -401,7 +405,7 @@ def multi_head_attention_forward(
         if padding is not None:
             bias = padding if bias is None else bias + padding
     kept_dropout = 0.0 if dropout_p == 1 else dropout_p  # 1 drops everything, which no 1 / (1 - p) makes good
-    options: dict[str, Any] = {"causal": causal, "attn_bias": bias, "key_lengths": key_lengths}
+    options: dict[str, Any] = {"causal": causal or None, "attn_bias": bias, "key_lengths": key_lengths}
     extra = _extra_keys(k, v, bias_k, bias_v, add_zero_attn)
     found: dict[str, Any] | None = None
     part_lse: Tensor | None = None

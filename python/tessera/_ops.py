@@ -165,16 +165,23 @@ def _weights_fake(
 @register_fake("tessera::make_pattern")
 @register_fake("tessera::cached_pattern")
 def _make_pattern_fake(
-    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, heads: int = 1, *args: Any, **kwargs: Any
-) -> tuple[Any, ...]:
+    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, heads: int = 1, causal: bool = False,
+    density: float | None = None, budget: str = "even", q_offset: int | None = None, *args: Any, **kwargs: Any,
+) -> tuple[Any, ...]:  # fmt: skip
     entries = get_ctx().new_dynamic_size()
-    rows = heads * ((seqlen_q + block_q - 1) // block_q)
+    skip = 0 if q_offset is None else q_offset % block_q
+    rows = heads * ((skip + seqlen_q + block_q - 1) // block_q)
+    flags, at = (1 if causal or kind == "causal" else 0), 0
+    if q_offset is not None or kind != "dense":
+        flags, at = flags | 2, seqlen_k - seqlen_q if q_offset is None else q_offset
 
     def empty(*sizes: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="cpu")
 
     bitmaps = empty(0, block_q, (block_k + 63) // 64, dtype=torch.int64)
-    return empty(rows + 1), empty(entries), empty(0), bitmaps, [seqlen_q, seqlen_k, block_q, block_k, heads, 1]
+    return empty(rows + 1), empty(entries), empty(0), bitmaps, [
+        seqlen_q, seqlen_k, block_q, block_k, heads, 1, flags, at, skip
+    ]  # fmt: skip
 
 
 def pattern_lists(patterns: Sequence[Any]) -> tuple[list, list, list, list, list[int]]:
@@ -239,7 +246,7 @@ def _register_vmap(op: Any) -> None:
         foldable = all(n in _BATCHED for n in mapped) and not given.get("dropout_p")
         foldable &= all(given.get(n) is None for n in ("page_table", "key_lengths", "block_bias", "attn_bias"))
         foldable &= not any(given.get("wanted", ())[3:]) and not (given.get("sinks") is not None and "wanted" in given)
-        foldable &= given.get("alibi_slopes") is None and (given.get("pattern_shape") or (1,) * 6)[5] == 1
+        foldable &= given.get("alibi_slopes") is None and (given.get("pattern_shape") or (1,) * 9)[5] == 1
         if not foldable or op in (varlen_forward, varlen_backward):
             return _one_by_one(op, info, dims, values)
         n = info.batch_size
@@ -304,7 +311,7 @@ def _varlen_pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     lists = [given[n] for n in ("indptr", "indices", "bitmap_index", "bitmaps")]
     pairs, heads, shapes = 0, given["q"].shape[1], given["pattern_shapes"]
     for i, (indptr, indices, bitmap_index, bitmaps) in enumerate(zip(*lists)):
-        shape = shapes[6 * i : 6 * i + 6]
+        shape = shapes[9 * i : 9 * i + 9]
         if isinstance(given["q"], FakeTensor) or isinstance(indptr, FakeTensor):
             pairs += _block_pairs(indices, shape, 1, heads)
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -29,8 +30,8 @@ class Spread(NamedTuple):
 class PatternStatistics(NamedTuple):
     """What :meth:`BlockPattern.statistics` measures; over all pattern heads and batches.
 
-    Densities count admissible pairs only: all, or with ``causal`` those that hold a (q, k) with
-    ``k <= q + seqlen_k - seqlen_q``.
+    Densities count admissible pairs only: all, or with causality those that hold a (q, k) with
+    ``k <= q + q_offset``.
     """
 
     rows: int  # block rows and columns of one head
@@ -123,6 +124,10 @@ class BlockPattern:
         bitmap_index: int32 ``[num_blocks]``, which bitmap (-1: the block is full); None when every block is full.
         bitmaps: int64 ``[n, block_q, ceil(block_k / 64)]``, bit ``k % 64`` of word ``k // 64`` admits key k; or None.
         seqlen_q, seqlen_k, block_q, block_k, heads, batches: int. heads and batches are 1 where all share a pattern.
+        causal: bool. Calls that take a causal pattern are causal to the token without being told again.
+        q_offset: position of query 0 among the keys; None: ``seqlen_k - seqlen_q``, and a pattern without causality may
+            stand anywhere.
+        q_skip: int, queries of the first block row that come before query 0 (rows of a longer sequence).
     """
 
     indptr: Tensor
@@ -135,6 +140,9 @@ class BlockPattern:
     block_k: int
     heads: int
     batches: int
+    causal: bool
+    q_offset: int | None
+    q_skip: int
     op_args: tuple[Tensor, Tensor, Tensor | None, Tensor | None, tuple[int, ...]]  # as operators take it
 
     def __init__(
@@ -149,6 +157,9 @@ class BlockPattern:
         batches: int = 1,
         bitmap_index: Tensor | None = None,
         bitmaps: Tensor | None = None,
+        causal: bool = False,
+        q_offset: int | None = None,
+        q_skip: int = 0,
     ) -> None:
         """From CSR tensors as in the attributes. ValueError for anything that is not a pattern (negative, unsorted,
         duplicate or out-of-range indices, an indptr that falls)."""
@@ -157,13 +168,7 @@ class BlockPattern:
             check_tensor("bitmap_index", bitmap_index)
         if bitmaps is not None:
             check_tensor("bitmaps", bitmaps)
-        shape = (
-            check_int("seqlen_q", seqlen_q),
-            check_int("seqlen_k", seqlen_k),
-            *check_block(block),
-            check_int("heads", heads),
-            check_int("batches", batches),
-        )
+        shape = _shape_numbers(seqlen_q, seqlen_k, block, heads, batches, causal, q_offset, q_skip)
         self._set(*_t.pattern_canonical(indptr, indices, bitmap_index, bitmaps, shape))
 
     def _set(
@@ -176,11 +181,14 @@ class BlockPattern:
                 )
         if bitmaps is not None and bitmaps.numel() == 0:
             bitmap_index = bitmaps = None
-        shape = tuple(shape)
+        self._fill((indptr, indices, bitmap_index, bitmaps), tuple(shape))
+
+    def _fill(self, tensors: Any, shape: tuple[Any, ...]) -> None:
         d = self.__dict__
-        d["indptr"], d["indices"], d["bitmap_index"], d["bitmaps"] = indptr, indices, bitmap_index, bitmaps
-        d["seqlen_q"], d["seqlen_k"], d["block_q"], d["block_k"], d["heads"], d["batches"] = shape
-        d["op_args"] = (indptr, indices, bitmap_index, bitmaps, shape)
+        d["indptr"], d["indices"], d["bitmap_index"], d["bitmaps"] = tensors
+        d["seqlen_q"], d["seqlen_k"], d["block_q"], d["block_k"], d["heads"], d["batches"], flags, at, skip = shape
+        d["causal"], d["q_offset"], d["q_skip"] = bool(flags & 1), at if flags & 2 else None, skip
+        d["op_args"] = (*tensors, shape)
 
     @classmethod
     def _make(cls, parts: Sequence[Any]) -> BlockPattern:
@@ -191,13 +199,21 @@ class BlockPattern:
     # ---- from what a caller holds
 
     @staticmethod
-    def from_mask(mask: Tensor, *, seqlen_q: int, seqlen_k: int, block: int | Sequence[int] = 128) -> BlockPattern:
+    def from_mask(
+        mask: Tensor,
+        *,
+        seqlen_q: int,
+        seqlen_k: int,
+        block: int | Sequence[int] = 128,
+        causal: bool = False,
+        q_offset: int | None = None,
+    ) -> BlockPattern:
         """Blocks where ``mask`` is non-zero. mask: bool or integer ``[rows, cols]``, ``[heads, rows, cols]`` or
         ``[batches, heads, rows, cols]``, rows = ceil(seqlen_q / block_q), cols = ceil(seqlen_k / block_k)."""
         mask = _as_tensor("mask", mask)
         block_q, block_k = check_block(block)
         sizes = check_int("seqlen_q", seqlen_q), check_int("seqlen_k", seqlen_k)
-        return BlockPattern._make(_t.pattern_from_mask(mask, *sizes, block_q, block_k))
+        return BlockPattern._make(_t.pattern_from_mask(mask, *sizes, block_q, block_k))._placed(causal, q_offset)
 
     @staticmethod
     def from_token_mask(mask: Tensor, *, block: int | Sequence[int] = 128) -> BlockPattern:
@@ -214,6 +230,8 @@ class BlockPattern:
         block: int | Sequence[int] = 128,
         heads: int = 1,
         batches: int = 1,
+        causal: bool = False,
+        q_offset: int | None = None,
     ) -> BlockPattern:
         """The kept columns of each block row, in any order; rows of all heads of all batches one after the other."""
         rows = [
@@ -234,6 +252,8 @@ class BlockPattern:
             block=block,
             heads=heads,
             batches=batches,
+            causal=causal,
+            q_offset=q_offset,
         )
 
     @staticmethod
@@ -248,6 +268,8 @@ class BlockPattern:
         heads: int = 1,
         batches: int = 1,
         sort: bool = False,
+        causal: bool = False,
+        q_offset: int | None = None,
     ) -> BlockPattern:
         """One CSR matrix of blocks, or one a batch and head (batch first), as torch.sparse and SciPy hold them.
 
@@ -263,13 +285,7 @@ class BlockPattern:
         for name, tensors in zip(("indptr", "indices", "blocks"), listed):
             for t in tensors:
                 check_tensor(name, t)
-        shape = (
-            check_int("seqlen_q", seqlen_q),
-            check_int("seqlen_k", seqlen_k),
-            *check_block(block),
-            check_int("heads", heads),
-            check_int("batches", batches),
-        )
+        shape = _shape_numbers(seqlen_q, seqlen_k, block, heads, batches, causal, q_offset, 0)
         return BlockPattern._make(_t.pattern_from_csr(*listed, shape, check_bool("sort", sort)))
 
     # ---- from other patterns
@@ -286,9 +302,85 @@ class BlockPattern:
             return NotImplemented
         return BlockPattern._make(_t.pattern_intersect(*self.op_args, *other.op_args))
 
+    def __sub__(self, other: BlockPattern) -> BlockPattern:
+        """Admits what this one admits and the other does not."""
+        if not isinstance(other, BlockPattern):
+            return NotImplemented
+        return BlockPattern._make(_t.pattern_subtract(*self.op_args, *other.op_args))
+
+    def __invert__(self) -> BlockPattern:
+        """The admissible pairs (all, or those of causality) that this one does not admit."""
+        return BlockPattern._make(_t.pattern_complement(*self.op_args))
+
+    def with_causality(self, q_offset: int | None = None) -> BlockPattern:
+        """The same blocks, causal to the token: query i admits keys up to position ``q_offset + i`` (default: where the
+        pattern stands, else ``seqlen_k - seqlen_q``)."""
+        at = None if q_offset is None else check_int("q_offset", q_offset)
+        return BlockPattern._make(_t.pattern_make_causal(*self.op_args, at))
+
+    def without_causality(self) -> BlockPattern:
+        """The same pairs without the mark: causality becomes bitmaps of the blocks that it cuts."""
+        return BlockPattern._make(_t.pattern_without_causality(*self.op_args))
+
+    def for_queries(self, begin: int, end: int) -> BlockPattern:
+        """Rows of a longer sequence: the pattern of queries begin .. end - 1, over the keys up to the last of them if
+        causal, else over all. Every query sees the same pairs as in the whole; the position is carried along. What a
+        decode step or a chunk of a prefill takes."""
+        return BlockPattern._make(
+            _t.pattern_for_queries(*self.op_args, check_int("begin", begin), check_int("end", end))
+        )
+
+    def blocks_only(self) -> BlockPattern:
+        """The same blocks, neither causal nor made for a position: which pairs of a block count is left to the call."""
+        return self._with_numbers(False, None, self.q_skip)
+
+    def with_keys(self, seqlen_k: int) -> BlockPattern:
+        """The same rows over the first ``seqlen_k`` keys. Blocks past them are dropped."""
+        cols = -(-check_int("seqlen_k", seqlen_k, 0) // self.block_k)
+        part = self.slice(cols=slice(cols))
+        shape = _shape_numbers(
+            self.seqlen_q, min(seqlen_k, self.seqlen_k), self.block, self.heads, self.batches, self.causal,
+            self._diagonal, self.q_skip,
+        )  # fmt: skip
+        return BlockPattern._make(_t.pattern_canonical(*part.op_args[:4], shape))
+
+    def _placed(self, causal: bool, q_offset: int | None) -> BlockPattern:
+        """The same blocks, made for a place."""
+        if not check_bool("causal", causal) and q_offset is None:
+            return self
+        return self._with_numbers(causal, q_offset, self.q_skip)
+
+    def _with_numbers(self, causal: bool, q_offset: int | None, q_skip: int) -> BlockPattern:
+        shape = _shape_numbers(*self.shape, self.block, self.heads, self.batches, causal, q_offset, q_skip)
+        return BlockPattern._make(_t.pattern_canonical(*self.op_args[:4], shape))
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the JSON of the program's ``--pattern-file``: beside the path, then renamed."""
+        _t.pattern_save(*self.op_args, os.fspath(path))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> BlockPattern:
+        """What :meth:`save` or ``tessera pattern --output`` wrote. ValueError for anything else."""
+        return BlockPattern._make(_t.pattern_load(os.fspath(path)))
+
+    def to_json(self) -> str:
+        """The text of :meth:`save`."""
+        return _t.pattern_json(*self.op_args)
+
+    @staticmethod
+    def from_json(text: str) -> BlockPattern:
+        """The pattern of such a text."""
+        if not isinstance(text, str):
+            raise TypeError(f"text: got {type(text).__name__}; allowed: str")
+        return BlockPattern._make(_t.pattern_from_json(text))
+
+    # ---- parts
+
     def slice(self, rows: slice | None = None, cols: slice | None = None) -> BlockPattern:
         """Block rows and columns of two ranges (step 1), as ``pattern[rows, cols]``. The slice counts tokens from its
-        own start: attention over it needs ``q_offset`` and ``k_offset`` wherever positions matter."""
+        own start; one of a pattern that is causal or has a position carries its own."""
         limits = []
         for name, s, n in (("rows", rows, self.rows), ("cols", cols, self.cols)):
             s = slice(None) if s is None else s
@@ -326,7 +418,7 @@ class BlockPattern:
     @property
     def rows(self) -> int:
         """Block rows of one head."""
-        return -(-self.seqlen_q // self.block_q)
+        return -(-(self.q_skip + self.seqlen_q) // self.block_q) if self.q_skip else -(-self.seqlen_q // self.block_q)
 
     @property
     def cols(self) -> int:
@@ -350,18 +442,20 @@ class BlockPattern:
 
     @property
     def density(self) -> float:
-        """Kept share of all block pairs. Of those that causality admits: ``statistics(causal=True).density``."""
-        pairs = self.rows * self.cols * self.heads * self.batches
-        return self.num_blocks / pairs if pairs else 0.0
+        """Kept share of the admissible block pairs: all, or of a causal pattern those that causality admits."""
+        if "_density" not in self.__dict__:
+            self.__dict__["_density"] = self.statistics().density
+        return self.__dict__["_density"]
 
     @property
     def nbytes(self) -> int:
         """Memory of the tensors."""
         return sum(t.nbytes for t in self.op_args[:4] if t is not None)
 
-    def statistics(self, causal: bool = False) -> PatternStatistics:
-        """Densities, empty rows, load imbalance; among the admissible pairs if ``causal``."""
-        x = _t.pattern_statistics(*self.op_args, check_bool("causal", causal))
+    def statistics(self, causal: bool | None = None) -> PatternStatistics:
+        """Densities, empty rows, load imbalance, among the admissible pairs. ``causal``: None is the pattern's own."""
+        causal = None if causal is None else check_bool("causal", causal)
+        x = _t.pattern_statistics(*self.op_args, causal)
         rows, cols, kept, partial, admissible = (int(n) for n in x[:5])
         return PatternStatistics(
             rows, cols, kept, partial, admissible, x[5], x[6], Spread(*x[7:11]), Spread(*x[11:15]), x[15], int(x[16]),
@@ -392,7 +486,18 @@ class BlockPattern:
         tokens = tokens.transpose(3, 4).reshape(
             self.batches, self.heads, self.rows * self.block_q, self.cols * self.block_k
         )
-        return tokens[:, :, : self.seqlen_q, : self.seqlen_k].contiguous()
+        tokens = tokens[:, :, self.q_skip : self.q_skip + self.seqlen_q, : self.seqlen_k].contiguous()
+        return tokens.tril_(self._diagonal) if self.causal else tokens
+
+    @property
+    def _place(self) -> tuple[Any, ...]:
+        """Sizes and where it stands, whether that was said or is the default."""
+        return *self.op_args[4][:6], self.causal, self._diagonal, self.q_skip
+
+    @property
+    def _diagonal(self) -> int:
+        """Position of query 0."""
+        return self.seqlen_k - self.seqlen_q if self.q_offset is None else self.q_offset
 
     def ascii(self, head: int = 0, max_width: int = 80, batch: int = 0) -> str:
         """One head as text: '#' full, '+' partial, '.' skipped; wider patterns shaded by the kept share."""
@@ -403,7 +508,7 @@ class BlockPattern:
             return NotImplemented
         if self is other:
             return True
-        if self.op_args[4] != other.op_args[4] or (self.bitmaps is None) != (other.bitmaps is None):
+        if self._place != other._place or (self.bitmaps is None) != (other.bitmaps is None):
             return False
         pairs = zip(self.op_args[:4], other.op_args[:4])
         return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
@@ -418,6 +523,10 @@ class BlockPattern:
             f"BlockPattern({self.seqlen_q} x {self.seqlen_k}, block {self.block_q} x {self.block_k}",
             f"{self.num_blocks} blocks, density {self.density:.4g}",
         ]
+        if self.causal:
+            parts.append("causal")
+        if self._diagonal != self.seqlen_k - self.seqlen_q:
+            parts.append(f"queries from position {self._diagonal}")
         if self.heads > 1:
             parts.append(f"{self.heads} heads")
         if self.batches > 1:
@@ -438,6 +547,18 @@ class BlockPattern:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, self.op_args
+
+
+def _shape_numbers(
+    seqlen_q: int, seqlen_k: int, block: Any, heads: int, batches: int, causal: bool, q_offset: int | None, q_skip: int
+) -> tuple[int, ...]:
+    """As operators take them (shape_numbers of torch/convert.h)."""
+    at = 0 if q_offset is None else check_int("q_offset", q_offset)
+    flags = (1 if check_bool("causal", causal) else 0) | (0 if q_offset is None else 2)
+    return (
+        check_int("seqlen_q", seqlen_q), check_int("seqlen_k", seqlen_k), *check_block(block),
+        check_int("heads", heads), check_int("batches", batches), flags, at, check_int("q_skip", q_skip),
+    )  # fmt: skip
 
 
 def _unpickle(
@@ -482,10 +603,7 @@ def _flatten(p: BlockPattern) -> tuple[list[Any], tuple[int, ...]]:
 
 def _unflatten(leaves: Iterable[Any], shape: Sequence[int]) -> BlockPattern:
     p = object.__new__(BlockPattern)
-    d = p.__dict__
-    d["indptr"], d["indices"], d["bitmap_index"], d["bitmaps"] = leaves
-    d["seqlen_q"], d["seqlen_k"], d["block_q"], d["block_k"], d["heads"], d["batches"] = shape
-    d["op_args"] = (*leaves, tuple(shape))
+    p._fill(tuple(leaves), tuple(shape))
     return p
 
 

@@ -27,13 +27,14 @@ class Quality(NamedTuple):
     locality: float  # coverage of the nearest blocks to the diagonal at the same budget
     oracle_coverage: float  # of the best choice of whole blocks at the same budget
     oracle_ratio: float  # coverage / oracle_coverage
+    bound_coverage: float  # the most that any choice of as many blocks keeps, over all rows
     output_error: float  # |sparse - dense| / |dense| of the outputs; NaN without v
     rows: int  # token rows judged
 
 
 def _figures(row: Tensor) -> Quality:
     x = row.tolist()
-    return Quality(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], int(x[9]))
+    return Quality(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], int(x[10]))
 
 
 class Options(TypedDict, total=False):
@@ -50,15 +51,17 @@ class Options(TypedDict, total=False):
     k_offset: int
 
 
-def _options(causal: bool, given: Options) -> dict[str, Any]:
+def _options(causal: bool | None, given: Options, carried: bool = False) -> dict[str, Any]:
     """As the operators take them."""
     from .functional import _check_number, _check_offsets, _window
 
-    causal = check_bool("causal", causal)
+    causal = None if causal is None else check_bool("causal", causal)
     if unknown := given.keys() - Options.__annotations__.keys():
         raise TypeError(f"{min(unknown)}: got an option of that name; allowed: {', '.join(Options.__annotations__)}")
     options: dict[str, Any] = {"softcap": 0.0, **given, "causal": causal}
-    options["window_left"], options["window_right"] = _window(options.pop("window", None), causal)
+    options["window_left"], options["window_right"] = _window(
+        options.pop("window", None), carried if causal is None else causal
+    )
     for name in ("attn_bias", "sinks", "alibi_slopes", "key_lengths"):
         if options.get(name) is not None:
             options[name] = check_tensor(name, options[name]).detach()
@@ -75,7 +78,7 @@ def quality(
     v: Tensor | None,
     pattern: BlockPattern | Sequence[BlockPattern],
     *,
-    causal: bool = False,
+    causal: bool | None = None,
     sample_rows: int = 0,
     seed: int = 0,
     per_head: bool = False,
@@ -83,8 +86,8 @@ def quality(
 ) -> Any:
     """Quality of a pattern (:class:`Quality`) or of several (a list: those of one block size share a pass).
 
-    The true attention is the dense one under ``causal`` and ``options`` (:class:`Options`). Mass is shared among keys:
-    what ``sinks`` take is left out.
+    The true attention is the dense one under ``causal`` (None: as the pattern) and ``options`` (:class:`Options`). Mass
+    is shared among keys: what ``sinks`` take is left out.
     ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
     """
     several = not isinstance(pattern, BlockPattern)
@@ -105,7 +108,7 @@ def quality(
         [n for p in patterns for n in p.op_args[4]],
         check_int("sample_rows", sample_rows, 0),
         check_int("seed", seed),
-        **_options(causal, options),
+        **_options(causal, options, bool(patterns) and all(p.causal for p in patterns)),
     )
     found = []
     for table in figures:
@@ -155,17 +158,21 @@ class AttentionMass:
         """(coverage, density) of a pattern without bitmaps, in O(kept blocks)."""
         return tuple(_t.mass_coverage(*self._parts, *pattern.op_args))
 
-    def oracle_pattern(self, density: float) -> BlockPattern:
-        """The best pattern: in each row the blocks of most mass, up to the budget of the density."""
-        return BlockPattern._make(_t.oracle_pattern(*self._parts, float(density)))
+    def oracle_pattern(self, density: float, budget: str = "even") -> BlockPattern:
+        """In each row the blocks of most mass, up to the row's budget of the density (:mod:`tessera.patterns`)."""
+        return BlockPattern._make(_t.oracle_pattern(*self._parts, float(density), budget))
 
-    def oracle_coverage(self, density: float) -> float:
+    def oracle_coverage(self, density: float, budget: str = "even") -> float:
         """Coverage of :meth:`oracle_pattern`."""
-        return _t.oracle_coverage(*self._parts, float(density))
+        return _t.oracle_coverage(*self._parts, float(density), budget)
 
-    def oracle_density(self, coverage: float) -> float:
+    def oracle_density(self, coverage: float, budget: str = "even") -> float:
         """Density of the cheapest oracle pattern that reaches ``coverage``."""
-        return _t.mass_densities(*self._parts, float(coverage))[0]
+        return _t.mass_densities(*self._parts, float(coverage), budget)[0]
+
+    def bound_pattern(self, density: float) -> BlockPattern:
+        """The best pattern of all: the blocks of most mass, chosen freely over all rows, heads and batches."""
+        return BlockPattern._make(_t.bound_pattern(*self._parts, float(density)))
 
     def bound_density(self, coverage: float) -> float:
         """No pattern of whole blocks reaches ``coverage`` with less."""
@@ -192,7 +199,7 @@ def attention_mass(
     k: Tensor,
     *,
     block: int | tuple[int, int] = 128,
-    causal: bool = False,
+    causal: bool | None = None,
     max_bytes: int = 1 << 32,
     **options: Unpack[Options],
 ) -> AttentionMass:
@@ -221,17 +228,17 @@ def draw_pattern(
     *,
     batch: int = 0,
     head: int = 0,
-    causal: bool = False,
+    causal: bool | None = None,
     size: int = 512,
     legend: bool = True,
 ) -> Tensor:
-    """Kept blocks full or partial; ``causal`` shades what causality excludes. ValueError or TypeError naming the
-    argument."""
+    """Kept blocks full or partial; ``causal`` (None: the pattern's own) shades what causality excludes. ValueError or
+    TypeError naming the argument."""
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern: got {type(pattern).__name__}; allowed: BlockPattern")
     return _t.draw_pattern(
         *pattern.op_args, _check_text("title", title), check_int("batch", batch, 0), check_int("head", head, 0),
-        check_bool("causal", causal), check_int("size", size), check_bool("legend", legend),
+        None if causal is None else check_bool("causal", causal), check_int("size", size), check_bool("legend", legend),
     )  # fmt: skip
 
 

@@ -126,6 +126,10 @@ class _Configured(nn.Module):
             reject("block_size", block, "one int where there are segment_lengths")
         return block
 
+    def _is_causal(self, causal: bool) -> bool:
+        """Of a call that says so, or of a pattern that is by name."""
+        return causal or self.sparse_config.pattern_type == "causal"
+
     def _inner(self, causal: bool) -> _dilated.Inner:
         return lambda n: self.pattern_generator.config.pattern(n, n, causal=causal)
 
@@ -148,6 +152,7 @@ class _Configured(nn.Module):
         """Kept share as achieved at these lengths, in [0, 1]: of the admissible block pairs, or with segments of the
         admissible token pairs (one that several segments keep counts once)."""
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+        causal = self._is_causal(causal)
         if self._is_segmented(seqlen_q, seqlen_k):
             # Counted once: calls of the same lengths ask again and again.
             key = seqlen_q, num_heads, causal, self.sparse_config.key()
@@ -159,7 +164,7 @@ class _Configured(nn.Module):
         pattern = self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k)
         if pattern is None:  # made apart: asking changes no cache
             pattern = self.sparse_config.pattern(seqlen_q, seqlen_k, causal=causal, heads=num_heads)
-        return pattern.statistics(causal=causal).density
+        return pattern.statistics(causal=causal or None).density
 
     def attend(
         self,
@@ -173,6 +178,7 @@ class _Configured(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
         """q [B, Sq, H, D], k, v [B, Sk, Hkv, D] -> out [B, Sq, H, Dv], lse [B, H, Sq], and the weights in block form if
         asked. Monitored."""
+        causal = self._is_causal(causal)
         self._last = q.shape[2], q.shape[1], k.shape[1], causal
         lse: list[Tensor] = []
 
@@ -207,7 +213,7 @@ class _Configured(nn.Module):
                     make = torch.compiler.disable(make)
                 pattern = make(q.shape[1], q.shape[2], k.shape[1], causal)
                 return functional.block_sparse_attention(
-                    q, k, v, pattern, causal=causal, dropout_p=dropout_p, return_lse=True, **options
+                    q, k, v, pattern, causal=causal or None, dropout_p=dropout_p, return_lse=True, **options
                 )
             # One segment is the whole sequence: the same attention, its pattern made inside the operator.
             widths, rates = (q.shape[1],), (1,)
@@ -231,7 +237,7 @@ class _Configured(nn.Module):
         if not self._is_segmented(q.shape[1], k.shape[1]):
             pattern = self.pattern_generator.generate_pattern(q.shape[1], q.shape[2], k.shape[1], causal)
             with torch.no_grad():  # options may want a gradient, weights have none
-                found = functional.attention_weights(q, k, pattern, causal=causal, **options)
+                found = functional.attention_weights(q, k, pattern, causal=causal or None, **options)
             return block_form(found)
         refused = sorted(name for name, value in options.items() if name != "scale" and value is not None)
         if refused:
@@ -277,10 +283,14 @@ class _Configured(nn.Module):
         truth = {name: value for name, value in options.items() if name != "block_bias"}
 
         def judge_pattern(out: Tensor) -> tuple[float, float] | None:
-            return judged_quality(q, k, v, pattern, causal=causal, sample_rows=rows, **truth)
+            return judged_quality(q, k, v, pattern, causal=causal or None, sample_rows=rows, **truth)
 
         judged = options.get("block_bias") is None
-        return CallFacts(pattern.statistics(causal=causal).density, causal, judge_pattern if judged else None)
+        return CallFacts(
+            pattern.density if not causal else pattern.statistics(causal=True).density,
+            causal or pattern.causal,
+            judge_pattern if judged else None,
+        )
 
     def get_performance_stats(self) -> dict[str, float]:
         """What performance_monitor measured (PerformanceMonitor.stats). Asking turns it on: until the next call

@@ -114,6 +114,7 @@ class PatternConfig:
         dilation_rates: of dilated_sparse: distances, in blocks. Default 1, 2, 4, 8, 16.
         stride: of strided, in blocks; wins over density.
         seed: of random and bigbird.
+        budget: how a density is shared out among rows: "even" or "proportional" (:mod:`tessera.patterns`).
         min_sparsity, max_sparsity: bounds that ``sparsity`` (= 1 - density) must keep.
         enable_caching: keep patterns that were made, for the next call with the same lengths.
         density, sparsity: other ways to say ``sparsity_ratio``; only one of the three may be given.
@@ -133,6 +134,7 @@ class PatternConfig:
     min_sparsity: float
     max_sparsity: float
     enable_caching: bool
+    budget: str
 
     def __init__(
         self,
@@ -147,6 +149,7 @@ class PatternConfig:
         min_sparsity: float = 0.0,
         max_sparsity: float = 1.0,
         enable_caching: bool = True,
+        budget: str = "even",
         *,
         density: float | None = None,
         sparsity: float | None = None,
@@ -166,6 +169,7 @@ class PatternConfig:
         self.stride = stride
         self.seed = seed
         self.enable_caching = enable_caching
+        self.budget = budget
         self.min_sparsity = min_sparsity
         self.max_sparsity = max_sparsity
         name, value = next(iter(given.items()), ("density", self.bounded(DEFAULT_DENSITY)))
@@ -190,6 +194,9 @@ class PatternConfig:
             value = _integer(name, value, 0)
         elif name in ("min_sparsity", "max_sparsity"):
             value = _fraction(name, value, "a share in [0, 1]", closed=True)
+        elif name == "budget":
+            if value not in ("even", "proportional"):
+                reject(name, value, '"even" or "proportional"')
         elif name == "enable_caching":
             value = bool(value)
         elif name not in ("density", "sparsity"):
@@ -266,7 +273,7 @@ class PatternConfig:
 
     def spec(self) -> tuple[str, int | tuple[int, int], dict[str, Any]]:
         """(kind, block, options): the options that the kind takes, and no others."""
-        values = {
+        values: dict[str, Any] = {
             "density": self.sparsity_ratio if self.density_decides else None,
             "window": self.local_window_size,
             "global_tokens": self.global_tokens,
@@ -275,13 +282,16 @@ class PatternConfig:
             "seed": self.seed,
         }
         taken = _OPTIONS[self.pattern_type]
-        return self.pattern_type, self.block_size, {n: values[n] for n in taken if values[n] is not None}
+        options: dict[str, Any] = {n: values[n] for n in taken if values[n] is not None}
+        if "density" in options:
+            options["budget"] = self.budget
+        return self.pattern_type, self.block_size, options
 
     def key(self) -> tuple[Any, ...]:
         """Everything that decides which patterns it makes."""
         return (
             self.pattern_type, self.sparsity_ratio, self.block_size, self.local_window_size, self.global_tokens,
-            self.dilation_rates, self.stride, self.seed,
+            self.dilation_rates, self.stride, self.seed, self.budget,
         )  # fmt: skip
 
     def pattern(

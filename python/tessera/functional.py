@@ -20,7 +20,7 @@ _decode, _forward = _ops.decode, _ops.forward
 _compiling = torch.compiler.is_compiling
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 # Of what describes the pattern inside dilated segments; None where it is not named.
-_INNER_DEFAULTS: dict[str, Any] = {"block": 128, "pattern_rates": [], "pattern_seed": 0}
+_INNER_DEFAULTS: dict[str, Any] = {"block": 128, "budget": "even", "pattern_rates": [], "pattern_seed": 0}
 
 
 class AttentionWeights(NamedTuple):
@@ -35,7 +35,7 @@ class AttentionWeights(NamedTuple):
 class _Common(TypedDict, total=False):
     """Options that every attention takes, for type checkers; their meaning is in the functions' own signatures."""
 
-    causal: bool
+    causal: bool | None
     scale: float | None
     window: int | tuple[int | None, int | None] | None
     softcap: float
@@ -71,6 +71,7 @@ class _Dilated(_Common, total=False):
     pattern: str | None
     density: float | None
     block: int
+    budget: str
     pattern_window: int | None
     pattern_rates: Sequence[int]
     global_tokens: int | None
@@ -149,11 +150,12 @@ def _window(window: Any, causal: bool) -> tuple[int | None, int | None]:
 
 
 def _check_options(
-    scale: Any, causal: Any, window: Any, softcap: Any
-) -> tuple[float | None, bool, int | None, int | None, float]:
-    """scale, causal, left and right of the window, softcap: in the order of the operators."""
-    causal = check_bool("causal", causal)
-    left, right = _window(window, causal)
+    scale: Any, causal: Any, window: Any, softcap: Any, carried: bool = False
+) -> tuple[float | None, bool | None, int | None, int | None, float]:
+    """scale, causal, left and right of the window, softcap: in the order of the operators. carried: causality of the
+    pattern, which holds where nothing is said."""
+    causal = None if causal is None else check_bool("causal", causal)
+    left, right = _window(window, carried if causal is None else causal)
     scale = None if scale is None else _check_number("scale", scale)
     return scale, causal, left, right, _check_number("softcap", softcap)
 
@@ -192,7 +194,7 @@ def block_sparse_attention(
     v: Tensor,
     pattern: BlockPattern,
     *,
-    causal: bool = False,
+    causal: bool | None = None,
     scale: float | None = None,
     attn_bias: Tensor | None = None,
     block_bias: Tensor | None = None,
@@ -214,7 +216,9 @@ def block_sparse_attention(
         k: ``[B, Sk, Hkv, D]``, ``H % Hkv == 0`` (grouped-query attention).
         v: ``[B, Sk, Hkv, Dv]``.
         pattern: of (Sq, Sk); its heads are 1 or H, its batches 1 or B.
-        causal: admits keys at positions up to the query's. Queries end where keys end (``q_offset`` changes that).
+        causal: admits keys at positions up to the query's. None: as the pattern, which carries its causality; False for
+            a causal pattern is an error. Queries end where keys end (``q_offset`` and patterns with a position change
+            that).
         scale: finite; default ``1 / sqrt(D)``.
         attn_bias: floating, ``[B or 1, H or 1, Sq or 1, Sk or 1]``, added to the scores; has a gradient. -inf: not a
             key. In a row whose keys all have -1e6 or less the result is right and the gradient is not (as of
@@ -229,7 +233,9 @@ def block_sparse_attention(
         softcap: > 0: scores become ``softcap * tanh(score / softcap)``, before biases.
         alibi_slopes: fp32 ``[H]`` or ``[B, H]``: adds ``-slope * |distance|``; no gradient.
         sinks: fp32 ``[H]``: a logit that joins the denominator only; has a gradient.
-        q_offset, k_offset: positions of the first query (default ``Sk - Sq``) and key.
+        q_offset, k_offset: positions of the first query (default: where the pattern stands, else ``Sk - Sq``) and key.
+            A pattern that is causal, or rows of a longer one, was made for one distance between them: another one is an
+            error, unless every pair that is admitted there is kept.
         return_lse: also returns lse, fp32 ``[B, H, Sq]`` (natural log; -inf for a row that sees no key), with gradient.
 
     Returns:
@@ -237,7 +243,7 @@ def block_sparse_attention(
     """
     if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor and type(pattern) is BlockPattern):
         _check_main(q, k, v, pattern)
-    if causal is not True and causal is not False:
+    if causal is not None and causal is not True and causal is not False:
         causal = check_bool("causal", causal)
     if return_lse is not True and return_lse is not False:
         return_lse = check_bool("return_lse", return_lse)
@@ -245,7 +251,7 @@ def block_sparse_attention(
         scale = _check_number("scale", scale)
     if type(softcap) is not float:
         softcap = _check_number("softcap", softcap)
-    left, right = (None, None) if window is None else _window(window, causal)
+    left, right = (None, None) if window is None else _window(window, pattern.causal if causal is None else causal)
     rng = None if type(dropout_p) is float and dropout_p == 0 else _rng(dropout_p)
     if q_offset is not None or k_offset != 0:
         q_offset, k_offset = _check_offsets(q_offset, k_offset)
@@ -312,7 +318,7 @@ def decode(
     *,
     key_lengths: Tensor | None = None,
     page_table: Tensor | None = None,
-    causal: bool = True,
+    causal: bool | None = True,
     scale: float | None = None,
     window: int | tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
@@ -329,7 +335,9 @@ def decode(
         q: ``[B, Sq, H, D]``, the newest Sq tokens (Sq <= 16 takes the schedule that splits over keys).
         k_cache, v_cache: ``[B, Sk, Hkv, D]``, ``[B, Sk, Hkv, Dv]``; with ``page_table`` pages ``[pages, block_k, Hkv,
             D]`` and ``Dv`` (always in this order).
-        pattern: of (Sq, Sk), Sk the capacity of the cache.
+        pattern: of (Sq, Sk), Sk the capacity of the cache. A pattern made for queries at the end of the capacity is
+            right there only: with shorter key_lengths it is an error unless it keeps everything (:class:`KVCache` and
+            ``pattern.for_queries`` give the rows of a step).
         key_lengths: int32 or int64 ``[B]``, keys of the cache that are valid, the new ones included; the queries stand
             at the end of them.
         page_table: int32 ``[B, ceil(Sk / block_k)]``.
@@ -339,7 +347,7 @@ def decode(
     _check_given(q=q, k_cache=k_cache, v_cache=v_cache)
     if not isinstance(pattern, BlockPattern):
         raise _type_error("pattern", pattern, "tessera.BlockPattern")
-    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
+    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap, pattern.causal)
     return_lse = check_bool("return_lse", return_lse)
     _check_tensors(
         key_lengths=key_lengths, page_table=page_table, alibi_slopes=alibi_slopes, sinks=sinks, block_bias=block_bias,
@@ -388,7 +396,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor,
     patterns: Sequence[BlockPattern],
     *,
-    causal: bool = False,
+    causal: bool | None = None,
     scale: float | None = None,
     window: int | tuple[int | None, int | None] | None = None,
     dropout_p: float = 0.0,
@@ -417,7 +425,8 @@ def varlen_attention(
         if not isinstance(p, BlockPattern):
             raise _type_error(f"patterns[{i}]", p, "tessera.BlockPattern")
     _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
-    options = _check_options(scale, causal, window, softcap)
+    carried = bool(patterns) and all(p.causal for p in patterns)
+    options = _check_options(scale, causal, window, softcap, carried)
     return_lse = check_bool("return_lse", return_lse)
     out, lse = _ops.varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns), *options, alibi_slopes, sinks, dropout_p,
@@ -448,11 +457,12 @@ def dilated_attention(
     *,
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
-    causal: bool = False,
+    causal: bool | None = None,
     scale: float | None = None,
     pattern: str | None = None,
     density: float | None = None,
     block: int = 128,
+    budget: str = "even",
     pattern_window: int | None = None,
     pattern_rates: Sequence[int] = (),
     global_tokens: int | None = None,
@@ -474,8 +484,8 @@ def dilated_attention(
         q: ``[B, S, H, D]`` (or ``[B, H, S, D]``); k, v: ``[B, S, Hkv, D]``, ``[B, S, Hkv, Dv]``.
         segment_lengths, dilation_rates: w in tokens and r, equally many, each >= 1.
         pattern: name of a pattern inside each dilated segment (its tokens are the rows that are left), with density,
-            block, pattern_window, pattern_rates, global_tokens, stride, pattern_seed as in :mod:`tessera.patterns`;
-            None: dense, and a ValueError for each of those that is given.
+            block, budget, pattern_window, pattern_rates, global_tokens, stride, pattern_seed as in
+            :mod:`tessera.patterns`; None: dense, and a ValueError for each of those that is given.
         attn_bias: of token pairs, ``[B or 1, H or 1, S or 1, S or 1]``; has a gradient, which takes memory of its size.
 
     Others as :func:`block_sparse_attention`.
@@ -495,7 +505,7 @@ def dilated_attention(
         raise _type_error("pattern", pattern, "the name of a pattern, or None")
     density = None if density is None else _check_number("density", density)
     inner = {
-        "density": density, "block": check_int("block", block),
+        "density": density, "block": check_int("block", block), "budget": budget,
         "pattern_window": _optional_int("pattern_window", pattern_window), "pattern_rates": lists[2],
         "global_tokens": _optional_int("global_tokens", global_tokens), "stride": _optional_int("stride", stride),
         "pattern_seed": check_int("pattern_seed", pattern_seed),
@@ -533,7 +543,7 @@ def attention_weights(
     k: Tensor,
     pattern: BlockPattern,
     *,
-    causal: bool = False,
+    causal: bool | None = None,
     scale: float | None = None,
     attn_bias: Tensor | None = None,
     block_bias: Tensor | None = None,
@@ -555,7 +565,7 @@ def attention_weights(
     _check_tensors(
         attn_bias=attn_bias, block_bias=block_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks
     )
-    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
+    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap, pattern.causal)
     attn_bias, block_bias, sinks = (None if t is None else t.detach() for t in (attn_bias, block_bias, sinks))
     if _check_layout(layout):
         q, k = _to_bshd("q", q), _to_bshd("k", k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -356,7 +357,9 @@ class BlockSparseAttention(Monitored, nn.Module):
 
     Args:
         pattern: as in :class:`MultiheadAttention`.
-        causal, scale, window, softcap, layout: as the function.
+        density, block: of a named pattern.
+        causal: True, or None: as the pattern (a named one is made causal where causal is True).
+        scale, window, softcap, layout: as the function.
         dropout: on the normalised weights, in training.
     """
 
@@ -364,7 +367,9 @@ class BlockSparseAttention(Monitored, nn.Module):
         self,
         pattern: PatternSource = None,
         *,
-        causal: bool = False,
+        density: float | None = None,
+        block: int | tuple[int, int] | None = None,
+        causal: bool | None = None,
         scale: float | None = None,
         window: int | tuple[int | None, int | None] | None = None,
         dropout: float = 0.0,
@@ -376,6 +381,11 @@ class BlockSparseAttention(Monitored, nn.Module):
             raise ValueError(f'layout: got {layout!r}; allowed: "bshd" or "bhsd"')
         if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout!r}; allowed: 0 <= dropout < 1")
+        if density is not None or block is not None:
+            if pattern is not None and not isinstance(pattern, (str, Mapping, PatternConfig)):
+                given = "density" if density is not None else "block"
+                raise TypeError(f"{given}: got it beside {type(pattern).__name__}; allowed: with the name of a pattern")
+            pattern = PatternConfig.of(pattern, density=density, block_size=block)
         self.pattern = pattern
         self.causal, self.scale, self.window, self.dropout = causal, scale, window, dropout
         self.softcap, self.layout = softcap, layout
@@ -415,9 +425,9 @@ class BlockSparseAttention(Monitored, nn.Module):
             if t.dim() != 4:
                 raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: 4, {self.layout}")
         s, h = (1, 2) if self.layout == "bshd" else (2, 1)
-        pattern = pattern_for(self._pattern, q.shape[s], k.shape[s], self.causal, q.shape[h])
+        pattern = pattern_for(self._pattern, q.shape[s], k.shape[s], bool(self.causal), q.shape[h])
         options: dict[str, Any] = {
-            "causal": self.causal, "scale": self.scale, "window": self.window, "softcap": self.softcap,
+            "causal": self.causal or None, "scale": self.scale, "window": self.window, "softcap": self.softcap,
             "layout": self.layout, "attn_bias": attn_bias, "block_bias": block_bias, "key_lengths": key_lengths,
             "alibi_slopes": alibi_slopes, "sinks": sinks,
         }  # fmt: skip

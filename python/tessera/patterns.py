@@ -2,10 +2,16 @@
 
 Common arguments: ``seqlen_q``, ``seqlen_k`` (default: seqlen_q) in tokens; ``block``, an int or (block_q, block_k),
 each a multiple of 16 in 16..256; ``causal`` admits the block pairs that hold at least one (q, k) with
-``k <= q + seqlen_k - seqlen_q``; ``heads`` is 1, or the number of heads where they shall differ. ``density`` is the
-KEPT share of the admissible pairs, in (0, 1]: each row of blocks keeps ``max(1, round(density * admissible))`` and
-always its diagonal. Explicit geometry (window, global_tokens, stride) wins over density; the achieved density is what
-``pattern.statistics(causal).density`` says. Errors: ValueError or TypeError naming the argument.
+``k <= q + seqlen_k - seqlen_q``, and the pattern carries it: calls that take it are causal to the token; ``heads`` is
+1, or the number of heads where they shall differ. ``density`` is the KEPT share of the admissible pairs, in (0, 1].
+Every row of blocks keeps the same number of them, as far as it has them, so that all together come nearest to the
+density (``budget="even"``), or each ``max(1, round(density * admissible in the row))`` (``budget="proportional"``);
+always its diagonal. Explicit geometry (window, global_tokens, stride) wins over density; the achieved density is
+``pattern.density``. ``q_offset``: the queries are rows of a longer sequence, tokens q_offset .. q_offset + seqlen_q -
+1; each sees the blocks that it sees in the pattern of the whole, whose length, ``seqlen_total``, is to be given where
+steps of different lengths have to agree (budgets are of the whole; default: the longer of seqlen_k and q_offset +
+seqlen_q). seqlen_k is then, if not given, that of the keys which the queries may see. Errors: ValueError or TypeError
+naming the argument.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypedDict, Unpack, cast
 
 import torch
 
@@ -32,7 +38,7 @@ NAMES = (
     "dilated_segments",
     "hierarchical",
 )
-_INTS = ("window", "global_tokens", "stride")
+_INTS = ("q_offset", "seqlen_total", "window", "global_tokens", "stride")
 _FLOATS = ("density", "local_density", "global_density", "inter_node_density")
 
 
@@ -45,6 +51,12 @@ def _number(name: str, value: Any) -> float | None:
         except AttributeError:
             _bad(name, value)
     return float(value)
+
+
+def _budget(value: Any) -> str:
+    if value not in ("even", "proportional"):
+        raise ValueError(f'budget: got {value!r}; allowed: "even" or "proportional"')
+    return cast(str, value)
 
 
 def _bad(name: str, value: Any) -> NoReturn:
@@ -68,11 +80,14 @@ def _spec(
     if kind not in NAMES:
         raise ValueError(f"name: got {kind!r}; allowed: {', '.join(NAMES)}")
     seqlen_q = check_int("seqlen_q", seqlen_q)
+    ints = {n: None if options.get(n) is None else check_int(n, options[n]) for n in _INTS}
+    if seqlen_k is None and ints["q_offset"] is not None:  # the keys that the last query may see
+        end, total = ints["q_offset"] + seqlen_q, ints["seqlen_total"]
+        seqlen_k = end if total is None or causal or kind == "causal" else total
     seqlen_k = seqlen_q if seqlen_k is None else check_int("seqlen_k", seqlen_k)
     block_q, block_k = check_block(block)
-    ints = {n: None if options.get(n) is None else check_int(n, options[n]) for n in _INTS}
     floats = {n: _number(n, options.get(n)) for n in _FLOATS}
-    unknown = set(options) - set(_INTS) - set(_FLOATS) - {"dilation_rates", "segment_lengths"}
+    unknown = set(options) - set(_INTS) - set(_FLOATS) - {"dilation_rates", "segment_lengths", "budget"}
     if unknown:
         raise TypeError(f"{sorted(unknown)[0]}: got an option that no pattern has; allowed: those of {kind}")
     return [
@@ -84,6 +99,9 @@ def _spec(
         check_int("heads", heads),
         bool(check_bool("causal", causal)),
         floats["density"],
+        _budget(options.get("budget", "even")),
+        ints["q_offset"],
+        ints["seqlen_total"],
         ints["window"],
         _list("dilation_rates", options.get("dilation_rates")),
         _list("segment_lengths", options.get("segment_lengths")),
@@ -96,6 +114,14 @@ def _spec(
         floats["global_density"],
         floats["inter_node_density"],
     ]
+
+
+class Rows(TypedDict, total=False):
+    """Where the queries stand, and how a density is shared out; see the top of this module."""
+
+    budget: str
+    q_offset: int | None
+    seqlen_total: int | None
 
 
 def make(
@@ -121,16 +147,22 @@ def dense(
     block: int | Sequence[int] = 128,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """Every admissible pair."""
-    return make("dense", seqlen_q, seqlen_k, block=block, causal=causal, heads=heads)
+    return make("dense", seqlen_q, seqlen_k, block=block, causal=causal, heads=heads, **rows)
 
 
 def causal(
-    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, heads: int = 1
+    seqlen_q: int,
+    seqlen_k: int | None = None,
+    *,
+    block: int | Sequence[int] = 128,
+    heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
-    """Every pair that causality admits. Inside blocks on the diagonal the attention call's ``causal=True`` decides."""
-    return make("causal", seqlen_q, seqlen_k, block=block, causal=True, heads=heads)
+    """Every pair that causality admits. Calls that take it are causal to the token."""
+    return make("causal", seqlen_q, seqlen_k, block=block, causal=True, heads=heads, **rows)
 
 
 def local_window(
@@ -142,11 +174,20 @@ def local_window(
     density: float | None = None,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """Pairs whose tokens come within ``window / 2`` on either side (causal: ``window`` back), or with ``density`` alone
     the nearest pairs up to the budget."""
     return make(
-        "local_window", seqlen_q, seqlen_k, block=block, window=window, density=density, causal=causal, heads=heads
+        "local_window",
+        seqlen_q,
+        seqlen_k,
+        block=block,
+        window=window,
+        density=density,
+        causal=causal,
+        heads=heads,
+        **rows,
     )
 
 
@@ -159,6 +200,7 @@ def dilated_sparse(
     dilation_rates: Sequence[int] | None = None,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """The budget shared round-robin among ``dilation_rates`` (blocks; default 1, 2, 4, 8, 16): each rate r in turn adds
     its next unused nearest pair at distance +-r, +-2r, ..."""
@@ -171,6 +213,7 @@ def dilated_sparse(
         dilation_rates=dilation_rates,
         causal=causal,
         heads=heads,
+        **rows,
     )
 
 
@@ -184,6 +227,7 @@ def global_local(
     density: float | None = None,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """The first ``global_tokens`` (default 64) as rows and columns, and the local window (or density)."""
     return make(
@@ -196,6 +240,7 @@ def global_local(
         density=density,
         causal=causal,
         heads=heads,
+        **rows,
     )
 
 
@@ -208,9 +253,13 @@ def strided(
     density: float | None = None,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """``(i - j) % stride == 0``, or neighbours (Child et al. 2019)."""
-    return make("strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density, causal=causal, heads=heads)
+    return make(
+        "strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density,
+        causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 def random(
@@ -222,9 +271,13 @@ def random(
     seed: int = 0,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """Random pairs, exactly the budget a row; every (seed, head, row) draws on its own."""
-    return make("random", seqlen_q, seqlen_k, block=block, density=density, seed=seed, causal=causal, heads=heads)
+    return make(
+        "random", seqlen_q, seqlen_k, block=block, density=density, seed=seed,
+        causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 def bigbird(
@@ -238,6 +291,7 @@ def bigbird(
     seed: int = 0,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """Global, window and random pairs up to the budget (Zaheer et al. 2020)."""
     return make(
@@ -251,6 +305,7 @@ def bigbird(
         seed=seed,
         causal=causal,
         heads=heads,
+        **rows,
     )
 
 
@@ -263,6 +318,7 @@ def dilated_segments(
     dilation_rates: Sequence[int],
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r),
     the offset shifting by head."""
@@ -275,6 +331,7 @@ def dilated_segments(
         dilation_rates=dilation_rates,
         causal=causal,
         heads=heads,
+        **rows,
     )
 
 
@@ -291,6 +348,7 @@ def hierarchical(
     ranks_per_node: int = 1,
     causal: bool = False,
     heads: int = 1,
+    **rows: Unpack[Rows],
 ) -> BlockPattern:
     """By place: one density inside a rank, one inside a node, one across nodes (``density`` for those not given); far
     parts keep the same columns for all rows of a rank."""
@@ -307,6 +365,7 @@ def hierarchical(
         ranks_per_node=ranks_per_node,
         causal=causal,
         heads=heads,
+        **rows,
     )
 
 

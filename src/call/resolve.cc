@@ -264,20 +264,27 @@ void place_pattern(const AttentionOptions& o, Problem& p) {
   const PatternShape& s = p.pattern.shape;
   p.causal = resolve_causal(s, o.causal);
   if (!s.placed()) return;
-  if (!p.q_offset_given && !(p.align_to_key_lengths && p.key_lengths)) {
-    p.q_offset_given = s.q_offset.has_value() || p.k_offset != 0;
-    if (p.q_offset_given) p.q_offset = s.diagonal() + p.k_offset;
+  const bool aligned = p.align_to_key_lengths && p.key_lengths != nullptr;
+  if (!p.q_offset_given && !aligned && p.k_offset == 0) {
+    p.q_offset_given = s.q_offset.has_value();
+    if (p.q_offset_given) p.q_offset = s.diagonal();
     return;
   }
+  // Without causality, at the end of the keys: whoever says another position means it.
+  if (!s.causal && !aligned && s.diagonal() == s.seqlen_k - s.seqlen_q) return;
   for (int64_t b = 0; b < p.batch; ++b) {
     if (p.diagonal(b) == s.diagonal() || is_dense_at(p.pattern, p.causal, p.diagonal(b))) continue;
-    const std::string allowed =
-        fmt::format("query 0 at position {} of the keys, where the pattern was made (a pattern for other rows: "
-                    "for_queries(pattern, begin, end), or a spec with q_offset)", s.diagonal());
-    if (p.q_offset_given) {
+    const std::string allowed = fmt::format(
+        "query 0 at position {} of the keys, where the pattern was made (a pattern for other rows: "
+        "for_queries(pattern, begin, end), or a spec with q_offset)",
+        s.diagonal());
+    if (!aligned) {
+      if (!p.q_offset_given) fail("k_offset", fmt::format("{} without q_offset", p.k_offset), allowed);
       fail("q_offset", fmt::format("{} with k_offset {}", p.q_offset, p.k_offset), allowed);
     }
-    fail("key_lengths", fmt::format("{} for batch {}, with which query 0 is at position {}", p.key_length(b), b, p.diagonal(b)), allowed);
+    fail("key_lengths",
+         fmt::format("{} for batch {}, with which query 0 is at position {}", p.key_length(b), b, p.diagonal(b)),
+         allowed);
   }
 }
 

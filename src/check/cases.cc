@@ -209,6 +209,7 @@ Case::Case(const CaseConfig& config) : config_(config), random_(config.seed, 1) 
     }
     const int64_t total_q = cu_seqlens_q_.back(), total_k = cu_seqlens_k_.back();
     make_options();
+    if (std::ranges::any_of(patterns_, [](const BlockPattern& p) { return p.shape().placed(); })) options_.k_offset = 0;
     q_ = tensor(c.dtype, {1, total_q, c.heads, c.head_dim}, false, true);
     k_ = tensor(c.dtype, {1, total_k, c.kv_heads, c.head_dim}, false, true);
     v_ = tensor(c.dtype, {1, total_k, c.kv_heads, c.head_dim_v}, false, true);
@@ -232,7 +233,7 @@ Case::Case(const CaseConfig& config) : config_(config), random_(config.seed, 1) 
     make_options();
     // What the call says must agree with where the pattern stands.
     if (const PatternShape& s = patterns_[0].shape(); s.placed()) {
-      if (options_.q_offset) options_.q_offset = s.diagonal() + options_.k_offset;
+      if (options_.q_offset || options_.k_offset != 0) options_.q_offset = s.diagonal() + options_.k_offset;
       options_.align_to_key_lengths = false;
     }
     const int64_t pages = c.batch * patterns_[0].shape().cols() + 2;

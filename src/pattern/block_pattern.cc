@@ -259,10 +259,9 @@ void BlockPattern::Storage::build_hash() const {
                         shape.batches, static_cast<int64_t>(indices.size()), static_cast<int64_t>(bitmaps.size())}) {
     h = hash_word(h, static_cast<uint64_t>(field));
   }
-  if (shape.placed() || shape.q_skip != 0) {
-    const uint64_t kind = uint64_t{shape.causal} | uint64_t{shape.q_offset.has_value()} << 1;
-    h = hash_word(h, kind | static_cast<uint64_t>(shape.q_skip) << 2);
-    h = hash_word(h, static_cast<uint64_t>(shape.q_offset.value_or(0)));
+  if (shape.causal || shape.q_skip != 0 || shape.diagonal() != shape.seqlen_k - shape.seqlen_q) {
+    h = hash_word(h, uint64_t{shape.causal} | static_cast<uint64_t>(shape.q_skip) << 1);
+    h = hash_word(h, static_cast<uint64_t>(shape.diagonal()));
   }
   for (int64_t x : indptr) h = hash_word(h, static_cast<uint64_t>(x));
   const auto hash_pairs = [&h](const std::vector<int32_t>& v) {

@@ -184,11 +184,20 @@ BlockPattern complement(const BlockPattern& pattern) {
 
 BlockPattern make_causal(const BlockPattern& pattern, std::optional<int64_t> q_offset) {
   PatternShape shape = pattern.shape();
-  if (q_offset && shape.placed() && *q_offset != shape.diagonal()) {
+  // Without causality, at the end of the keys: whoever says another position means it.
+  const bool movable = !shape.causal && shape.diagonal() == shape.seqlen_k - shape.seqlen_q;
+  if (q_offset && !movable && *q_offset != shape.diagonal()) {
     fail("q_offset", fmt::to_string(*q_offset), fmt::format("{}, where the pattern stands", shape.diagonal()));
   }
   shape.causal = true;
   if (q_offset) shape.q_offset = q_offset;
+  return take_block(pattern.view(), shape, 0, 0);
+}
+
+BlockPattern blocks_only(const BlockPattern& pattern) {
+  PatternShape shape = pattern.shape();
+  shape.causal = false;
+  shape.q_offset.reset();
   return take_block(pattern.view(), shape, 0, 0);
 }
 

@@ -15,9 +15,6 @@ inline constexpr int64_t kMaxSeqlen = int64_t{1} << 40;
 // Kept blocks that make_pattern will build (16 GiB of indices).
 inline constexpr int64_t kMaxKeptBlocks = int64_t{1} << 32;
 
-// Throws Error naming the field. After it every product of sizes of the shape fits in int64.
-void check_shape(const PatternShape& shape);
-
 // The shape that both broadcast to (heads and batches may be 1). Throws Error naming the field that does not agree.
 PatternShape common_shape(const PatternShape& a, const PatternShape& b);
 

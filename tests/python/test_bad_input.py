@@ -107,7 +107,7 @@ NUMBERS = {
     "softcap": (None, "x", NAN, -1.0, 1e300, torch.ones(2), True, torch.tensor(True)),
     "dropout_p": (None, "x", NAN, -0.1, 1.0, 2, torch.ones(2), True),
     "window": ("x", -1, 1.5, NAN, True, (1,), (1, 2, 3), (-1, 0), (0.5, 1), *HUGE),
-    "causal": (None, "x", 1.5, [], torch.ones(2), 2j, 1),
+    "causal": ("x", 1.5, [], torch.ones(2), 2j, 1),
     "return_lse": (None, "x", torch.ones(2)),
     "layout": (None, "sbhd", 3, [], "BSHD"),
     "q_offset": ("x", 1.5, NAN, True, [1], 2**62, *HUGE),

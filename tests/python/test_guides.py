@@ -542,9 +542,9 @@ def test_key_functions():
     ("preset", "expected"),
     [
         ("local", ("local_window", 64, {"window": 256})),
-        ("dilated", ("dilated_sparse", 64, {"density": 0.1, "dilation_rates": [1, 2, 4, 8]})),
+        ("dilated", ("dilated_sparse", 64, {"density": 0.1, "dilation_rates": [1, 2, 4, 8], "budget": "even"})),
         ("global_local", ("global_local", 64, {"window": 256, "global_tokens": 64})),
-        ("ultra_sparse", ("dilated_sparse", 128, {"density": 0.01})),
+        ("ultra_sparse", ("dilated_sparse", 128, {"density": 0.01, "budget": "even"})),
     ],
 )
 def test_available_presets(preset, expected):

@@ -198,7 +198,9 @@ def test_packed_sequences_under_a_sparse_pattern(block):
     ids = _ids(2, 200)
     position_ids = torch.cat([torch.arange(150), torch.arange(50)])[None].expand(2, -1)
     got = _model("llama", "tessera-sparse")(ids, position_ids=position_ids, use_cache=False).logits
-    mask = _sparse_mask(patterns.dilated_sparse(200, block=block, density=0.4, causal=True)).expand(2, 1, -1, -1)
+    mask = _sparse_mask(
+        patterns.dilated_sparse(200, block=block, density=0.4, causal=True, budget="proportional")
+    ).expand(2, 1, -1, -1)
     sequence = torch.arange(200) >= 150
     mask = mask & (sequence[:, None] == sequence)
     want = _reference("llama")(ids, attention_mask=mask, position_ids=position_ids).logits
@@ -240,7 +242,7 @@ def _sparse_mask(pattern):
 def test_sparse_pattern_equals_its_mask():
     integration.register("tessera-sparse", "dilated_sparse", density=0.4, block=16)
     ids = _ids(1, 200)
-    mask = _sparse_mask(patterns.dilated_sparse(200, block=16, density=0.4, causal=True))
+    mask = _sparse_mask(patterns.dilated_sparse(200, block=16, density=0.4, causal=True, budget="proportional"))
     want = _reference("llama")(ids, attention_mask=mask).logits
     _close(_model("llama", "tessera-sparse")(ids).logits, want)
     assert (want - _reference("llama")(ids).logits).abs().max() > 0.1  # it is not dense
@@ -253,9 +255,21 @@ def _banded(seqlen, causal):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pattern", ["dilated_sparse", "random", _banded], ids=str)
-def test_sparse_tokens_see_the_same_in_prefill_chunks_and_decoding(pattern):
-    options = {} if callable(pattern) else {"density": 0.4}
+@pytest.mark.parametrize(
+    ("pattern", "options"),
+    [
+        ("dilated_sparse", {"density": 0.4}),
+        ("dilated_sparse", {"density": 0.4, "seqlen_total": 100}),
+        ("random", {"density": 0.4}),
+        ("local_window", {"density": 0.3, "seqlen_total": 128}),
+        ("global_local", {"density": 0.4, "global_tokens": 16}),
+        ("strided", {"stride": 3}),
+        ("bigbird", {"density": 0.6, "global_tokens": 16}),
+        (_banded, {}),
+    ],
+    ids=str,
+)
+def test_sparse_tokens_see_the_same_in_prefill_chunks_and_decoding(pattern, options):
     integration.register("tessera-sparse", pattern, block=16, **options)
     model, ids = _model("llama", "tessera-sparse"), _ids(2, 100)
     want = model(ids).logits

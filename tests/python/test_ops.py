@@ -108,7 +108,7 @@ def test_opcheck_varlen(wanted):
 @pytest.mark.parametrize("wanted", [[True] * 4, [True, False, False, True], [False, False, True, False]])
 def test_opcheck_dilated(wanted):
     q, k, v = qkv(layout="bhsd")
-    dilation = ([16, 32], [1, 2], None, None, 16, None, [], None, None, 0)
+    dilation = ([16, 32], [1, 2], None, None, 16, "even", None, [], None, None, 0)
     bias = torch.randn(1, 1, S, S, requires_grad=True)
     opcheck(ops.dilated_forward.default, (q, k, v, *dilation, *options(causal=True, attn_bias=bias)))
     q, k, v, bias = (t.detach() for t in (q, k, v, bias))
@@ -125,7 +125,7 @@ def test_unwanted_gradients_are_empty_and_the_others_the_same(op):
         forward, backward = ops.varlen_forward.default, ops.varlen_backward.default
     else:
         q, k, v = qkv()
-        dilation = ([16, 32], [1, 2], None, None, 16, None, [], None, None, 0)
+        dilation = ([16, 32], [1, 2], None, None, 16, "even", None, [], None, None, 0)
         tail = (*dilation, *options(attn_bias=torch.randn(1, 2, S, S)))
         forward, backward = ops.dilated_forward.default, ops.dilated_backward.default
     q, k, v = (t.detach() for t in (q, k, v))

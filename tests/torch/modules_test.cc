@@ -277,10 +277,13 @@ TEST(Functional, DilatedAttentionIsOneSoftmaxOverItsKeys) {
   dilation.pattern->heads = 4;  // the operator takes no such number: not dropped in silence
   EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
   dilation.pattern->heads = 1;
-  dilation.pattern->causal = true;
-  EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
-  options.causal = true;
-  EXPECT_NO_THROW(F::dilated_attention(q, k, v, dilation, options));
+  dilation.pattern->causal = true;  // said once
+  const at::Tensor causal = std::get<0>(F::dilated_attention(q, k, v, dilation));
+  ops::OptionArguments told;
+  told.causal = true;
+  EXPECT_TRUE(at::equal(causal, std::get<0>(F::dilated_attention(q, k, v, dilation, told))));
+  told.causal = false;
+  EXPECT_THROW(F::dilated_attention(q, k, v, dilation, told), c10::ValueError);
   dilation.make = [](const PatternSpec& spec) { return make_pattern(spec); };
   EXPECT_THROW(F::dilated_attention(q, k, v, dilation), c10::ValueError);
 }

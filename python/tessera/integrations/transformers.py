@@ -54,7 +54,9 @@ def register(
         pattern: the name of a pattern of :mod:`tessera.patterns`; a ``PatternConfig``; or a function
             ``(seqlen, causal) -> BlockPattern`` of ``(seqlen, seqlen)``, called once a forward pass. While a cache
             grows, causal lengths are rounded up to whole blocks.
-        density, options: of the named pattern.
+        density, options: of the named pattern. A density is shared out in proportion to each row (``budget``): then a
+            token sees the same blocks in prefill, in its chunks and in decoding, whatever the length; with
+            ``seqlen_total``, the length that the model is used at, evenly: the same number of blocks for every token.
         block: of the named pattern (default 128); with a function, that of its patterns.
         dense_layers: ``layer_idx`` of layers that stay dense.
 
@@ -155,10 +157,17 @@ class _Choice:
             if pattern == "causal":
                 raise TypeError(f"{next(iter(options))}: got it with the pattern causal; allowed: none of its options")
             name: str = pattern
-            self.make = lambda seqlen, causal: patterns.cache.get(
-                name, seqlen, seqlen, block=self.block, causal=causal, **options
-            )
-            self.make(256, True)  # wrong options are told now
+            total = options.pop("seqlen_total", None)
+            if total is not None:
+                total = check_int("seqlen_total", total, 1)
+            options.setdefault("budget", "proportional" if total is None else "even")
+
+            def make(seqlen: int, causal: bool) -> BlockPattern:
+                rows: Any = {"q_offset": 0, "seqlen_total": max(total, seqlen)} if total and causal else {}
+                return patterns.cache.get(name, seqlen, seqlen, block=self.block, causal=causal, **options, **rows)
+
+            self.make = make
+            make(256, True)  # wrong options are told now
         else:
             patterns.dense(256, block=self.block)
 
@@ -232,15 +241,16 @@ class AttentionPlan(BlockMask):
         last = self.q_offset + self.q_length - self.kv_offset
         return max(0, min(self.kv_length, last)) if self.causal else self.kv_length
 
-    def pattern(self, choice: _Choice, module: nn.Module) -> tuple[BlockPattern, int]:
-        """The pattern of a layer, and how many rows of padding it wants before the queries."""
+    def pattern(self, choice: _Choice, module: nn.Module) -> BlockPattern:
+        """The pattern of a layer."""
         sparse = choice.sparse(module) and not self.local
         causal = self.causal or self.opaque and bool(getattr(module, "is_causal", False))
         key = (choice, sparse, causal)
         if key not in self._made:
-            self._made[key] = self._sparse(choice, causal) if sparse else self._dense(choice)
-        made = self._made[key]
-        return made, made.seqlen_q - self.q_length
+            made = self._sparse(choice, causal) if sparse else self._dense(choice)
+            # A mask of the caller's says causality itself; the pattern says which blocks only.
+            self._made[key] = made.blocks_only() if made.causal and not self.causal else made
+        return self._made[key]
 
     def pairs(self, block: tuple[int, int]) -> BlockPattern:
         """The mask function's pairs, as bitmaps of partial blocks of this size."""
@@ -266,23 +276,12 @@ class AttentionPlan(BlockMask):
             made = self._check(choice.make(end, causal), end)
             return made if self.mask_function is None else made & self.pairs(made.block)
         # Rows of the pattern over all positions; the last one may not be full yet.
-        block_q, block_k = choice.block if isinstance(choice.block, (tuple, list)) else (choice.block, choice.block)
+        block_q = choice.block[0] if isinstance(choice.block, (tuple, list)) else choice.block
         if self.mask_function is not None:
             raise ValueError("mask: got neither causal nor a window, with a cache; allowed: a dense pattern")
         rounded = -(-end // block_q) * block_q
-        whole = self._check(choice.make(rounded, causal), rounded)
-        block_q, block_k = whole.block
-        first = start // block_q
-        part = whole[first : -(-end // block_q), : -(-end // block_k)]
-        before = start - first * block_q
-        bitmaps = part.bitmaps
-        if part.rows == 1 and before:  # queries inside one row need no padding before them
-            bitmaps = None if bitmaps is None else bitmaps.roll(-before, 1)
-            before = 0
-        return BlockPattern(
-            part.indptr, part.indices, seqlen_q=before + self.q_length, seqlen_k=end, block=part.block,
-            heads=part.heads, batches=part.batches, bitmap_index=part.bitmap_index, bitmaps=bitmaps,
-        )  # fmt: skip
+        rows = self._check(choice.make(rounded, causal), rounded).for_queries(start, end)
+        return rows if rows.seqlen_k == end else rows.with_keys(end)
 
     @staticmethod
     def _check(made: Any, seqlen: int) -> BlockPattern:
@@ -461,19 +460,15 @@ def _attend(
         if position_bias.shape[-1] > plan.keys:
             position_bias = position_bias[..., : plan.keys]
         bias = position_bias if bias is None else bias + position_bias
-    pattern, before = plan.pattern(choice, module)
+    pattern = plan.pattern(choice, module)
     if plan.keys != key.shape[2]:
         key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
-    if before:
-        query = F.pad(query, (0, 0, before, 0))
-        if bias is not None and bias.shape[2] > 1:
-            bias = F.pad(bias, (0, 0, before, 0))
     out = block_sparse_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         pattern,
-        causal=plan.causal,
+        causal=plan.causal or None,
         scale=scaling,
         attn_bias=bias,
         key_lengths=plan.key_lengths,
@@ -481,10 +476,10 @@ def _attend(
         dropout_p=dropout,
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.float(),
-        q_offset=plan.q_offset - plan.kv_offset - before,
+        q_offset=plan.q_offset - plan.kv_offset,
     )
     assert isinstance(out, Tensor)
-    return (out[:, before:] if before else out), None
+    return out, None
 
 
 def _plan_of(
