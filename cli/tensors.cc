@@ -1,7 +1,6 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numbers>
 #include <vector>
@@ -20,9 +19,9 @@ constexpr int64_t kChunk = int64_t{1} << 16;  // elements of one piece of parall
 // body(chunk, begin, end) for all chunks of [0, n).
 void parallel_chunks(int64_t n, Executor& executor, const auto& body) {
   const int64_t chunks = (n + kChunk - 1) / kChunk;
-  std::atomic<int64_t> next{0};
-  executor.run(executor.num_threads(), [&](int) {
-    for (int64_t c; (c = next.fetch_add(1)) < chunks;) body(c, c * kChunk, std::min(n, (c + 1) * kChunk));
+  const int threads = executor.num_threads();
+  executor.run(threads, [&](int t) {
+    for (int64_t c = t; c < chunks; c += threads) body(c, c * kChunk, std::min(n, (c + 1) * kChunk));
   });
 }
 

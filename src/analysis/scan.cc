@@ -1,12 +1,12 @@
 #include "analysis/scan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <functional>
 #include <limits>
 
 #include "analysis/tile.h"
+#include "core/work.h"
 #include "tessera/error.h"
 
 namespace tessera::analysis {
@@ -406,27 +406,17 @@ void scan(const ScanPlan& plan, Executor& executor, const std::function<void(con
   }
   const int64_t heads = problem.batch * problem.heads;
   const int64_t units = heads * static_cast<int64_t>(rows.size());
-  if (units == 0) return;
-  const int threads = static_cast<int>(std::min<int64_t>(executor.num_threads(), units));
-  std::vector<RowScanner> scanners;
-  scanners.reserve(static_cast<size_t>(threads));
-  for (int t = 0; t < threads; ++t) scanners.emplace_back(plan, max_columns);
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> finite{true};
-  executor.run(threads, [&](int t) {
-    for (int64_t unit = next++; unit < units && finite; unit = next++) {
-      const Row& row = rows[static_cast<size_t>(unit / heads)];
-      const int64_t head = unit % heads;
-      RowScanner& scanner = scanners[static_cast<size_t>(t)];
-      RowBlock result;
-      if (scanner.scan(head / problem.heads, head % problem.heads, row.i, row.tokens, &result)) {
+  parallel_for(
+      executor, units, [&](int) { return RowScanner(plan, max_columns); },
+      [&](RowScanner& scanner, int64_t unit) {
+        const Row& row = rows[static_cast<size_t>(unit / heads)];
+        const int64_t head = unit % heads;
+        RowBlock result;
+        if (!scanner.scan(head / problem.heads, head % problem.heads, row.i, row.tokens, &result)) {
+          fail("q, k", "an admitted score that is NaN or +infinite in fp32", "finite scores (or -infinite)");
+        }
         consume(result);
-      } else {
-        finite = false;
-      }
-    }
-  });
-  if (!finite) fail("q, k", "an admitted score that is NaN or +infinite in fp32", "finite scores (or -infinite)");
+      });
 }
 
 }  // namespace tessera::analysis

@@ -35,7 +35,7 @@ class Join {
     const int64_t chunks = (whole_.seqlen_q + kTokensPerUnit - 1) / kTokensPerUnit;
     const size_t groups = plan_.groups().size();
     parallel_for(
-        executor, whole_.batch * chunks, [&] { return Scratch(2 * whole_.head_dim_v, groups); },
+        executor, whole_.batch * chunks, [&](int) { return Scratch(2 * whole_.head_dim_v, groups); },
         [&](Scratch& scratch, int64_t unit) {
           const int64_t b = unit / chunks, begin = unit % chunks * kTokensPerUnit;
           for (int64_t s = begin; s < std::min(whole_.seqlen_q, begin + kTokensPerUnit); ++s) {
@@ -117,18 +117,16 @@ class Join {
 // A single group wrote its rows of out and lse itself: the others are 0 and -inf.
 void clear_uncovered(const Problem& whole, const DilatedGroup& group, Executor& executor) {
   const size_t bytes = whole.head_dim_v * size_of(whole.dtype);
-  parallel_for(
-      executor, whole.batch * whole.heads, [] { return 0; },
-      [&](int, int64_t unit) {
-        const int64_t b = unit / whole.heads, h = unit % whole.heads;
-        for (int64_t s = 0; s < whole.seqlen_q; ++s) {
-          if (group.place(s).offset == h % group.rate) continue;
-          std::fill_n(whole.out.at(b, s, h, size_of(whole.dtype)), bytes, 0);  // zero bits are 0 in every dtype
-          if (whole.lse == nullptr) continue;
-          const int64_t place = b * whole.lse_batch + h * whole.lse_head + s * whole.lse_seq;
-          store_from_double(whole.lse, whole.lse_dtype, place, -std::numeric_limits<double>::infinity());
-        }
-      });
+  parallel_for(executor, whole.batch * whole.heads, [&](int64_t unit) {
+    const int64_t b = unit / whole.heads, h = unit % whole.heads;
+    for (int64_t s = 0; s < whole.seqlen_q; ++s) {
+      if (group.place(s).offset == h % group.rate) continue;
+      std::fill_n(whole.out.at(b, s, h, size_of(whole.dtype)), bytes, 0);  // zero bits are 0 in every dtype
+      if (whole.lse == nullptr) continue;
+      const int64_t place = b * whole.lse_batch + h * whole.lse_head + s * whole.lse_seq;
+      store_from_double(whole.lse, whole.lse_dtype, place, -std::numeric_limits<double>::infinity());
+    }
+  });
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ void for_each_row(const Gradients& gradients, int64_t batch, int64_t seqlen, Exe
   for (const Gradient& g : gradients) {
     if (g.result.data == nullptr) continue;
     parallel_for(
-        executor, batch * chunks, [&] { return std::vector<double>(static_cast<size_t>(g.dim)); },
+        executor, batch * chunks, [&](int) { return std::vector<double>(static_cast<size_t>(g.dim)); },
         [&](std::vector<double>& row, int64_t unit) {
           const int64_t begin = unit % chunks * kTokensPerUnit, end = std::min(seqlen, begin + kTokensPerUnit);
           for (int64_t s = begin; s < end; ++s) {
@@ -92,13 +92,11 @@ class BiasGradient {
   void add(Executor& executor) const {
     for (const auto& [part, offset] : parts_) {
       const T* from = reinterpret_cast<const T*>(of_parts_.data()) + offset;
-      parallel_for(
-          executor, part.rows(), [] { return 0; },
-          [&](int, int64_t row) {
-            part.for_each_run(row, stride_.data(), [&](int64_t first, int64_t to, int64_t n, int64_t step) {
-              for (int64_t i = 0; i < n; ++i) sum_[to + i * step] += from[first + i];
-            });
-          });
+      parallel_for(executor, part.rows(), [&](int64_t row) {
+        part.for_each_run(row, stride_.data(), [&](int64_t first, int64_t to, int64_t n, int64_t step) {
+          for (int64_t i = 0; i < n; ++i) sum_[to + i * step] += from[first + i];
+        });
+      });
     }
   }
   void store() const {

@@ -103,7 +103,7 @@ void merge_rows(const TensorView& out_a, const TensorView& lse_a, const TensorVi
       }
     }
   };
-  parallel_for(executor, out.sizes[0] * chunks, [&] { return std::vector<T>(2 * dim); }, unit_work);
+  parallel_for(executor, out.sizes[0] * chunks, [&](int) { return std::vector<T>(2 * dim); }, unit_work);
 }
 
 }  // namespace

@@ -165,7 +165,7 @@ BlockWeights attention_weights(const ForwardArgs& args, Executor& executor, size
   const auto run = [&](auto number) {
     using T = decltype(number);
     parallel_for(
-        executor, p.batch * p.heads * rows, [&] { return WeightRows<T>(p, weights); },
+        executor, p.batch * p.heads * rows, [&](int) { return WeightRows<T>(p, weights); },
         [&](WeightRows<T>& w, int64_t unit) {
           w.run(unit / rows / p.heads, unit / rows % p.heads, unit % rows, first[unit]);
         });

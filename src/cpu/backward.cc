@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/work.h"
 #include "cpu/aligned_bytes.h"
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
@@ -21,17 +22,6 @@ namespace {
 
 // Blocks of a unit: its own costs (transposing K and V, storing dk and dv) are a few percent of one block.
 constexpr int64_t kBlocksPerUnit = 32;
-
-// Runs work(unit) for all units on all threads.
-template <class Work>
-void for_each_unit(Executor& executor, int64_t units, const Work& work) {
-  if (units == 0) return;
-  std::atomic<int64_t> next{0};
-  const int threads = static_cast<int>(std::clamp<int64_t>(units, 1, std::max(1, executor.num_threads())));
-  executor.run(threads, [&](int thread) {
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, thread);
-  });
-}
 
 // One problem: what its units share, and their plan.
 class Plan {
@@ -202,26 +192,26 @@ class Heads {
   explicit Heads(const std::vector<std::unique_ptr<Plan>>& plans) {
     for (const auto& plan : plans) {
       for (const Plan::Head& head : plan->heads()) {
-        if (head.begin < head.end) heads_.emplace_back(plan.get(), head);
+        if (head.begin < head.end) heads_.push_back({plan.get(), head.blocks, Units(head.end, head.begin)});
       }
     }
+    next_head_ = Units(static_cast<int64_t>(heads_.size()));
     std::stable_sort(heads_.begin(), heads_.end(), [](const Work& a, const Work& b) { return a.blocks > b.blocks; });
   }
   int64_t units() const {
     int64_t n = 0;
-    for (const Work& work : heads_) n += work.end - work.next;
+    for (const Work& work : heads_) n += work.units.left();
     return n;
   }
 
   template <class Run>
   void run(const Run& run_unit) {
-    const int64_t count = static_cast<int64_t>(heads_.size());
-    for (int64_t i; (i = next_head_.fetch_add(1, std::memory_order_relaxed)) < count;) drain(heads_[i], run_unit);
+    next_head_.drain([&](int64_t i) { drain(heads_[i], run_unit); });
     for (;;) {
       Work* longest = nullptr;
       int64_t left = 0;
       for (Work& work : heads_) {
-        const int64_t n = work.end - work.next.load(std::memory_order_relaxed);
+        const int64_t n = work.units.left();
         if (n > left) {
           longest = &work;
           left = n;
@@ -234,29 +224,18 @@ class Heads {
 
  private:
   struct Work {
-    Work(const Plan* p, const Plan::Head& head) : plan(p), end(head.end), blocks(head.blocks), next(head.begin) {}
-    Work(const Work& w) : plan(w.plan), end(w.end), blocks(w.blocks), next(w.next.load()) {}
-    Work& operator=(const Work& w) {
-      plan = w.plan;
-      end = w.end;
-      blocks = w.blocks;
-      next = w.next.load();
-      return *this;
-    }
     const Plan* plan;
-    int64_t end, blocks;
-    std::atomic<int64_t> next;
+    int64_t blocks;
+    Units units;
   };
 
   template <class Run>
   static void drain(Work& work, const Run& run_unit) {
-    for (int64_t unit; (unit = work.next.fetch_add(1, std::memory_order_relaxed)) < work.end;) {
-      run_unit(work.plan->state(), work.plan->unit(unit));
-    }
+    work.units.drain([&](int64_t unit) { run_unit(work.plan->state(), work.plan->unit(unit)); });
   }
 
   std::vector<Work> heads_;
-  std::atomic<int64_t> next_head_{0};
+  Units next_head_{0};
 };
 
 }  // namespace
@@ -267,26 +246,23 @@ BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Execut
   const KernelTable& kernels = kernels_of(info.isa);
 
   std::vector<std::unique_ptr<Plan>> plans;
-  std::vector<int64_t> prepare_begin{0}, bias_begin{0};
+  UnitRanges prepare_units, bias_units;
   size_t scratch_bytes = 0;
   for (const BackwardProblem& problem : problems) {
     plans.push_back(std::make_unique<Plan>(problem));
-    prepare_begin.push_back(prepare_begin.back() + plans.back()->prepare_units());
-    bias_begin.push_back(bias_begin.back() + plans.back()->bias_units());
+    prepare_units.add(plans.back()->prepare_units());
+    bias_units.add(plans.back()->bias_units());
     scratch_bytes = std::max(scratch_bytes, kernels.backward_scratch(problem));
     info.scratch_bytes += plans.back()->bytes();
   }
-  const auto owner = [](const std::vector<int64_t>& begin, int64_t unit) {
-    return std::upper_bound(begin.begin(), begin.end(), unit) - begin.begin() - 1;
-  };
-  for_each_unit(executor, prepare_begin.back(), [&](int64_t unit, int) {
-    const auto i = owner(prepare_begin, unit);
-    plans[i]->prepare(unit - prepare_begin[i], kernels);
+  parallel_for(executor, prepare_units.units(), [&](int64_t number) {
+    const auto [i, unit] = prepare_units.find(number);
+    plans[i]->prepare(unit, kernels);
   });
 
   Heads heads(plans);
-  const int64_t units = std::max(heads.units(), bias_begin.back());
-  const int threads = static_cast<int>(std::clamp<int64_t>(units, 1, std::max(1, executor.num_threads())));
+  const int64_t units = std::max(heads.units(), bias_units.units());
+  const int threads = threads_for(executor, units);
   std::vector<AlignedBytes> scratch;
   for (int i = 0; i < threads; ++i) scratch.push_back(allocate(scratch_bytes, "scratch"));
   info.scratch_bytes += scratch_bytes * threads;
@@ -297,10 +273,12 @@ BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Execut
       });
     });
   }
-  for_each_unit(executor, bias_begin.back(), [&](int64_t unit, int thread) {
-    const auto i = owner(bias_begin, unit);
-    kernels.attn_bias_gradient(plans[i]->state(), plans[i]->bias_unit(unit - bias_begin[i]), scratch[thread].get());
-  });
+  parallel_for(
+      executor, bias_units.units(), [&](int thread) { return scratch[thread].get(); },
+      [&](std::byte* own, int64_t number) {
+        const auto [i, unit] = bias_units.find(number);
+        kernels.attn_bias_gradient(plans[i]->state(), plans[i]->bias_unit(unit), own);
+      });
   for (const auto& plan : plans) plan->clear_small_gradients();
   for (const auto& plan : plans) plan->add_small_gradients();
   return info;

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/work.h"
 #include "cpu/aligned_bytes.h"
 #include "cpu/isa.h"
 #include "cpu/row_end.h"
@@ -26,10 +27,6 @@ constexpr int64_t kDecodeQueries = 16;  // up to here a call takes the decode sc
 constexpr int64_t kDecodeBytes = 1 << 20;
 constexpr int64_t kDecodeUnits = 64;
 constexpr int64_t kDecodeLeastKeys = 128;
-
-// Units that a thread takes at once: its share of what is left over kSharesLeft, at most kMostAtOnce.
-constexpr int kSharesLeft = 8;
-constexpr int kMostAtOnce = 8;
 
 // Rows of one pattern head, longest first: a permutation of 0 .. rows - 1.
 std::vector<int32_t> longest_first(const BlockPatternView& pattern, int64_t first_row) {
@@ -178,23 +175,16 @@ class DecodeUnits {
 };
 
 // Runs `run(unit, follows, scratch)` for all units on the executor's threads, each with `scratch_bytes` of its own.
-// Threads take a few units at a time, fewer towards the end; `follows` says that unit + 1 runs next on this thread.
+// `follows` says that unit + 1 runs next on this thread.
 template <class Run>
 size_t run_units(int64_t units, size_t scratch_bytes, Executor& executor, const Run& run) {
   if (units == 0) return 0;
-  const int threads = static_cast<int>(std::clamp<int64_t>(units, 1, std::max(1, executor.num_threads())));
+  const int threads = threads_for(executor, units);
   std::vector<AlignedBytes> scratch;
   for (int i = 0; i < threads; ++i) scratch.push_back(allocate(scratch_bytes, "scratch"));
-  std::atomic<int64_t> next{0};
-  executor.run(threads, [&](int thread) {
-    for (int64_t begin = next.load(std::memory_order_relaxed); begin < units;) {
-      const int64_t share = (units - begin) / (int64_t{kSharesLeft} * threads);
-      const int64_t end = std::min(units, begin + std::clamp<int64_t>(share, 1, kMostAtOnce));
-      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      for (int64_t unit = begin; unit < end; ++unit) run(unit, unit + 1 < end, scratch[thread].get());
-      begin = next.load(std::memory_order_relaxed);
-    }
-  });
+  parallel_for(
+      executor, units, [&](int thread) { return scratch[thread].get(); },
+      [&](std::byte* own, int64_t unit, bool follows) { run(unit, follows, own); });
   return scratch_bytes * threads;
 }
 
@@ -207,36 +197,33 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
 
   std::vector<PanelUnits> panels;
   std::vector<DecodeUnits> decodes;
-  std::vector<int64_t> panel_begin{0}, decode_begin{0};
+  UnitRanges panel_units, decode_units;
   size_t panel_scratch = 0, decode_scratch = 0;
   for (const Problem& p : problems) {
     if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) continue;
     if (p.seqlen_q <= kDecodeQueries && p.pattern.shape.rows() == 1) {
       decodes.emplace_back(p);
-      decode_begin.push_back(decode_begin.back() + decodes.back().units());
+      decode_units.add(decodes.back().units());
       decode_scratch = std::max(decode_scratch, kernels.decode_scratch(p));
     } else {
       panels.emplace_back(p);
-      panel_begin.push_back(panel_begin.back() + panels.back().count());
+      panel_units.add(panels.back().count());
       panel_scratch = std::max(panel_scratch, kernels.forward_scratch(p));
     }
   }
-  const auto owner = [](const std::vector<int64_t>& begin, int64_t unit) {
-    return std::upper_bound(begin.begin(), begin.end(), unit) - begin.begin() - 1;
-  };
-  const auto run_panel = [&](int64_t unit, bool follows, std::byte* scratch) {
-    const auto i = owner(panel_begin, unit);
-    const RowUnit now = panels[i].unit(unit - panel_begin[i]);
-    follows = follows && unit + 1 < panel_begin[i + 1];
-    const RowUnit next = follows ? panels[i].unit(unit + 1 - panel_begin[i]) : RowUnit{};
+  const auto run_panel = [&](int64_t number, bool follows, std::byte* scratch) {
+    const auto [i, unit] = panel_units.find(number);
+    const RowUnit now = panels[i].unit(unit);
+    follows = follows && unit + 1 < panels[i].count();
+    const RowUnit next = follows ? panels[i].unit(unit + 1) : RowUnit{};
     kernels.forward_row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
   };
-  const auto run_decode = [&](int64_t unit, bool follows, std::byte* scratch) {
-    const auto i = owner(decode_begin, unit);
-    decodes[i].run(unit - decode_begin[i], follows, kernels, scratch);
+  const auto run_decode = [&](int64_t number, bool follows, std::byte* scratch) {
+    const auto [i, unit] = decode_units.find(number);
+    decodes[i].run(unit, follows, kernels, scratch);
   };
-  info.scratch_bytes = run_units(panel_begin.back(), panel_scratch, executor, run_panel);
-  size_t decode_bytes = run_units(decode_begin.back(), decode_scratch, executor, run_decode);
+  info.scratch_bytes = run_units(panel_units.units(), panel_scratch, executor, run_panel);
+  size_t decode_bytes = run_units(decode_units.units(), decode_scratch, executor, run_decode);
   for (const DecodeUnits& d : decodes) {
     d.finish_empty();
     decode_bytes += d.bytes();

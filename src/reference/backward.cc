@@ -269,8 +269,8 @@ class GradientPasses {
  private:
   void run(int64_t units, const std::function<void(Worker&, int64_t)>& work) {
     parallel_for(
-        executor_, units, [&] { return Worker{PairGradients(g_, rows_), Sums(with_bounds_), Sums(with_bounds_), {}}; },
-        work);
+        executor_, units,
+        [&](int) { return Worker{PairGradients(g_, rows_), Sums(with_bounds_), Sums(with_bounds_), {}}; }, work);
   }
 
   // Calls visit(entry, pair) for all pairs of block row i of (b, h).

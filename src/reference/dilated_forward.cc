@@ -132,11 +132,9 @@ void reference_dilated_forward(const DilatedForwardArgs& args, Executor& executo
     scatter_bounds(plan, part, p, out, lse, partial);
   }
   const Joined joined(whole, plan, partials, out_bound, lse_bound);
-  parallel_for(
-      executor, whole.batch * whole.seqlen_q, [] { return 0; },
-      [&](int, int64_t unit) {
-        for (int64_t h = 0; h < whole.heads; ++h) joined.row(unit / whole.seqlen_q, unit % whole.seqlen_q, h);
-      });
+  parallel_for(executor, whole.batch * whole.seqlen_q, [&](int64_t unit) {
+    for (int64_t h = 0; h < whole.heads; ++h) joined.row(unit / whole.seqlen_q, unit % whole.seqlen_q, h);
+  });
 }
 
 }  // namespace tessera

@@ -198,7 +198,7 @@ class Reference {
 void reference_attention(const Problem& p, Executor& executor, float* out_bound, float* lse_bound) {
   const int64_t rows = p.pattern.shape.rows();
   parallel_for(
-      executor, p.batch * p.heads * rows, [&] { return Reference(p, out_bound, lse_bound); },
+      executor, p.batch * p.heads * rows, [&](int) { return Reference(p, out_bound, lse_bound); },
       [&](Reference& reference, int64_t unit) {
         reference.run(unit / rows / p.heads, unit / rows % p.heads, unit % rows);
       });

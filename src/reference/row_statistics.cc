@@ -124,7 +124,7 @@ RowStatistics row_statistics(const BackwardProblem& g, const Problem& given, Exe
   rows.lse.resize(count);
   rows.delta.resize(count);
   parallel_for(
-      executor, p.batch * p.heads, [&] { return std::vector<double>(2 * dv); },
+      executor, p.batch * p.heads, [&](int) { return std::vector<double>(2 * dv); },
       [&](std::vector<double>& scratch, int64_t unit) {
         const int64_t b = unit / p.heads, h = unit % p.heads;
         double *out = scratch.data(), *dout = out + dv;
@@ -153,7 +153,7 @@ void add_row_errors(const BackwardProblem& problem, const Problem& exact, const 
   const int64_t block_rows = problem.forward.pattern.shape.rows(), heads = problem.forward.heads;
   parallel_for(
       executor, problem.forward.batch * heads * block_rows,
-      [&] { return RowErrors(problem, exact, out_bound, lse_bound, no_errors, rows); },
+      [&](int) { return RowErrors(problem, exact, out_bound, lse_bound, no_errors, rows); },
       [&](RowErrors& errors, int64_t unit) {
         errors.run(unit / block_rows / heads, unit / block_rows % heads, unit % block_rows);
       });
@@ -167,7 +167,7 @@ void set_row_errors(const BackwardProblem& g, const Problem& exact, const float*
   rows.lse_error.resize(rows.lse.size());
   rows.delta_error.resize(rows.lse.size());
   parallel_for(
-      executor, p.batch * p.heads, [&] { return std::vector<double>(2 * dv); },
+      executor, p.batch * p.heads, [&](int) { return std::vector<double>(2 * dv); },
       [&](std::vector<double>& scratch, int64_t unit) {
         const int64_t b = unit / p.heads, h = unit % p.heads;
         double *out = scratch.data(), *dout = out + dv;
