@@ -280,6 +280,24 @@ TEST(Resolve, CausalityAndPositionAreThePatterns) {
   EXPECT_EQ(problem(aligned(shorter)).diagonal(1), 1);
 }
 
+// What was checked is what is used: lengths and pages that another thread writes after the check reach no kernel.
+TEST(Resolve, KeepsItsOwnCopiesOfWhatIndexesMemory) {
+  std::vector<int32_t> table{0, 1, 2, 3};
+  std::vector<int64_t> lengths{24, 20};
+  std::vector<float> pages(4 * 16 * 2 * 8), values(4 * 16 * 2 * 6);
+  Call c(kShape, DType::f32, dense_pattern(20, 24));
+  c.args.k = make_view(pages.data(), DType::f32, {4, 16, 2, 8});
+  c.args.v = make_view(values.data(), DType::f32, {4, 16, 2, 6});
+  c.args.page_table = PageTable{table.data(), 2, 2};
+  c.args.options.key_lengths = lengths;
+  const Problem p = resolve(c.args);
+  table.assign(4, 1 << 30);
+  lengths.assign(2, int64_t{1} << 40);
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(p.page_table[i], i);
+  EXPECT_EQ(p.key_length(0), 24);
+  EXPECT_EQ(p.key_length(1), 20);
+}
+
 TEST(Overlap, ExactOnStridedViews) {
   std::vector<float> x(200);
   const auto view = [&](int64_t offset, std::array<int64_t, 4> sizes, std::array<int64_t, 4> strides) {

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
 #include <string>
 
 #include "result_memory.h"
@@ -48,6 +49,13 @@ at::Tensor integers(const char* name, const at::Tensor& t, at::ScalarType wanted
   if (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong) fail(name, text_of(t), "int32 or int64");
   constexpr int64_t kMost = int64_t{1} << 36;  // an expanded view may be longer than any memory
   if (t.numel() > kMost) fail(name, text_of(t), "at most 2^36 numbers");
+  if (wanted == at::kInt && t.scalar_type() == at::kLong && t.numel() > 0) {
+    constexpr int64_t low = std::numeric_limits<int32_t>::min(), high = std::numeric_limits<int32_t>::max();
+    const auto [least, most] = t.aminmax();
+    for (const int64_t x : {least.item<int64_t>(), most.item<int64_t>()}) {
+      if (x < low || x > high) fail(name, std::to_string(x), "numbers of 32 bits");
+    }
+  }
   return t.to(wanted).contiguous();
 }
 

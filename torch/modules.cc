@@ -123,11 +123,9 @@ void MultiheadAttentionImpl::reset() {
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(const at::Tensor& query, const at::Tensor& key,
-                                                                   const at::Tensor& value,
-                                                                   const at::Tensor& key_padding_mask,
-                                                                   bool need_weights, const at::Tensor& attn_mask,
-                                                                   bool average_attn_weights) {
+std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_padding_mask,
+    std::optional<bool> need_weights, const at::Tensor& attn_mask, bool average_attn_weights) {
   check_rank("query", query, 3, "[L, N, embed_dim]");
   check_rank("key", key, 3, "[S, N, kdim]");
   check_rank("value", value, 3, "[S, N, vdim]");
@@ -147,7 +145,9 @@ std::tuple<at::Tensor, at::Tensor> MultiheadAttentionImpl::forward(const at::Ten
   a.key_padding_mask = key_padding_mask;
   a.attn_mask = attn_mask;
   a.causal = is_causal(pattern_.spec());
-  a.need_weights = need_weights;
+  const PatternKind kind = pattern_.spec().kind;
+  const bool dense = (kind == PatternKind::dense || kind == PatternKind::causal) && segment_lengths.empty();
+  a.need_weights = need_weights.value_or(dense);
   a.average_attn_weights = average_attn_weights;
   if (!segment_lengths.empty() || !dilation_rates.empty()) {
     const Dilation dilation = dilation_of(segment_lengths, dilation_rates, pattern_.spec());

@@ -78,9 +78,11 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
                                   std::vector<int64_t> segment_lengths = {}, std::vector<int64_t> dilation_rates = {});
   void reset() override;
   // query [L, N, E], key [S, N, kdim], value [S, N, vdim]; masks: functional.h. -> output [L, N, E], weights
-  // [N, L, S] (undefined unless wanted; with add_bias_kv and add_zero_attn one more key each).
+  // [N, L, S] (undefined unless wanted; with add_bias_kv and add_zero_attn one more key each). need_weights: not given
+  // is true where the pattern is dense, as in torch, and false elsewhere: dense weights of 16,384 tokens take 13 GB.
   std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                             const at::Tensor& key_padding_mask = {}, bool need_weights = true,
+                                             const at::Tensor& key_padding_mask = {},
+                                             std::optional<bool> need_weights = std::nullopt,
                                              const at::Tensor& attn_mask = {}, bool average_attn_weights = true);
 
   torch::nn::MultiheadAttentionOptions options;
@@ -90,7 +92,7 @@ class MultiheadAttentionImpl : public torch::nn::Cloneable<MultiheadAttentionImp
   torch::nn::Linear out_proj = nullptr;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(at::Tensor())}, {4, torch::nn::AnyValue(true)},
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(at::Tensor())}, {4, torch::nn::AnyValue(std::optional<bool>())},
                            {5, torch::nn::AnyValue(at::Tensor())}, {6, torch::nn::AnyValue(true)})
 
  private:

@@ -569,7 +569,7 @@ class BlockSparseRingMultiheadDilatedAttention(_Configured, MultiheadAttention):
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool | str = False,
+        need_weights: bool | str | None = None,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,

@@ -49,10 +49,11 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
       inside of its layers, where those compute dense attention by themselves; see below).
     - ``is_causal=True`` without ``attn_mask`` is causal attention (aligned bottom right); torch refuses it. Named
       patterns then keep their density among the pairs that causality admits.
-    - ``need_weights=True`` (the default) makes dense weights ``[N, L, S]``, with gradients, before dropout (torch:
-      after it). ``need_weights="blocks"`` returns the kept blocks only: a dict with ``block_indices`` (int64 ``[blocks,
-      4]``: batch, head, block row, block column), ``block_values`` (fp32 ``[blocks, block_q, block_k]``),
-      ``block_size`` and ``shape``; no gradients. Pass ``need_weights=False`` for long sequences.
+    - ``need_weights`` is, unless given, True where attention is dense, as in torch, and False where there is a pattern:
+      dense weights of 16,384 tokens take 13 GB. True makes dense weights ``[N, L, S]``, with gradients, before dropout
+      (torch: after it). ``need_weights="blocks"`` returns the kept blocks only: a dict with ``block_indices`` (int64
+      ``[blocks, 4]``: batch, head, block row, block column), ``block_values`` (fp32 ``[blocks, block_q, block_k]``),
+      ``block_size`` and ``shape``; no gradients.
     - Nested tensors of ``torch.jagged`` layout work wherever others do (``batch_first``, no masks); strided ones too
       with a pattern, and as torch takes them without. Patterns are then of the longest sequence; a BlockPattern may be
       of more tokens.
@@ -177,7 +178,7 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
         key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool | str = True,
+        need_weights: bool | str | None = None,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
@@ -188,7 +189,7 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
         Args:
             key_padding_mask: ``[N, S]`` (``[S]``), bool (True: not a key) or floating (added to the scores). Padding at
                 the end costs nothing.
-            need_weights: True, False or ``"blocks"``; see the class.
+            need_weights: True, False or ``"blocks"``; None: True without a pattern, False with one. See the class.
             attn_mask: ``[L, S]`` or ``[N * num_heads, L, S]``, bool (True: may not attend) or floating (added).
             average_attn_weights: mean over heads instead of ``[N, num_heads, L, S]``.
             is_causal: says that attn_mask is the causal one; without attn_mask: be causal.
@@ -202,7 +203,9 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
                 "received 1-D query tensor (MultiheadAttention does not support NestedTensor outside of its fast path)"
             )
         batched = check_shapes(query, key, value, key_padding_mask, attn_mask, self.num_heads)
-        if not isinstance(need_weights, str):
+        if need_weights is None:
+            need_weights = is_dense(self._pattern)
+        elif not isinstance(need_weights, str):
             need_weights = bool(need_weights)
         elif need_weights != "blocks":
             raise ArgumentError(f'need_weights: got {need_weights!r}; allowed: True, False or "blocks"')

@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "call/problem.h"
+#include "core/checked.h"
 #include "tessera/error.h"
 
 namespace tessera {
@@ -54,7 +55,7 @@ int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& opti
   }
   const int64_t batch_repeats = distinct_batches == 0 ? 0 : batch / distinct_batches;
   const int64_t head_repeats = distinct_heads == 0 ? 0 : heads / distinct_heads;
-  return pairs * batch_repeats * head_repeats;
+  return checked_product("batch", {pairs, batch_repeats, head_repeats});
 }
 
 }  // namespace tessera

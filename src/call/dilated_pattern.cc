@@ -39,8 +39,8 @@ void add_pairs(const DilatedPlan& plan, const DilatedPart& part, int64_t h, cons
 
 }  // namespace
 
-BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, std::optional<bool> causal, int64_t heads, int block_q,
-                             int block_k) {
+BlockPattern dilated_pattern(int64_t seqlen, const Dilation& dilation, std::optional<bool> causal, int64_t heads,
+                             int block_q, int block_k) {
   PatternShape shape{seqlen, seqlen, block_q, block_k, heads};
   check_shape(shape);
   AttentionOptions options;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "call/mask.h"
@@ -29,6 +30,9 @@ struct Problem {
   DType lse_dtype = DType::f32;
   int64_t lse_batch = 0, lse_head = 0, lse_seq = 0;
   const int32_t* page_table = nullptr;  // [B, pages_per_batch] or nullptr
+  // Copies of what indexes memory: what was checked is what is used, whatever another thread writes meanwhile.
+  std::shared_ptr<const std::vector<int32_t>> pages;
+  std::shared_ptr<const std::vector<int64_t>> lengths;
   int64_t pages_per_batch = 0;
   BlockPatternView pattern;
 

@@ -89,6 +89,9 @@ void resolve_pages(const ForwardArgs& args, Problem& p) {
   }
   if (p.batch == 0 || cols == 0) return;
   if (table.data == nullptr) fail("page_table", "a null pointer", fmt::format("[{}, {}] int32", p.batch, cols));
+  p.pages = std::make_shared<const std::vector<int32_t>>(table.data, table.data + p.batch * cols);
+  p.page_table = p.pages->data();
+  p.pages_per_batch = cols;
   // Only entries that a kept block uses: a cache fills its table as it grows.
   const BlockPatternView pattern = args.pattern.view();
   const PatternShape& s = pattern.shape;
@@ -99,7 +102,7 @@ void resolve_pages(const ForwardArgs& args, Problem& p) {
       const int64_t last = pattern.indptr[pattern.row_id(b, h, 0) + s.rows()];
       for (int64_t e = first; e < last; ++e) {
         const int64_t j = pattern.indices[e];
-        const int32_t page = table.data[b * cols + j];
+        const int32_t page = p.page_table[b * cols + j];
         if ((page < 0 || page >= pages) && j * block_k < keys) {
           fail("page_table", fmt::format("page {} for batch {}, block {}", page, b, j),
                fmt::format("0..{} where a kept block uses it", pages - 1));
@@ -107,8 +110,6 @@ void resolve_pages(const ForwardArgs& args, Problem& p) {
       }
     }
   }
-  p.page_table = table.data;
-  p.pages_per_batch = cols;
 }
 
 void resolve_numbers(const AttentionOptions& o, Problem& p) {
@@ -233,12 +234,13 @@ void resolve_positions(const AttentionOptions& o, Problem& p) {
     if (static_cast<int64_t>(o.key_lengths.size()) != p.batch) {
       fail("key_lengths", fmt::format("{} numbers", o.key_lengths.size()), fmt::format("one a batch, B = {}", p.batch));
     }
-    for (size_t b = 0; b < o.key_lengths.size(); ++b) {
-      if (o.key_lengths[b] < 0 || o.key_lengths[b] > p.seqlen_k) {
-        fail("key_lengths", fmt::format("{} for batch {}", o.key_lengths[b], b), fmt::format("0..Sk = {}", p.seqlen_k));
+    p.lengths = std::make_shared<const std::vector<int64_t>>(o.key_lengths.begin(), o.key_lengths.end());
+    p.key_lengths = p.lengths->data();
+    for (int64_t b = 0; b < p.batch; ++b) {
+      if (p.key_lengths[b] < 0 || p.key_lengths[b] > p.seqlen_k) {
+        fail("key_lengths", fmt::format("{} for batch {}", p.key_lengths[b], b), fmt::format("0..Sk = {}", p.seqlen_k));
       }
     }
-    p.key_lengths = o.key_lengths.data();
   }
   p.align_to_key_lengths = o.align_to_key_lengths;
 }

@@ -112,8 +112,11 @@ AttentionOptions options_of(const AttentionOptions& o, int64_t i) {
 template <class Args, class VarlenArgs, class Pick, class Resolve>
 auto resolve_each(const VarlenArgs& args, Args one, Pick pick, Resolve resolve_one) {
   const int64_t sequences = static_cast<int64_t>(args.patterns.size());
-  check_offsets("cu_seqlens_q", args.cu_seqlens_q, sequences, "q", args.q.sizes[0]);
-  check_offsets("cu_seqlens_k", args.cu_seqlens_k, sequences, "k", args.k.sizes[0]);
+  // Copies: what was checked is what is used, whatever another thread writes meanwhile.
+  const std::vector<int64_t> cu_seqlens_q(args.cu_seqlens_q.begin(), args.cu_seqlens_q.end());
+  const std::vector<int64_t> cu_seqlens_k(args.cu_seqlens_k.begin(), args.cu_seqlens_k.end());
+  check_offsets("cu_seqlens_q", cu_seqlens_q, sequences, "q", args.q.sizes[0]);
+  check_offsets("cu_seqlens_k", cu_seqlens_k, sequences, "k", args.k.sizes[0]);
   const TensorView& slopes = args.options.alibi_slopes;
   if (slopes.rank == 2 && slopes.sizes[0] != sequences) {
     fail("alibi_slopes", fmt::format("slopes for {} sequences", slopes.sizes[0]), fmt::format("{}", sequences));
@@ -121,8 +124,8 @@ auto resolve_each(const VarlenArgs& args, Args one, Pick pick, Resolve resolve_o
   std::vector<decltype(resolve_one(one))> problems;
   problems.reserve(args.patterns.size());
   for (int64_t i = 0; i < sequences; ++i) {
-    const Interval queries{args.cu_seqlens_q[i], args.cu_seqlens_q[i + 1]};
-    const Interval keys{args.cu_seqlens_k[i], args.cu_seqlens_k[i + 1]};
+    const Interval queries{cu_seqlens_q[i], cu_seqlens_q[i + 1]};
+    const Interval keys{cu_seqlens_k[i], cu_seqlens_k[i + 1]};
     one.q = sequence_of(args.q, queries);
     one.k = sequence_of(args.k, keys);
     one.v = sequence_of(args.v, keys);

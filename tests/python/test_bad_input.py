@@ -222,3 +222,29 @@ def test_overlapping_inputs_get_their_gradients():
     copies = [wide(x).detach().clone().requires_grad_() for _ in range(3)]
     apart = torch.autograd.grad(tessera.block_sparse_attention(*copies, p).sum(), copies)
     torch.testing.assert_close(ours, sum(g.sum((0, 2), keepdim=True) for g in apart), atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_that_would_wrap():
+    """Products of numbers from outside are errors that name the argument, never small numbers or memory of others."""
+    ops = torch.ops.tessera
+    values, tokens = torch.rand(16, 2), torch.ones(16, dtype=torch.int32)
+    first, last = torch.zeros(4, dtype=torch.int32), torch.full((4,), 2, dtype=torch.int32)
+    for shape in (
+        (2**62 + 1, 32, 1, 16, 4, 4),
+        (2**40, 2**40, 16, 16, 1, 1),
+        (64, 32, 16, 16, 2**40, 2**40),
+        (-1,) * 6,
+    ):
+        numbers = (*shape, 0, 0, 0)
+        for op, more in ((ops.mass_densities, (0.5,)), (ops.oracle_coverage, (0.5,)), (ops.bound_pattern, (0.5,))):
+            with pytest.raises(ValueError, match="^[a-z_]+: got .*; allowed: "):
+                op(values, tokens, first, last, numbers, *more)
+    p = tessera.patterns.dense(64, block=16)
+    with pytest.raises(ValueError, match="^batch: got .* x 4294967296 x 4294967296; allowed"):
+        ops.admitted_pairs(2**32, 2**32, *p.op_args)
+
+
+def test_integers_are_checked_in_their_own_width():
+    for number in (2**32, -(2**32), 2**62):
+        with pytest.raises(ValueError, match=f"indices: got {number}"):
+            tessera.BlockPattern(torch.tensor([0, 1]), torch.tensor([number]), seqlen_q=16, seqlen_k=16, block=16)

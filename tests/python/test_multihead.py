@@ -105,7 +105,9 @@ def test_is_causal(with_mask):
 def test_rows_without_keys_are_zero():
     ours, _ = pair(sparse(), bias=False)
     x = draw()
-    out, w = ours(*x, attn_mask=torch.ones(L, L, dtype=torch.bool).index_fill(0, torch.arange(1, L), False))
+    out, w = ours(
+        *x, need_weights=True, attn_mask=torch.ones(L, L, dtype=torch.bool).index_fill(0, torch.arange(1, L), False)
+    )
     assert not out[0].any() and not w[:, 0].any() and out[1:].any()
     for grad in torch.autograd.grad(out.sum() + w.square().sum(), [*ours.parameters(), *x]):
         assert grad.isfinite().all()
@@ -116,7 +118,7 @@ def test_unbatched_and_same_tensor():
     ours, theirs = pair(pattern)
     x = torch.randn(L, E, **DOUBLE, requires_grad=True)
     mask = torch_mask(pattern, batch=1)
-    out, w = ours(x, x, x)
+    out, w = ours(x, x, x, need_weights=True)
     expected, expected_w = theirs(x, x, x, attn_mask=mask)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(w, expected_w)
@@ -136,7 +138,7 @@ def test_weights_in_blocks(extra):
     padding[0, 50:] = True
     with torch.no_grad():
         out, blocks = ours(*x, need_weights="blocks", key_padding_mask=padding)
-        expected, dense = ours(*x, average_attn_weights=False, key_padding_mask=padding)
+        expected, dense = ours(*x, need_weights=True, average_attn_weights=False, key_padding_mask=padding)
     torch.testing.assert_close(out, expected)
     assert blocks["block_size"] == (BLOCK, BLOCK) and blocks["shape"] == (N, H, L, 70)
     assert blocks["block_indices"].shape == (N * pattern.num_blocks, 4)
@@ -233,7 +235,7 @@ def test_half(dtype):
     expected = theirs(*x, attn_mask=torch_mask(pattern), need_weights=False)[0]
     low = tuple(t.to(dtype) for t in x)
     plain = theirs.to(dtype)(*low, attn_mask=torch_mask(pattern), need_weights=False)[0]
-    got, weights = ours.to(dtype)(*low)
+    got, weights = ours.to(dtype)(*low, need_weights=True)
     assert got.dtype == weights.dtype == dtype
     bound = 2 * (plain.double() - expected).abs().max() + torch.finfo(dtype).eps
     assert (got.double() - expected).abs().max() <= bound

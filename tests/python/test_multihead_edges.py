@@ -28,7 +28,7 @@ def test_weights_of_large_logits_sum_to_one(pattern, dtype, size, extra):
     torch.manual_seed(0)
     ours, theirs = pair(64, 1, pattern=pattern, dtype=dtype, batch_first=True, **extra)
     x = (size * torch.randn(2, 64, 64)).to(dtype)
-    out, weights = ours(x, x, x)
+    out, weights = ours(x, x, x, need_weights=True)
     step = torch.finfo(dtype).eps
     assert (weights.float().sum(-1) - 1).abs().max() <= 4 * step + 64 * torch.finfo(torch.float32).eps
     if pattern != "local_window":
@@ -121,7 +121,7 @@ def test_trace(pattern, options, training):
 def test_meta_weights_of_a_pattern():
     ours = tessera.MultiheadAttention(16, 2, batch_first=True, pattern="local_window", device="meta")
     x = torch.empty(2, 40, 16, device="meta")
-    assert [t.shape for t in ours(x, x, x)] == [(2, 40, 16), (2, 40, 40)]
+    assert [t.shape for t in ours(x, x, x, need_weights=True)] == [(2, 40, 16), (2, 40, 40)]
 
 
 def test_from_torch_refuses_parametrized_modules():
@@ -134,7 +134,7 @@ def test_from_torch_refuses_parametrized_modules():
     torch.testing.assert_close(tessera.MultiheadAttention.from_torch(theirs)(x, x, x)[0], theirs(x, x, x)[0])
 
 
-@pytest.mark.parametrize("weights", [True, False, 0, 1, None, torch.tensor(True)])
+@pytest.mark.parametrize("weights", [True, False, 0, 1, torch.tensor(True)])
 def test_flags_by_their_truth(weights):
     ours, theirs = pair(8, 2)
     x = torch.randn(3, 2, 8)

@@ -132,10 +132,10 @@ def test_nested_with_a_longer_pattern_and_weights(layout):
     ours, _ = pair(sparse(), batch_first=True, add_zero_attn=True)
     rows = [torch.randn(n, E, **DOUBLE) for n in (40, 70)]
     nested = torch.nested.as_nested_tensor(rows, layout=layout)
-    out, weights = ours(nested, nested, nested)
+    out, weights = ours(nested, nested, nested, need_weights=True)
     padded = nn.functional.pad(nn.utils.rnn.pad_sequence(rows, batch_first=True), (0, 0, 0, L - 70))
     padding = torch.arange(L) >= torch.tensor([[40], [70]])
-    expected, expected_weights = ours(padded, padded, padded, key_padding_mask=padding)
+    expected, expected_weights = ours(padded, padded, padded, padding, need_weights=True)
     for i, n in enumerate((40, 70)):
         torch.testing.assert_close(out.unbind()[i], expected[i, :n])
     assert weights.shape == (N, 70, 71)

@@ -172,3 +172,13 @@ def test_a_call_with_a_named_pattern_costs_no_more():
     pattern_for(config, 64, 64, False, 4)
     best = min(timeit.repeat(lambda: pattern_for(config, 64, 64, False, 4), number=200, repeat=20)) / 200
     assert best < 20e-6  # twice the bar: other programs run on the machine
+
+
+def test_no_dense_weights_that_nobody_asked_for():
+    """16,384 tokens: dense weights would take 2 GB a batch, and minutes."""
+    module = tessera.MultiheadAttention(32, 2, pattern="local_window", batch_first=True).eval()
+    x = torch.randn(1, 16384, 32)
+    with torch.no_grad():
+        out, weights = module(x, x, x)
+    assert out.shape == x.shape and weights is None
+    assert tessera.MultiheadAttention(32, 2)(x[0, :8], x[0, :8], x[0, :8])[1].shape == (8, 8)

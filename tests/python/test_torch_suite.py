@@ -30,6 +30,8 @@ def test_signatures_begin_with_torchs():
     for name in ("__init__", "forward"):
         ours = list(inspect.signature(getattr(MultiheadAttention, name)).parameters.values())
         theirs = list(inspect.signature(getattr(nn.MultiheadAttention, name)).parameters.values())
+        # Weights are what torch gives where they are not spoken of, unless a pattern is there.
+        theirs = [p.replace(default=None) if p.name == "need_weights" else p for p in theirs]
         assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [
             (p.name, p.default, p.kind) for p in theirs
         ]
@@ -220,11 +222,11 @@ def test_rows_without_keys_are_the_same_in_all_modes(pattern):
     padding = torch.tensor([[False] * 5, [True] * 5])
     both_masks = {"attn_mask": mask, "key_padding_mask": padding}
     for options in ({"attn_mask": mask}, {"key_padding_mask": padding}, both_masks):
-        expected, expected_weights = module(x, x, x, **options)
+        expected, expected_weights = module(x, x, x, need_weights=True, **options)
         assert not expected.isnan().any() and not expected_weights[1 if "key_padding_mask" in options else 0, 3].any()
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
-                out, weights = module(x, x, x, **options)
+                out, weights = module(x, x, x, need_weights=True, **options)
             torch.testing.assert_close(out, expected)
             torch.testing.assert_close(weights, expected_weights)
 
@@ -271,7 +273,7 @@ def test_empty(pattern):
     module = MultiheadAttention(8, 2, batch_first=True, pattern=pattern)
     for n, seqlen_q, seqlen_k in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):
         q, k = torch.randn(n, seqlen_q, 8, requires_grad=True), torch.randn(n, seqlen_k, 8)
-        out, weights = module(q, k, k, key_padding_mask=torch.zeros(n, seqlen_k, dtype=torch.bool))
+        out, weights = module(q, k, k, torch.zeros(n, seqlen_k, dtype=torch.bool), need_weights=True)
         assert out.shape == (n, seqlen_q, 8) and weights.shape == (n, seqlen_q, seqlen_k)
         out.sum().backward()
 

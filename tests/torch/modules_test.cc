@@ -398,7 +398,7 @@ TEST_P(Multihead, EqualsTorchUnderTheMaskOfThePattern) {
   const at::Tensor kept = kept_pairs(pattern_for(sparse_spec(), 50, 70));
 
   const auto [expected, expected_weights] = theirs->forward(query, key, value, padding, true, hidden(kept));
-  const auto [got, weights] = ours->forward(query, key, value, padding);
+  const auto [got, weights] = ours->forward(query, key, value, padding, true);
   expect_close(got, expected, 1e-6, "output");  // sinks are fp32
   expect_close(weights, expected_weights, 1e-6, "weights");
   const auto [with_mask, per_head] = ours->forward(query, key, value, padding, true, hidden(kept), false);
@@ -455,7 +455,8 @@ TEST(MultiheadAttention, SegmentsAreLongNets) {
   expect_close(std::get<0>(ours->forward(x, x, x, {}, false)), expected, 1e-11, "output");
   const auto copy = std::dynamic_pointer_cast<MultiheadAttentionImpl>(ours->clone());
   expect_close(std::get<0>(copy->forward(x, x, x, {}, false)), expected, 1e-11, "output of a copy");
-  EXPECT_THROW(ours->forward(x, x, x), c10::ValueError);  // weights
+  EXPECT_THROW(ours->forward(x, x, x, {}, true), c10::ValueError);  // weights
+  EXPECT_FALSE(std::get<1>(ours->forward(x, x, x)).defined());
 }
 
 TEST(MultiheadAttention, StartsLikeTorchsAndCanBeCloned) {
