@@ -1,4 +1,4 @@
-# What an installed Tessera consists of: library, headers, program, sample, the operators for PyTorch where they were
+# What an installed Tessera consists of: libraries, headers, program, sample, the operators for PyTorch where they were
 # built, and the CMake package `tessera`.
 include(CMakePackageConfigHelpers)
 
@@ -10,6 +10,11 @@ install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/tessera DESTINATION ${CMAKE_INST
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/data/ DESTINATION ${CMAKE_INSTALL_DATADIR}/tessera)
 if(TARGET tessera_cli)
   install(TARGETS tessera_cli)
+endif()
+
+if(TARGET tessera_tools)
+  install(TARGETS tessera_tools EXPORT tessera-tools-targets)
+  install(EXPORT tessera-tools-targets NAMESPACE tessera:: DESTINATION ${package_dir})
 endif()
 
 if(TARGET tessera_torch)

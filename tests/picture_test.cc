@@ -6,8 +6,8 @@
 #include <limits>
 #include <set>
 
-#include "analysis/picture_canvas.h"
-#include "analysis/picture_font.h"
+#include "picture/canvas.h"
+#include "picture/font.h"
 #include "io_files.h"
 #include "tessera/picture.h"
 

@@ -14,5 +14,6 @@ set(sanitize "")
 if(SANITIZE)
   set(sanitize -fsanitize=${SANITIZE})
 endif()
+set(without_libraries_of_tools -DCMAKE_DISABLE_FIND_PACKAGE_PNG=ON -DCMAKE_DISABLE_FIND_PACKAGE_nlohmann_json=ON)
 set(configure ${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR} -G ${GENERATOR} -DCMAKE_CXX_COMPILER=${COMPILER}
   -DCMAKE_BUILD_TYPE=${CONFIG} "-DCMAKE_CXX_FLAGS=${sanitize}")

@@ -5,8 +5,8 @@
 
 #include <fmt/format.h>
 
-#include "analysis/picture_canvas.h"
 #include "pattern/geometry.h"
+#include "picture/canvas.h"
 #include "tessera/error.h"
 #include "tessera/patterns.h"
 #include "tessera/picture.h"

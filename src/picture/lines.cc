@@ -7,7 +7,7 @@
 
 #include <fmt/format.h>
 
-#include "analysis/picture_canvas.h"
+#include "picture/canvas.h"
 #include "tessera/error.h"
 #include "tessera/picture.h"
 

@@ -1,4 +1,4 @@
-// Images, PNG, text and the strokes that all pictures share.
+// Images, text and the strokes that all pictures share.
 #include "tessera/picture.h"
 
 #include <algorithm>
@@ -6,12 +6,10 @@
 #include <cmath>
 
 #include <fmt/format.h>
-#include <png.h>
 
-#include "analysis/picture_canvas.h"
-#include "analysis/picture_font.h"
+#include "picture/canvas.h"
+#include "picture/font.h"
 #include "tessera/error.h"
-#include "tessera/io.h"
 
 namespace tessera {
 namespace {
@@ -23,14 +21,6 @@ const picture::Glyph& glyph_of(char c) {
   return picture::kGlyphs[static_cast<size_t>(c - picture::kFirstGlyph)];
 }
 
-void check(const Image& image) {
-  if (image.width < 1 || image.height < 1 ||
-      image.pixels.size() != static_cast<size_t>(image.width) * static_cast<size_t>(image.height)) {
-    fail("image", fmt::format("{} x {} with {} pixels", image.width, image.height, image.pixels.size()),
-         "sides >= 1 and width * height pixels");
-  }
-}
-
 }  // namespace
 
 Image::Image(int w, int h, Rgb background) : width(w), height(h) {
@@ -39,25 +29,6 @@ Image::Image(int w, int h, Rgb background) : width(w), height(h) {
   }
   pixels.assign(static_cast<size_t>(w) * static_cast<size_t>(h), background);
 }
-
-std::vector<std::byte> encode_png(const Image& image) {
-  static_assert(sizeof(Rgb) == 3);  // as PNG_FORMAT_RGB lays them out
-  check(image);
-  png_image png{};
-  png.version = PNG_IMAGE_VERSION;
-  png.width = static_cast<png_uint_32>(image.width);
-  png.height = static_cast<png_uint_32>(image.height);
-  png.format = PNG_FORMAT_RGB;
-  png_alloc_size_t bytes = PNG_IMAGE_PNG_SIZE_MAX(png);
-  std::vector<std::byte> out(bytes);
-  if (!png_image_write_to_memory(&png, out.data(), &bytes, 0, image.pixels.data(), 0, nullptr)) {
-    throw Error("image", std::string("image: PNG: ") + png.message);
-  }
-  out.resize(bytes);
-  return out;
-}
-
-void write_png(const std::string& path, const Image& image) { write_file(path, encode_png(image)); }
 
 int text_width(std::string_view text, int scale) {
   return text.empty() ? 0 : (static_cast<int>(text.size()) * (picture::kGlyphColumns + 1) - 1) * scale;
