@@ -436,7 +436,8 @@ class AttnBiasKernel {
     }
     const int64_t* stride = g_.dattn_bias_stride;
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t at = unit_.b * stride[0] + unit_.h * stride[1] + ((each_q ? shape.query_begin(unit_.i) : 0) + r) * stride[2] +
+      const int64_t at = unit_.b * stride[0] + unit_.h * stride[1] +
+                         ((each_q ? shape.query_begin(unit_.i) : 0) + r) * stride[2] +
                          unit_.j * shape.block_k * stride[3];
       for (int64_t c = 0; c < cols_; ++c) {
         store_from_double(g_.dattn_bias, g_.dattn_bias_dtype, at + c * stride[3], sums_[r * cols_ + c]);

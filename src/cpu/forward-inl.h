@@ -97,8 +97,7 @@ class RowKernel {
     if (next == nullptr) return list;
     const PatternShape& shape = p_.pattern.shape;
     const int64_t q = shape.query_begin(next->row);
-    list.Add(p_.q.at(next->b, q, next->h, size), p_.q.seq * size, p_.head_dim * size,
-             shape.query_end(next->row) - q);
+    list.Add(p_.q.at(next->b, q, next->h, size), p_.q.seq * size, p_.head_dim * size, shape.query_end(next->row) - q);
     const MaskGeometry mask = p_.mask(next->b);
     ChunkReader reader(p_, next->b, next->h, next->row, mask);
     const Segment first = reader.First();

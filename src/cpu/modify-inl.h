@@ -67,7 +67,8 @@ HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float 
 
 // Admitted queries of each key of the place, as bits (bit r: query place.q + r): the mask's interval and the bitmap.
 // `bitmap`: its row of query place.q, or nullptr.
-inline void MaskBits(const MaskGeometry& mask, const uint64_t* bitmap, int block_words, int64_t key_in_block, const PanelPlace& place, uint64_t* bits) {
+inline void MaskBits(const MaskGeometry& mask, const uint64_t* bitmap, int block_words, int64_t key_in_block,
+                     const PanelPlace& place, uint64_t* bits) {
   for (int64_t i = 0; i < place.keys; ++i) {
     const Interval in = mask.queries_of(place.k + i, place.q, place.q + place.rows);
     bits[i] = 0;

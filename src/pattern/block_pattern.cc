@@ -121,7 +121,8 @@ void check_shape(const PatternShape& s) {
 bool resolve_causal(const PatternShape& shape, const std::optional<bool>& causal) {
   if (shape.causal && causal && !*causal) {
     fail("causal", "false for a causal pattern",
-         "nothing or true; without_causality(pattern) has the same pairs as bitmaps, a pattern made without causal more");
+         "nothing or true; without_causality(pattern) has the same pairs as bitmaps, a pattern made without causal "
+         "more");
   }
   return causal.value_or(shape.causal);
 }

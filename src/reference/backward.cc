@@ -144,8 +144,7 @@ class GradientPasses {
               rows_.lse_error[row].times(w.first.value(r, d)) + rows_.delta_error[row].times(w.second.value(r, d)));
         }
       }
-      store(w.first, g_.dq, b, begin, end, h, p_.seqlen_q, p_.heads, p_.head_dim,
-            bounds_.dq);
+      store(w.first, g_.dq, b, begin, end, h, p_.seqlen_q, p_.heads, p_.head_dim, bounds_.dq);
     });
   }
 
