@@ -193,7 +193,7 @@ class Bench {
       peaks.read_gbytes_per_second = std::max(peaks.read_gbytes_per_second, after.read_gbytes_per_second);
     }
     const double flops = call.flops();
-    const double peak = peak_gflops(peaks, ran, dtype);
+    const double peak = peaks.gflops(dtype);
 
     Record r = {{"pass", flags_.pass},     {"dtype", name_of(dtype)},    {"batch", s.batch},
                 {"heads", s.heads},        {"kv_heads", s.kv_heads},     {"seq", s.seqlen_k},

@@ -243,7 +243,7 @@ Record measure_times(Context& context, const DemoSample& sample, Pass pass, bool
       const Timing timing = time_calls(kRepeat, [&] { info = call(pool); });
       if (!dense.contains(dtype)) dense[dtype] = timing.median;  // the first pattern
       const double gflops = call.flops() / timing.median / 1e9;
-      const double peak = peak_gflops(peaks, info.isa, dtype);
+      const double peak = peaks.gflops(dtype);
       Record r = {{"pattern", p.name},
                   {"block", p.choice.spec.block_q},
                   {"density", p.density},

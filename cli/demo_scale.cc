@@ -67,7 +67,7 @@ Record measure(const GuideRow& row, DType dtype, ThreadPool& pool) {
   constexpr int kRepeat = 3;
   const Timing timing = time_calls(kRepeat, [&] { info = call(pool); });
   const double gflops = forward_flops(admitted_pairs(pattern, {}, 1, kHeads), kHeadDim, kHeadDim) / timing.median / 1e9;
-  const double peak = peak_gflops(peaks, info.isa, dtype);
+  const double peak = peaks.gflops(dtype);
   r["density"] = statistics(pattern).density;
   r["threads"] = pool.num_threads();
   r["isa"] = name_of(info.isa);

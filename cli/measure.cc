@@ -45,11 +45,6 @@ Timing time_calls(int repeat, const std::function<void()>& call) {
   return {(samples[(n - 1) / 2] + samples[n / 2]) / 2, samples.front(), samples.back()};
 }
 
-double peak_gflops(const Peaks& peaks, Isa isa, DType dtype) {
-  const bool native_dot = dtype == DType::bf16 && isa == Isa::avx512_bf16;
-  return native_dot ? peaks.bf16_dot_gflops : peaks.fma_gflops;
-}
-
 double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v) {
   return 2.0 * static_cast<double>(pairs) * static_cast<double>(head_dim + head_dim_v);
 }

@@ -27,9 +27,6 @@ Timing time_calls(int repeat, const std::function<void()>& call);
 // Seconds of one call.
 double time_once(const std::function<void()>& call);
 
-// Peak of the units that the kernel of `isa` uses for `dtype`: the bf16 dot where it is native, FMA elsewhere.
-double peak_gflops(const Peaks& peaks, Isa isa, DType dtype);
-
 // 2 D for the score and 2 Dv for the output of each admitted pair.
 double forward_flops(int64_t pairs, int64_t head_dim, int64_t head_dim_v);
 // 2 D each for the score, dq and dk, 2 Dv each for the gradient of the weight and dv.

@@ -1,10 +1,12 @@
-"""The house rules that a compiler does not check: who may include whom, and what the library never does.
+"""The house rules that a compiler does not check: who may include or import whom, and what the library never does.
 
     python3 tests/layers_test.py SOURCE_DIR
 
-Public headers and the folders of src/ are rooms; a room includes only those named beside it (and itself).
+Public headers, the folders of src/ and those of python/tessera are rooms; a room includes only those named beside it
+(and itself). Everything else stands on the public headers.
 """
 
+import ast
 import pathlib
 import re
 import sys
@@ -46,8 +48,42 @@ ALLOWED = {
 }
 # Other people's headers: nowhere but here.
 LIBRARIES = {"hwy": {"cpu", "analysis"}, "fmt": set(ALLOWED), "nlohmann": {"io"}, "png.h": {"picture"}}
-# Torch's own headers: nowhere but in torch/ and what tests it.
-TORCH_FOLDERS = {"torch", "ATen", "c10", "caffe2"}
+# What stands on the public headers alone, and other people's headers there (by their folder).
+OUTSIDE = {
+    "torch": {"torch", "ATen", "c10", "caffe2"},
+    "cli": {"CLI", "fmt", "nlohmann"},
+    "bench": {"benchmark", "fmt"},
+    "examples": set(),
+}
+# Rooms of python/tessera: its folders and files. tessera/__init__.py may import all of them.
+PYTHON_ALLOWED = {
+    "_ops": set(),
+    "_pattern": {"_ops"},
+    "patterns": {"_pattern"},
+    "functional": {"_ops", "_pattern"},
+    "_dilated": {"_pattern", "functional", "patterns"},
+    "analysis": {"_pattern", "functional", "patterns"},
+    "config": {"_pattern", "patterns"},
+    "monitoring": set(),
+    "_multihead": {"_monitored", "_pattern", "config", "functional", "monitoring", "patterns"},
+    "_monitored": {"_multihead", "_pattern", "analysis", "functional", "monitoring"},
+    "modules": {"_monitored", "_multihead", "_pattern", "config", "functional"},
+    "_generator": {"_pattern", "config"},
+    "compat": {
+        *("_dilated", "_generator", "_monitored", "_pattern", "analysis", "config", "functional", "modules"),
+        "monitoring",
+    },
+    "interop": {"_pattern"},
+    "integrations": {"_pattern", "functional", "patterns"},
+}
+# Other people's Python packages: nowhere but here.
+PYTHON_LIBRARIES = {
+    "torch": {"__init__", *PYTHON_ALLOWED},
+    "scipy": {"interop"},
+    "lightning": {"integrations"},
+    "pytorch_lightning": {"integrations"},
+    "transformers": {"integrations"},
+}
 # A library neither prints, nor ends the program, nor reads its environment.
 FORBIDDEN_WORDS = re.compile(
     r"\b(?:std::(?:cout|cerr|clog)|printf|fprintf|puts|fputs|putchar|perror|fmt::print|"
@@ -105,26 +141,71 @@ def check_file(path, room, public, root, errors):
         elif public and target.endswith(".h"):
             errors.append(f"{where}: a public header includes <{target}>; only C++ standard headers are everywhere")
     if not public:
-        for number, line in enumerate(strip_comments_and_strings(path.read_text()).splitlines(), 1):
-            match = FORBIDDEN_WORDS.search(line)
-            if match:
-                errors.append(f"{path.relative_to(root)}:{number}: the library must not use {match.group(0).strip()}")
+        check_words(path, root, errors)
 
 
-def check_torch_file(path, root, errors):
-    """torch/ stands on the public headers: it includes those, torch's, C++'s and its own, and nothing of src/."""
+def check_outside_file(path, folder, root, errors):
+    """A file on the public headers: it includes those, its folder's own, C++'s and the named libraries'."""
     for number, quoted, target in includes(path):
         where = f"{path.relative_to(root)}:{number}"
+        own = (path.parent / target).resolve()
         if quoted and target.startswith("tessera/"):
             room_of_include(target, errors, where)
-        elif quoted and not (path.parent / target).is_file():
-            errors.append(f'{where}: "{target}" is neither a public header nor one of torch/')
-        elif not quoted and "/" in target and target.split("/")[0] not in TORCH_FOLDERS:
-            errors.append(f"{where}: <{target}> is of no library that torch/ knows")
+        elif quoted and not (own.is_file() and root / folder in own.parents):
+            errors.append(f'{where}: "{target}" is neither a public header nor one of {folder}/')
+        elif not quoted and "/" in target and target.split("/")[0] not in OUTSIDE[folder] | {"sys"}:
+            errors.append(f"{where}: <{target}> is of no library that {folder}/ knows")
+
+
+def check_words(path, root, errors):
     for number, line in enumerate(strip_comments_and_strings(path.read_text()).splitlines(), 1):
         match = FORBIDDEN_WORDS.search(line)
         if match:
             errors.append(f"{path.relative_to(root)}:{number}: the library must not use {match.group(0).strip()}")
+
+
+def python_imports(path, package):
+    """(line, dotted name) of everything that a module imports; `package`: the dotted name of its folder, as a list."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            if module == "tessera":  # then the names may be modules
+                yield from ((node.lineno, f"tessera.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
+
+
+def check_python_file(path, root, errors):
+    parts = path.relative_to(root / "python").with_suffix("").parts
+    room = parts[1]
+    if room != "__init__" and room not in PYTHON_ALLOWED:
+        errors.append(f"{path.relative_to(root)}: {room} is no room of tests/layers_test.py")
+        return
+    for number, name in python_imports(path, parts[:-1]):
+        where = f"{path.relative_to(root)}:{number}"
+        top, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if top == "tessera":
+            if room not in ("__init__", other) and other not in PYTHON_ALLOWED[room]:
+                errors.append(f"{where}: room {room} must not import {name} of room {other or '__init__'}")
+        elif top not in sys.stdlib_module_names and room not in PYTHON_LIBRARIES.get(top, ()):
+            errors.append(f"{where}: {name} has no business in room {room}")
+
+
+def check_libraries(root, errors):
+    """Each room is in one library of CMakeLists.txt, and what is in tessera::core includes nothing outside it."""
+    text = (root / "CMakeLists.txt").read_text()
+    libraries = {name: rooms.split() for name, rooms in re.findall(r"add_tessera_library\((\w+) \w+ ([\w ]+)\)", text)}
+    for room, allowed in ALLOWED.items():
+        homes = [name for name, rooms in libraries.items() if room in rooms]
+        if len(homes) != 1:
+            errors.append(f"CMakeLists.txt: room {room} is in {len(homes)} libraries")
+        elif homes == ["core"] and not allowed <= set(libraries["core"]):
+            beyond = sorted(allowed - set(libraries["core"]))
+            errors.append(f"CMakeLists.txt: room {room} of tessera::core may include {', '.join(beyond)}")
 
 
 def check_tree(root):
@@ -142,9 +223,15 @@ def check_tree(root):
             errors.append(f"{path.relative_to(root)}: src/{room} is no room of tests/layers_test.py")
             continue
         check_file(path, room, False, root, errors)
-    for path in sorted((root / "torch").rglob("*")):
-        if path.suffix in (".h", ".cc"):
-            check_torch_file(path, root, errors)
+    for folder in OUTSIDE:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".h", ".cc"):
+                check_outside_file(path, folder, root, errors)
+                if folder == "torch":
+                    check_words(path, root, errors)
+    for path in sorted((root / "python/tessera").rglob("*.py")):
+        check_python_file(path, root, errors)
+    check_libraries(root, errors)
     return errors
 
 
@@ -155,6 +242,7 @@ def self_test(scratch):
         "include/tessera/error.h": ("#include <fmt/format.h>", "no business in a public header"),
         "include/tessera/executor.h": ('#include "tessera/attention.h"', "must not include"),
         "include/tessera/novel.h": ("#include <vector>", "has no room"),
+        "src/cpu/cpu.h": ("", None),
         "src/pattern/a.cc": ('#include "cpu/cpu.h"', "must not include"),
         "src/attention/b.cc": ("#include <torch/torch.h>", "no library that the core knows"),
         "src/io/c.cc": ("void f() { std::cerr << 1; }", "must not use"),
@@ -167,6 +255,27 @@ def self_test(scratch):
         "torch/i.h": ('#include "cpu/cpu.h"', "neither a public header"),
         "torch/j.cc": ("#include <fmt/format.h>", "no library that torch/ knows"),
         "torch/k.cc": ("void f() { std::cout << 1; }", "must not use"),
+        "cli/l.cc": ('#include <CLI/CLI.hpp>\n#include <sys/stat.h>\n#include "m.h"\nvoid f() { puts("1"); }', None),
+        "cli/m.h": ('#include "cpu/cpu.h"', "neither a public header nor one of cli/"),
+        "cli/n.cc": ("#include <hwy/highway.h>", "no library that cli/ knows"),
+        "bench/o.cc": ('#include "../src/cpu/cpu.h"', "neither a public header"),
+        "python/tessera/__init__.py": ("from . import compat\nfrom .modules import A", None),
+        "python/tessera/_ops.py": (
+            "import torch\ndef f():\n    from . import compat",
+            "must not import tessera.compat",
+        ),
+        "python/tessera/patterns.py": ("from ._pattern import A\nfrom .patterns import B\nimport os.path", None),
+        "python/tessera/functional.py": ("import tessera.modules", "must not import tessera.modules"),
+        "python/tessera/interop/p.py": ("from ..modules.a import b", "must not import tessera.modules"),
+        "python/tessera/interop/q.py": ("from .p import a\nfrom .. import _pattern\nimport scipy.sparse", None),
+        "python/tessera/interop/r.py": ("import tessera", "must not import tessera of room __init__"),
+        "python/tessera/modules.py": ("import transformers", "no business in room modules"),
+        "python/tessera/rooms.py": ("", "no room"),
+        "CMakeLists.txt": (
+            "add_tessera_library(core tessera core pattern call cpu attention)\n"
+            "add_tessera_library(tools tessera_tools reference io analysis picture check)",
+            "attention of tessera::core may include reference",
+        ),
     }
     for name, (text, _) in cases.items():
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +292,7 @@ def main():
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        failure = self_test(pathlib.Path(scratch))
+        failure = self_test(pathlib.Path(scratch).resolve())
     if failure:
         sys.exit(failure)
     root = pathlib.Path(sys.argv[1]).resolve()
