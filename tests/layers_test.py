@@ -26,6 +26,7 @@ HEADER_ROOMS = {
     "pattern_statistics.h": "pattern",
     "attention.h": "call",
     "backward.h": "call",
+    "kv_cache.h": "attention",
     "machine.h": "call",
     "dilated.h": "call",
     "io.h": "io",

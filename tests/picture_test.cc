@@ -6,9 +6,9 @@
 #include <limits>
 #include <set>
 
+#include "io_files.h"
 #include "picture/canvas.h"
 #include "picture/font.h"
-#include "io_files.h"
 #include "tessera/picture.h"
 
 namespace tessera {

@@ -6,6 +6,7 @@
 
 #include "pattern/geometry.h"
 #include "pattern/pattern_parts.h"
+#include "pattern/rows.h"
 #include "tessera/error.h"
 #include "tessera/patterns.h"
 
@@ -131,9 +132,10 @@ PatternShape stacked_shape(std::span<const BlockPattern> patterns, int64_t Patte
 
 // The pattern of `shape`: block rows from row_begin on, block columns from col_begin on, of another one. Blocks that
 // begin past the keys of `shape` are not taken.
-BlockPattern take_block(const BlockPatternView& view, const PatternShape& shape, int64_t row_begin, int64_t col_begin) {
+BlockPattern take_block(const BlockPatternView& view, const PatternShape& shape, int64_t row_begin, int64_t col_begin,
+                        int64_t first_batch = 0) {
   PatternParts parts(shape);
-  for (int64_t batch = 0; batch < shape.batches; ++batch) {
+  for (int64_t batch = first_batch; batch < first_batch + shape.batches; ++batch) {
     for (int64_t head = 0; head < shape.heads; ++head) {
       for (int64_t i = 0; i < shape.rows(); ++i) {
         const int64_t r = view.row_id(batch, head, row_begin + i);
@@ -201,16 +203,32 @@ BlockPattern blocks_only(const BlockPattern& pattern) {
   return take_block(pattern.view(), shape, 0, 0);
 }
 
-BlockPattern for_queries(const BlockPattern& pattern, int64_t begin, int64_t end) {
-  const BlockPatternView view = pattern.view();
-  const PatternShape& whole = view.shape;
-  check_range("begin", begin, "end", end, whole.seqlen_q);
+namespace {
+
+PatternShape shape_of_rows(const PatternShape& whole, int64_t begin, int64_t end) {
   PatternShape shape = whole;
   shape.seqlen_q = end - begin;
   shape.q_offset = whole.diagonal() + begin;
   shape.q_skip = static_cast<int>(whole.row_in_block(begin));
+  return shape;
+}
+
+}  // namespace
+
+BlockPattern for_queries(const BlockPattern& pattern, int64_t begin, int64_t end) {
+  const PatternShape& whole = pattern.shape();
+  check_range("begin", begin, "end", end, whole.seqlen_q);
+  PatternShape shape = shape_of_rows(whole, begin, end);
   if (whole.causal) shape.seqlen_k = std::clamp<int64_t>(whole.diagonal() + end, 0, whole.seqlen_k);
-  return take_block(view, shape, whole.row_of(begin), 0);
+  return take_block(pattern.view(), shape, whole.row_of(begin), 0);
+}
+
+BlockPattern rows_with_keys(const BlockPattern& pattern, int64_t batch, int64_t begin, int64_t end, int64_t seqlen_k) {
+  const PatternShape& whole = pattern.shape();
+  PatternShape shape = shape_of_rows(whole, begin, end);
+  shape.seqlen_k = std::min(seqlen_k, whole.seqlen_k);
+  shape.batches = 1;
+  return take_block(pattern.view(), shape, whole.row_of(begin), 0, batch);
 }
 
 BlockPattern slice(const BlockPattern& pattern, int64_t row_begin, int64_t row_end, int64_t col_begin,
