@@ -7,7 +7,7 @@
 #include "call/checks.h"
 #include "call/dilated_plan.h"
 #include "call/scores.h"
-#include "core/large_buffer.h"
+#include "core/buffer.h"
 #include "core/work.h"
 
 namespace tessera {
@@ -19,7 +19,7 @@ constexpr int64_t kTokensPerUnit = 64;  // of the join: some microseconds of wor
 // Partial result of one group. With several groups, lse is a compact buffer ([H, B, segments, rows]); out likewise, or
 // the caller's out, of a group that covers all of it.
 struct Partial {
-  LargeBuffer out, lse;
+  Buffer out, lse;
   bool in_place = false;  // out is the caller's
 };
 
@@ -67,10 +67,11 @@ class Join {
       const DilatedGroup& group = plan_.groups()[g];
       if (scratch.places[g].offset != h % group.rate) continue;  // not covered
       const int64_t row = (h * whole_.batch + b) * group.segments * group.rows + scratch.places[g].index;
-      const T lse = reinterpret_cast<const T*>(partials_[g].lse.data())[row];
+      const T lse = partials_[g].lse.as<const T>()[row];
       if (lse == -std::numeric_limits<T>::infinity()) continue;  // saw no key: its out is not read
       if (lse > max || std::isnan(lse)) max = lse;               // NaN stays NaN
-      const char* out = partials_[g].in_place ? to : partials_[g].out.data() + row * dim * static_cast<int64_t>(size);
+      const char* out =
+          partials_[g].in_place ? to : partials_[g].out.as<char>() + row * dim * static_cast<int64_t>(size);
       scratch.terms[n++] = {out, lse};
     }
     T* sum = scratch.rows.data();
@@ -158,9 +159,9 @@ ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) 
     for (size_t g = 0; g < groups.size(); ++g) {
       Partial& partial = partials[g];
       partial.in_place = static_cast<ptrdiff_t>(g) == in_place;
-      partial.lse = LargeBuffer(plan.elements(groups[g], 1) * size_of(lse_dtype), "dilated lse");
+      partial.lse = Buffer(plan.elements(groups[g], 1) * size_of(lse_dtype), "dilated lse");
       const int64_t elements = partial.in_place ? 0 : plan.elements(groups[g], whole.head_dim_v);
-      partial.out = LargeBuffer(static_cast<size_t>(elements) * size, "dilated out");
+      partial.out = Buffer(static_cast<size_t>(elements) * size, "dilated out");
       bytes += partial.lse.size() + partial.out.size();
     }
   }
@@ -169,8 +170,8 @@ ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) 
     Problem& p = problems.emplace_back(plan.problem(part));
     if (groups.size() == 1) continue;
     Partial& partial = partials[part.group];
-    if (!partial.in_place) p.out = plan.compact(part, partial.out.data(), whole.head_dim_v, size);
-    set_lse(p, plan.compact(part, partial.lse.data(), 1, size_of(lse_dtype)), lse_dtype);
+    if (!partial.in_place) p.out = plan.compact(part, partial.out.as<char>(), whole.head_dim_v, size);
+    set_lse(p, plan.compact(part, partial.lse.as<char>(), 1, size_of(lse_dtype)), lse_dtype);
   }
   ForwardInfo info = run_forward(problems, whole.dtype, args.isa, executor);
   if (groups.size() == 1) {

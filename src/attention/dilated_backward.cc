@@ -8,7 +8,7 @@
 #include "call/dilated_bias.h"
 #include "call/dilated_plan.h"
 #include "call/scores.h"
-#include "core/large_buffer.h"
+#include "core/buffer.h"
 #include "core/work.h"
 
 namespace tessera {
@@ -19,7 +19,7 @@ namespace {
 struct Gradient {
   Strided result;  // data nullptr: not wanted
   int64_t heads = 0, dim = 0;
-  LargeBuffer own;  // [heads, B, S, dim]; empty: the sum is made in the result
+  Buffer own;  // [heads, B, S, dim]; empty: the sum is made in the result
   Strided sum;
 };
 
@@ -62,8 +62,8 @@ class BiasGradient {
     sum_ = reinterpret_cast<T*>(whole.dattn_bias);
     std::copy_n(whole.dattn_bias_stride, 4, stride_.begin());
     if (whole.dattn_bias_dtype != kDType) {
-      own_ = LargeBuffer(static_cast<size_t>(bias_numel(whole)) * sizeof(T), "sums of dattn_bias");
-      sum_ = reinterpret_cast<T*>(own_.data());
+      own_ = Buffer(static_cast<size_t>(bias_numel(whole)) * sizeof(T), "sums of dattn_bias");
+      sum_ = own_.as<T>();
       stride_ = contiguous_bias_strides(whole.dattn_bias_size);
     }
     for_each_bias(whole, [&](int64_t i, int64_t at) { sum_[own_.size() ? i : at] = 0; });
@@ -82,16 +82,16 @@ class BiasGradient {
     const size_t bytes = static_cast<size_t>(elements) * sizeof(T);
     if (of_parts_.size() < bytes) {
       of_parts_ = {};
-      of_parts_ = LargeBuffer(bytes, "dattn_bias of dilated segments");
+      of_parts_ = Buffer(bytes, "dattn_bias of dilated segments");
     }
     for (size_t i = 0; i < parts_.size(); ++i) {
-      parts_[i].first.set(problems[i], of_parts_.data() + parts_[i].second * sizeof(T), kDType);
+      parts_[i].first.set(problems[i], of_parts_.as<char>() + parts_[i].second * sizeof(T), kDType);
     }
   }
   // One part after the other: the same sum for any number of threads.
   void add(Executor& executor) const {
     for (const auto& [part, offset] : parts_) {
-      const T* from = reinterpret_cast<const T*>(of_parts_.data()) + offset;
+      const T* from = of_parts_.as<const T>() + offset;
       parallel_for(executor, part.rows(), [&](int64_t row) {
         part.for_each_run(row, stride_.data(), [&](int64_t first, int64_t to, int64_t n, int64_t step) {
           for (int64_t i = 0; i < n; ++i) sum_[to + i * step] += from[first + i];
@@ -112,7 +112,7 @@ class BiasGradient {
   const BackwardProblem& whole_;
   T* sum_ = nullptr;
   std::array<int64_t, 4> stride_{};
-  LargeBuffer own_, of_parts_;
+  Buffer own_, of_parts_;
   std::vector<std::pair<DilatedBias, int64_t>> parts_;  // and where they begin in of_parts_
 };
 
@@ -143,9 +143,9 @@ BackwardInfo run(const DilatedBackwardArgs& args, const BackwardProblem& whole, 
   for (Gradient& g : gradients) {
     g.sum = g.result;
     if (direct || g.result.data == nullptr) continue;
-    g.own = LargeBuffer(static_cast<size_t>(g.heads * f.batch * f.seqlen_q * g.dim) * size_of(dtype),
-                        "sums of dilated gradients");
-    g.sum = {g.own.data(), f.seqlen_q * g.dim, g.dim, f.batch * f.seqlen_q * g.dim};
+    g.own = Buffer(static_cast<size_t>(g.heads * f.batch * f.seqlen_q * g.dim) * size_of(dtype),
+                   "sums of dilated gradients");
+    g.sum = {g.own.as<char>(), f.seqlen_q * g.dim, g.dim, f.batch * f.seqlen_q * g.dim};
     bytes += g.own.size();
   }
   const DilatedPlan plan(f, dilation, args.options, all_evenly_spaced(whole, gradients));

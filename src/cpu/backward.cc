@@ -11,8 +11,8 @@
 #include <memory>
 #include <vector>
 
+#include "core/buffer.h"
 #include "core/work.h"
-#include "cpu/aligned_bytes.h"
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
 
@@ -124,9 +124,9 @@ class Plan {
  private:
   float* take(int64_t n) {
     const size_t bytes = static_cast<size_t>(n) * sizeof(float);
-    memory_.push_back(allocate(bytes, "backward workspace"));
+    memory_.emplace_back(bytes, "backward workspace");
     bytes_ += bytes;
-    return reinterpret_cast<float*>(memory_.back().get());
+    return memory_.back().as<float>();
   }
 
   int64_t bias_rows() const { return g_.dattn_bias_size[2] == p_.seqlen_q ? p_.pattern.shape.rows() : 1; }
@@ -178,7 +178,7 @@ class Plan {
   const Problem& p_;
   BackwardState state_;
   std::unique_ptr<RowOfBlocks[]> rows_;
-  std::vector<AlignedBytes> memory_;
+  std::vector<Buffer> memory_;
   std::vector<ColumnUnit> units_;
   std::deque<Turn> turns_;  // does not move what it holds
   std::vector<Head> heads_;
@@ -263,18 +263,18 @@ BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Execut
   Heads heads(plans);
   const int64_t units = std::max(heads.units(), bias_units.units());
   const int threads = threads_for(executor, units);
-  std::vector<AlignedBytes> scratch;
-  for (int i = 0; i < threads; ++i) scratch.push_back(allocate(scratch_bytes, "scratch"));
+  std::vector<Buffer> scratch;
+  for (int i = 0; i < threads; ++i) scratch.emplace_back(scratch_bytes, "scratch");
   info.scratch_bytes += scratch_bytes * threads;
   if (heads.units() > 0) {
     executor.run(threads, [&](int thread) {
       heads.run([&](const BackwardState& state, const ColumnUnit& unit) {
-        kernels.backward_column(state, unit, scratch[thread].get());
+        kernels.backward_column(state, unit, scratch[thread].as<std::byte>());
       });
     });
   }
   parallel_for(
-      executor, bias_units.units(), [&](int thread) { return scratch[thread].get(); },
+      executor, bias_units.units(), [&](int thread) { return scratch[thread].as<std::byte>(); },
       [&](std::byte* own, int64_t number) {
         const auto [i, unit] = bias_units.find(number);
         kernels.attn_bias_gradient(plans[i]->state(), plans[i]->bias_unit(unit), own);

@@ -10,8 +10,8 @@
 #include <numeric>
 #include <vector>
 
+#include "core/buffer.h"
 #include "core/work.h"
-#include "cpu/aligned_bytes.h"
 #include "cpu/isa.h"
 #include "cpu/row_end.h"
 #include "cpu/scratch.h"
@@ -19,6 +19,8 @@
 namespace tessera::cpu {
 
 namespace {
+
+static_assert(Scratch::kAlign <= Buffer::kAlign);
 
 constexpr int64_t kDecodeQueries = 16;  // up to here a call takes the decode schedule
 
@@ -96,11 +98,10 @@ class DecodeUnits {
     waiting_ = std::make_unique<std::atomic<int64_t>[]>(ranges_.size());
     for (size_t i = 0; i < ranges_.size(); ++i) waiting_[i] = ranges_[i].unit_end - ranges_[i].unit_begin;
     rows_ = together * p.seqlen_q;
-    bytes_ = static_cast<size_t>(units()) * unit_floats() * sizeof(float);
-    partials_ = allocate(bytes_, "partial results of decode");
+    partials_ = Buffer(static_cast<size_t>(units()) * unit_floats() * sizeof(float), "partial results of decode");
   }
   int64_t units() const { return static_cast<int64_t>(units_.size()); }
-  size_t bytes() const { return bytes_; }
+  size_t bytes() const { return partials_.size(); }
 
   // Whoever finishes the last unit of some heads joins them: the order in which partials join is that of the keys.
   void run(int64_t unit, bool follows, const KernelTable& kernels, std::byte* scratch) const {
@@ -131,7 +132,7 @@ class DecodeUnits {
   int64_t unit_floats() const { return rows_ * (p_.head_dim_v + 3); }
 
   DecodePartial partial(int64_t unit) const {
-    float* at = reinterpret_cast<float*>(partials_.get()) + unit * unit_floats();
+    float* at = partials_.as<float>() + unit * unit_floats();
     float* state = at + rows_ * p_.head_dim_v;
     return {at, state, state + rows_, state + 2 * rows_};
   }
@@ -170,8 +171,7 @@ class DecodeUnits {
   std::vector<HeadRange> ranges_;
   std::unique_ptr<std::atomic<int64_t>[]> waiting_;  // units of a range that are not done
   int64_t rows_ = 0;                                 // of a unit
-  size_t bytes_ = 0;
-  AlignedBytes partials_;
+  Buffer partials_;
 };
 
 // Runs `run(unit, follows, scratch)` for all units on the executor's threads, each with `scratch_bytes` of its own.
@@ -180,10 +180,10 @@ template <class Run>
 size_t run_units(int64_t units, size_t scratch_bytes, Executor& executor, const Run& run) {
   if (units == 0) return 0;
   const int threads = threads_for(executor, units);
-  std::vector<AlignedBytes> scratch;
-  for (int i = 0; i < threads; ++i) scratch.push_back(allocate(scratch_bytes, "scratch"));
+  std::vector<Buffer> scratch;
+  for (int i = 0; i < threads; ++i) scratch.emplace_back(scratch_bytes, "scratch");
   parallel_for(
-      executor, units, [&](int thread) { return scratch[thread].get(); },
+      executor, units, [&](int thread) { return scratch[thread].as<std::byte>(); },
       [&](std::byte* own, int64_t unit, bool follows) { run(unit, follows, own); });
   return scratch_bytes * threads;
 }
