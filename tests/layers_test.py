@@ -65,6 +65,7 @@ PYTHON_ALLOWED = {
     "_dilated": {"_pattern", "functional", "patterns"},
     "analysis": {"_pattern", "functional", "patterns"},
     "config": {"_pattern", "patterns"},
+    "kv_cache": {"_pattern", "config", "functional"},
     "monitoring": set(),
     "_multihead": {"_monitored", "_pattern", "config", "functional", "monitoring", "patterns"},
     "_monitored": {"_multihead", "_pattern", "analysis", "functional", "monitoring"},

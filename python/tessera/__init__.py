@@ -43,6 +43,7 @@ _LAZY: dict[str, str] = {
         ".compat",
     ),
     "BlockSparseAttention": ".modules",
+    "KVCache": ".kv_cache",
     "MultiheadAttention": ".modules",
     "PerformanceMonitor": ".monitoring",
 }
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # the same for type checkers, which do not look into a dict
     from .compat import estimate_memory_savings as estimate_memory_savings
     from .compat import get_block_sparse_preset as get_block_sparse_preset
     from .compat import pattern_statistics as pattern_statistics
+    from .kv_cache import KVCache as KVCache
     from .modules import BlockSparseAttention as BlockSparseAttention
     from .modules import MultiheadAttention as MultiheadAttention
     from .monitoring import PerformanceMonitor as PerformanceMonitor

@@ -295,6 +295,9 @@ ForwardInfo KvCache::attend(const CacheAttendArgs& args, Executor& executor) con
   check_dtype("q", args.q, s.dtype, ", the dtype of the cache");
   const int64_t batch = s.batch(), queries = args.q.sizes[1], heads = args.q.sizes[2];
   check_shape("q", args.q, {batch, queries, heads, s.head_dim}, false, "[B, Sq, H, D]");
+  if (heads % s.kv_heads != 0) {
+    fail("q", fmt::format("{} heads", heads), fmt::format("a multiple of the cache's {}", s.kv_heads));
+  }
   check_shape("out", out, {batch, queries, heads, s.head_dim_v}, false, "[B, Sq, H, Dv]");
   check_dtype("out", out, s.dtype, ", the dtype of the cache");
   check_contiguous_last("out", out);
@@ -353,7 +356,7 @@ ForwardInfo KvCache::attend(const CacheAttendArgs& args, Executor& executor) con
     try {
       problems.push_back(resolve(one));
     } catch (const Error& e) {
-      throw Error(e.argument(), fmt::format("sequence {}: {}", b, e.what()));
+      throw Error(e.argument(), fmt::format("{} (sequence {})", e.what(), b));
     }
   }
   return run_forward(problems, s.dtype, args.isa, executor);

@@ -16,7 +16,7 @@ class GrowingMemory {
     return *this;
   }
 
-  // At least so many bytes; what is new is zero. std::bad_alloc, with the old memory as it was.
+  // At least so many bytes; what is new is zero. Error "memory", with the old memory as it was.
   void grow(size_t bytes);
   char* data() const { return data_; }
   size_t size() const { return size_; }

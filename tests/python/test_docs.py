@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import tessera
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/frameworks.md", "docs/guide-names.md"]
+PAGES = ["README.md", "docs/frameworks.md", "docs/guide-names.md", "docs/decoding.md"]
 
 
 def _blocks(page):
@@ -34,7 +36,8 @@ def _run(page, heading, names):
 
 
 def test_every_block_is_run_here():
-    tested = {"README.md": ["From Python"], "docs/guide-names.md": [], "docs/frameworks.md": [
+    tested = {"README.md": ["From Python"], "docs/guide-names.md": [], "docs/decoding.md": [
+        "A cache", "Patterns", "Beams"], "docs/frameworks.md": [
         "Hugging Face", "Models made of", "Lightning", "FlexAttention", "torch.sparse", "DeepSpeed"]}  # fmt: skip
     for page in PAGES:
         for heading, _ in _blocks(page):
@@ -45,6 +48,19 @@ def test_readme():
     names = _run("README.md", "From Python", {})
     assert names["out"].shape == (1, 8192, 8, 64) and names["q"].grad.isfinite().all()
     names["attention"](*[torch.randn(1, 512, 512)] * 3)
+
+
+def test_decoding():
+    names = {}
+    for heading in ("A cache", "Patterns", "Beams"):
+        _run("docs/decoding.md", heading, names)
+    assert names["cache"].lengths.tolist() == [299, 301, 118]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples/python").glob("*.py")), ids=lambda path: path.stem)
+def test_examples(script):
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_transformers(tmp_path):
