@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, cast, overload
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,22 @@ from ._pattern import BlockPattern, check_bool, check_int, check_list
 from .config import PatternConfig
 from .functional import _check_given, _check_layout, _check_options, _check_tensors, _optional_int, _to_bshd
 
+PatternSource = BlockPattern | PatternConfig | Mapping[str, Any] | str | None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Attend(TypedDict, total=False):
+    """Options of :meth:`KVCache.attend`, for type checkers."""
+
+    density: float | None
+    budget: str | None
+    seqlen_total: int | None
+    scale: float | None
+    window: int | tuple[int | None, int | None] | None
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    layout: str
 
 
 class KeySummaries(NamedTuple):
@@ -141,19 +156,26 @@ class KVCache:
         self._cache.append(k.detach(), v.detach(), numbers)
 
     @overload
-    def attend(self, q: Tensor, pattern: Any = ..., *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
+    def attend(
+        self,
+        q: Tensor,
+        pattern: PatternSource = None,
+        *,
+        return_lse: Literal[False] = False,
+        **options: Unpack[_Attend],
+    ) -> Tensor: ...
     @overload
     def attend(
-        self, q: Tensor, pattern: Any = ..., *, return_lse: Literal[True], **options: Any
+        self, q: Tensor, pattern: PatternSource = None, *, return_lse: Literal[True], **options: Unpack[_Attend]
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def attend(
-        self, q: Tensor, pattern: Any = ..., *, return_lse: bool, **options: Any
+        self, q: Tensor, pattern: PatternSource = None, *, return_lse: bool, **options: Unpack[_Attend]
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def attend(
         self,
         q: Tensor,
-        pattern: BlockPattern | PatternConfig | Mapping[str, Any] | str | None = None,
+        pattern: PatternSource = None,
         *,
         density: float | None = None,
         budget: str | None = None,
