@@ -28,17 +28,24 @@ using torch::autograd::set_history;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 
-// A forward operator (q, k, v, rest...) -> (out, lse) and its backward (dout, dlse, q, k, v, out, lse, wanted,
-// rest...), wanted being a bool for each of `arguments`.
+// A forward operator (q, k, v, rest...) -> (out, lse) and its backward (dout, dlse, q, k, v, out, lse, wanted, rest...)
+// -> (dq, ...), wanted being a bool for each result.
 struct Differentiable {
   const char* name;
   const char* backward;
-  std::vector<const char*> arguments;  // those with a gradient, in the order of the backward operator's results
+
+  c10::OperatorHandle backward_op() const { return c10::Dispatcher::singleton().findSchemaOrThrow(backward, ""); }
+  // The arguments with a gradient, as the results of the backward operator name them.
+  std::vector<std::string> arguments() const {
+    std::vector<std::string> names;
+    for (const c10::Argument& result : backward_op().schema().returns()) names.push_back(result.name().substr(1));
+    return names;
+  }
 };
 
-const Differentiable kForward{"forward", "tessera::backward", {"q", "k", "v", "block_bias", "attn_bias", "sinks"}};
-const Differentiable kVarlen{"varlen_forward", "tessera::varlen_backward", {"q", "k", "v", "sinks"}};
-const Differentiable kDilated{"dilated_forward", "tessera::dilated_backward", {"q", "k", "v", "attn_bias"}};
+const Differentiable kForward{"forward", "tessera::backward"};
+const Differentiable kVarlen{"varlen_forward", "tessera::varlen_backward"};
+const Differentiable kDilated{"dilated_forward", "tessera::dilated_backward"};
 
 at::Tensor tensor_of(const c10::IValue& value) { return value.isTensor() ? value.toTensor() : at::Tensor(); }
 
@@ -91,7 +98,7 @@ class SavedArguments {
 class AttentionBackward final : public Node {
  public:
   AttentionBackward(const Differentiable& op, at::ArrayRef<c10::IValue> args)
-      : backward_(c10::Dispatcher::singleton().findSchemaOrThrow(op.backward, "")), op_(op), arguments_(args) {}
+      : backward_(op.backward_op()), op_(op), arguments_(args) {}
 
   std::string name() const override { return std::string("Tessera_") + op_.name + "_backward"; }
 
@@ -102,7 +109,7 @@ class AttentionBackward final : public Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(op_.arguments.size());
+    variable_list result(backward_.schema().returns().size());
     if (!grads[0].defined() && !grads[1].defined()) return result;
     const std::vector<c10::IValue> args = arguments_.unpack();
     const auto self = c10::intrusive_ptr<Node>::unsafe_reclaim_from_nonowning(this);
@@ -149,14 +156,14 @@ void autograd_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
     const auto& schema = op.schema();
     const auto args = torch::jit::last(*stack, schema.arguments().size());
     if (!wants_gradient(schema, args)) return run_below(op, keys, stack);
+    static const std::vector<std::string> arguments = differentiable.arguments();
     for_each_tensor(schema, args, [&](const std::string& name, const at::Tensor& t) {
-      if (t.requires_grad() && std::find(differentiable.arguments.begin(), differentiable.arguments.end(), name) ==
-                                   differentiable.arguments.end()) {
+      if (t.requires_grad() && std::find(arguments.begin(), arguments.end(), name) == arguments.end()) {
         fail(name, "a tensor that requires grad", "one that does not (there is no gradient for it)");
       }
     });
     variable_list inputs;
-    for (const char* name : differentiable.arguments) {
+    for (const std::string& name : arguments) {
       inputs.push_back(tensor_of(args[*schema.argumentIndexWithName(name)]));
     }
     const auto node = c10::make_intrusive<AttentionBackward>(differentiable, args);
@@ -280,13 +287,13 @@ TORCH_LIBRARY_IMPL(tessera, Autograd, m) {
   m.impl("varlen_forward", boxed<&autograd_kernel<kVarlen>>());
   m.impl("dilated_forward", boxed<&autograd_kernel<kDilated>>());
   m.impl("merge", boxed<&merge_kernel>());
-  for (const char* name : {"decode", "weights", "backward", "varlen_backward", "dilated_backward"}) {
+  for (const char* name : {"infer", "decode", "weights", "backward", "varlen_backward", "dilated_backward"}) {
     m.impl(name, boxed<&no_gradient_kernel>());
   }
 }
 
 TORCH_LIBRARY_IMPL(tessera, AutocastCPU, m) {
-  for (const char* name : {"forward", "decode", "varlen_forward", "dilated_forward"}) {
+  for (const char* name : {"forward", "infer", "decode", "varlen_forward", "dilated_forward"}) {
     m.impl(name, boxed<&autocast_kernel<3>>());
   }
   m.impl("weights", boxed<&autocast_kernel<2>>());

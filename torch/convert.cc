@@ -2,8 +2,11 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "result_memory.h"
 
@@ -104,7 +107,68 @@ PatternShape shape_of(const char* name, at::IntArrayRef n) {
   return shape;
 }
 
+namespace {
+
+// What the storage of indptr holds beside its numbers.
+struct Carrier {
+  BlockPattern pattern;
+  std::vector<int32_t> indptr;
+
+  static void destroy(void* carrier) { delete static_cast<Carrier*>(carrier); }
+  static const Carrier* of(const at::Tensor& indptr) {
+    if (!indptr.defined() || !indptr.has_storage()) return nullptr;
+    const c10::DataPtr& memory = indptr.storage().data_ptr();
+    return memory.get_deleter() == &destroy ? static_cast<const Carrier*>(memory.get_context()) : nullptr;
+  }
+};
+
+template <class T, class Tensor>
+bool holds(const MaybeTensor& t, const T* numbers, int64_t count) {
+  if (!t.has_value()) return count == 0;
+  return t->scalar_type() == c10::CppTypeToScalarType<Tensor>::value && t->numel() == count && t->is_contiguous() &&
+         std::equal(numbers, numbers + count, t->const_data_ptr<Tensor>());
+}
+
+bool says(const PatternTensors& t, const BlockPattern& pattern) {
+  const BlockPatternView v = pattern.view();
+  const int64_t entries = pattern.num_blocks(), bitmaps = pattern.num_bitmaps();
+  return t.shape == shape_numbers(v.shape) && holds<int64_t, int32_t>(t.indptr, v.indptr, v.shape.total_rows() + 1) &&
+         holds<int32_t, int32_t>(t.indices, v.indices, entries) &&
+         holds<int32_t, int32_t>(t.bitmap_index, v.bitmap_index, bitmaps ? entries : 0) &&
+         holds<int64_t, int64_t>(t.bitmaps, reinterpret_cast<const int64_t*>(v.bitmaps),
+                                 bitmaps * v.shape.block_q * v.shape.bitmap_words());
+}
+
+}  // namespace
+
+PatternTensors tensors_of(const BlockPattern& pattern) {
+  const c10::InferenceMode outside(false);  // a pattern made in inference mode serves training later on
+  const BlockPatternView v = pattern.view();
+  const PatternShape& s = v.shape;
+  const int64_t rows = s.total_rows(), entries = pattern.num_blocks(), count = pattern.num_bitmaps();
+  // int32 where it suffices: 2^31 blocks are beyond any pattern that is worth making.
+  TORCH_CHECK_VALUE(entries < (int64_t{1} << 31), "pattern: ", entries, " kept blocks; allowed: below 2^31");
+  PatternTensors t;
+  auto carrier = std::make_unique<Carrier>(Carrier{pattern, {v.indptr, v.indptr + rows + 1}});
+  int32_t* indptr = carrier->indptr.data();
+  t.indptr =
+      at::for_blob(indptr, {rows + 1}).context(carrier.release(), &Carrier::destroy).options(at::kInt).make_tensor();
+  t.indices = at::empty({entries}, at::kInt);
+  std::copy_n(v.indices, entries, t.indices.mutable_data_ptr<int32_t>());
+  if (count) {
+    t.bitmap_index = at::empty({entries}, at::kInt);
+    t.bitmaps = at::empty({count, s.block_q, s.bitmap_words()}, at::kLong);
+    std::copy_n(v.bitmap_index, entries, t.bitmap_index->mutable_data_ptr<int32_t>());
+    std::copy_n(v.bitmaps, t.bitmaps->numel(), reinterpret_cast<uint64_t*>(t.bitmaps->mutable_data_ptr<int64_t>()));
+  }
+  t.shape = shape_numbers(s);
+  return t;
+}
+
 BlockPattern pattern_of(const PatternTensors& p) {
+  if (const Carrier* carrier = Carrier::of(p.indptr)) {
+    if (says(p, carrier->pattern)) return carrier->pattern;
+  }
   const PatternShape shape = shape_of("pattern_shape", p.shape);
   std::vector<int32_t> bitmap_index;
   std::vector<uint64_t> bitmaps;
@@ -120,39 +184,6 @@ BlockPattern pattern_of(const PatternTensors& p) {
   return BlockPattern::from_csr(shape, vector_of<int64_t>(integers("indptr", p.indptr, at::kLong)),
                                 vector_of<int32_t>(integers("indices", p.indices, at::kInt)), std::move(bitmap_index),
                                 std::move(bitmaps));
-}
-
-std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
-                                      at::TensorList bitmaps, at::IntArrayRef shapes) {
-  const size_t n = indptr.size();
-  if (indices.size() != n || bitmap_index.size() != n || bitmaps.size() != n || shapes.size() != kShapeNumbers * n) {
-    fail("patterns", std::to_string(n) + " indptr, " + std::to_string(shapes.size()) + " numbers of shapes",
-         "N of every tensor and 9 N numbers");
-  }
-  std::vector<BlockPattern> patterns;
-  for (size_t i = 0; i < n; ++i) {
-    patterns.push_back(pattern_of(
-        {indptr[i], indices[i], bitmap_index[i], bitmaps[i], shapes.slice(kShapeNumbers * i, kShapeNumbers).vec()}));
-  }
-  return patterns;
-}
-
-PatternResult tensors_of(const BlockPattern& pattern) {
-  const BlockPatternView v = pattern.view();
-  const PatternShape& s = v.shape;
-  const int64_t rows = s.total_rows(), entries = pattern.num_blocks(), count = pattern.num_bitmaps();
-  // int32 where it suffices: 2^31 blocks are beyond any pattern that is worth making.
-  TORCH_CHECK_VALUE(entries < (int64_t{1} << 31), "pattern: ", entries, " kept blocks; allowed: below 2^31");
-  at::Tensor indptr = at::empty({rows + 1}, at::kInt), indices = at::empty({entries}, at::kInt);
-  std::copy_n(v.indptr, rows + 1, indptr.mutable_data_ptr<int32_t>());
-  std::copy_n(v.indices, entries, indices.mutable_data_ptr<int32_t>());
-  at::Tensor bitmap_index = at::empty({count ? entries : 0}, at::kInt);
-  at::Tensor bitmaps = at::empty({count, s.block_q, s.bitmap_words()}, at::kLong);
-  if (count) {
-    std::copy_n(v.bitmap_index, entries, bitmap_index.mutable_data_ptr<int32_t>());
-    std::copy_n(v.bitmaps, bitmaps.numel(), reinterpret_cast<uint64_t*>(bitmaps.mutable_data_ptr<int64_t>()));
-  }
-  return {indptr, indices, bitmap_index, bitmaps, shape_numbers(s)};
 }
 
 Options::Options(const OptionArguments& a, int64_t batch) {

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "tessera/attention.h"
@@ -35,29 +34,29 @@ TensorView view_of(const char* name, const at::Tensor& t);
 TensorView view_of(const char* name, const MaybeTensor& t);
 MutableTensorView output_view(const char* name, const at::Tensor& t);  // undefined: undefined
 
-// A pattern as tensors: indptr int32 or int64 [batches * heads * rows + 1], indices int32 [entries]; bitmap_index int32
-// [entries] and bitmaps int64 [n, block_q, words] or both absent; shape: the numbers of shape_numbers. Validated on
-// every call, in O(kept blocks). A PatternShape as numbers: seqlen_q, seqlen_k, block_q, block_k, heads, batches, flags
-// (1: causal, 2: q_offset is given), q_offset, q_skip.
+// A PatternShape as numbers: seqlen_q, seqlen_k, block_q, block_k, heads, batches, flags (1: causal, 2: q_offset is
+// given), q_offset, q_skip.
 inline constexpr size_t kShapeNumbers = 9;
 std::vector<int64_t> shape_numbers(const PatternShape& shape);
 PatternShape shape_of(const char* name, at::IntArrayRef numbers);
 int narrow(int64_t n);  // what int cannot hold becomes something that no check allows
 
+// A pattern as tensors: indptr int32 or int64 [batches * heads * rows + 1], indices int32 [entries]; bitmap_index int32
+// [entries] and bitmaps int64 [n, block_q, words] or both absent; shape: the numbers of shape_numbers.
 struct PatternTensors {
   at::Tensor indptr, indices;
   MaybeTensor bitmap_index, bitmaps;
   std::vector<int64_t> shape;
 };
+
+// indptr is int32. Behind it lies the pattern itself, immutable and out of reach of whoever writes into the tensors.
+PatternTensors tensors_of(const BlockPattern& pattern);
+
+// The pattern behind indptr if all tensors say what it says: its transposed form, once made, then serves every later
+// call. Else one made from the tensors, which may hold anything: O(kept blocks) either way.
 BlockPattern pattern_of(const PatternTensors& tensors);
-// Several: each tensor a list, absent bitmaps are empty tensors, shapes [N * kShapeNumbers].
-std::vector<BlockPattern> patterns_of(at::TensorList indptr, at::TensorList indices, at::TensorList bitmap_index,
-                                      at::TensorList bitmaps, at::IntArrayRef shapes);
 
-using PatternResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>>;
-PatternResult tensors_of(const BlockPattern& pattern);
-
-// The options of an op, in the order of its schema (ops.cc).
+// The options of an operator.
 struct OptionArguments {
   std::optional<double> scale;
   std::optional<bool> causal;  // not given: the pattern's own

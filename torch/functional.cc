@@ -2,12 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/nn/functional/linear.h>
 
 #include <cmath>
 #include <limits>
 #include <string>
+
+#include "arguments.h"
 
 namespace tessera::nn::functional {
 
@@ -17,48 +18,12 @@ using ops::MaybeTensor;
 using ops::OptionArguments;
 using ops::PatternTensors;
 
-// Operators by their schemas in ops.cc. SymInt where those say so.
-#define PATTERN_TYPES const at::Tensor&, const at::Tensor&, const MaybeTensor&, const MaybeTensor&, c10::SymIntArrayRef
-using MaybeInt = std::optional<int64_t>;
-#define OPTION_TYPES                                                                                 \
-  std::optional<double>, std::optional<bool>, std::optional<int64_t>, std::optional<int64_t>,        \
-      std::optional<c10::SymInt>, c10::SymInt, const MaybeTensor&, bool, double, const MaybeTensor&, \
-      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, double, const MaybeTensor&
-using Forward = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                   PATTERN_TYPES, OPTION_TYPES);
-using Decode = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                  PATTERN_TYPES, const MaybeTensor&, OPTION_TYPES);
-using Dilated = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                   c10::SymIntArrayRef, c10::SymIntArrayRef,
-                                                   std::optional<c10::string_view>, std::optional<double>, int64_t,
-                                                   c10::string_view, MaybeInt, at::IntArrayRef, MaybeInt, MaybeInt,
-                                                   int64_t, OPTION_TYPES);
-using Varlen = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                  const at::Tensor&, const at::Tensor&, at::TensorList, at::TensorList,
-                                                  at::TensorList, at::TensorList, c10::SymIntArrayRef,
-                                                  std::optional<double>, std::optional<bool>, MaybeInt, MaybeInt,
-                                                  double, const MaybeTensor&, const MaybeTensor&, double,
-                                                  const MaybeTensor&);
-using Merge = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                 const at::Tensor&);
-using Weights = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, PATTERN_TYPES, OPTION_TYPES);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+// out and lse of an attention operator.
+template <class... Arguments>
+std::tuple<at::Tensor, at::Tensor> attend(const char* name, const Arguments&... arguments) {
+  const ops::Stack results = ops::call(name, arguments...);
+  return {results[0].toTensor(), results[1].toTensor()};
 }
-
-// Calls op with `lead`, then the options in the order of the schemas.
-template <class Op, class... Lead>
-auto call(const Op& op, const OptionArguments& o, const Lead&... lead) {
-  std::optional<c10::SymInt> q_offset;
-  if (o.q_offset) q_offset = c10::SymInt(*o.q_offset);
-  return op.call(lead..., o.scale, o.causal, o.window_left, o.window_right, q_offset, c10::SymInt(o.k_offset),
-                 o.key_lengths, o.align_to_key_lengths, o.softcap, o.alibi_slopes, o.block_bias, o.attn_bias, o.sinks,
-                 o.dropout_p, o.rng);
-}
-
-c10::SymIntArrayRef symbols(const std::vector<int64_t>& numbers) { return c10::fromIntArrayRefSlow(numbers); }
 
 // Options of one call: its dropout has a seed.
 OptionArguments drawn(OptionArguments o) {
@@ -220,70 +185,19 @@ std::tuple<at::Tensor, at::Tensor> multi_head(const at::Tensor& query, const at:
 
 }  // namespace
 
-PatternTensors pattern_tensors(const BlockPattern& pattern) {
-  auto [indptr, indices, bitmap_index, bitmaps, shape] = ops::tensors_of(pattern);
-  PatternTensors tensors{indptr, indices, {}, {}, std::move(shape)};
-  if (bitmaps.size(0) > 0) {
-    tensors.bitmap_index = bitmap_index;
-    tensors.bitmaps = bitmaps;
-  }
-  return tensors;
-}
+PatternTensors pattern_tensors(const BlockPattern& pattern) { return ops::tensors_of(pattern); }
 
 std::tuple<at::Tensor, at::Tensor> block_sparse_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                           const PatternTensors& pattern,
                                                           const OptionArguments& options) {
-  static const auto op = find_op<Forward>("tessera::forward");
-  return call(op, drawn(options), q, k, v, pattern.indptr, pattern.indices, pattern.bitmap_index, pattern.bitmaps,
-              symbols(pattern.shape));
+  return attend("tessera::forward", q, k, v, pattern, drawn(options));
 }
-
-namespace {
-
-// What of a spec the operator takes; lengths are filled in by the core.
-PatternSpec taken(const PatternSpec& spec, bool causal) {
-  PatternSpec t;
-  t.kind = spec.kind;
-  t.seqlen_q = spec.seqlen_q;
-  t.seqlen_k = spec.seqlen_k;
-  t.block_q = t.block_k = spec.block_q;
-  t.causal = causal && spec.causal;
-  t.density = spec.density;
-  t.budget = spec.budget;
-  t.window = spec.window;
-  t.dilation_rates = spec.dilation_rates;
-  t.global_tokens = spec.global_tokens;
-  t.stride = spec.stride;
-  t.seed = spec.seed;
-  return t;
-}
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> dilated_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                      const Dilation& dilation, const OptionArguments& options) {
-  TORCH_CHECK_VALUE(!dilation.make, "dilation.make: got a function; allowed: none (an operator takes the spec)");
-  const PatternSpec spec = dilation.pattern.value_or(PatternSpec{});
-  TORCH_CHECK_VALUE(spec.block_q == spec.block_k, "dilation.pattern: got blocks of ", spec.block_q, " x ", spec.block_k,
-                    "; allowed: square ones");
   OptionArguments o = drawn(options);
-  if (spec.causal && !o.causal) o.causal = true;
-  TORCH_CHECK_VALUE(
-      spec == taken(spec, o.causal.value_or(false)),
-      "dilation.pattern: got heads, causal beside options.causal = false, a position, segment_lengths, ranks or "
-      "hierarchical densities; allowed: kind, block, density, budget, window, dilation_rates, global_tokens, stride, "
-      "seed");
-  std::optional<c10::string_view> kind;
-  const std::string name(name_of(spec.kind));
-  if (dilation.pattern) kind = name;
-  const std::vector<int64_t> lengths(dilation.segment_lengths.begin(), dilation.segment_lengths.end());
-  const std::vector<int64_t> rates(dilation.dilation_rates.begin(), dilation.dilation_rates.end());
-  static const auto op = find_op<Dilated>("tessera::dilated_forward");
-  const std::string_view budget = name_of(spec.budget);
-  return call(op, o, q, k, v, symbols(lengths), symbols(rates), kind, spec.density, static_cast<int64_t>(spec.block_q),
-              c10::string_view(budget.data(), budget.size()), MaybeInt(spec.window),
-              at::IntArrayRef(spec.dilation_rates), MaybeInt(spec.global_tokens), MaybeInt(spec.stride),
-              static_cast<int64_t>(spec.seed));
+  if (dilation.pattern && dilation.pattern->causal && !o.causal) o.causal = true;
+  return attend("tessera::dilated_forward", q, k, v, ops::DilationArguments::of(dilation, o.causal.value_or(false)), o);
 }
 
 std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -293,19 +207,8 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& q, const a
   TORCH_CHECK_VALUE(!options.q_offset && options.k_offset == 0 && !options.key_lengths && !options.block_bias &&
                         !options.attn_bias && !options.align_to_key_lengths,
                     "options: got positions, key_lengths or a bias; allowed: none of them with packed sequences");
-  std::vector<at::Tensor> indptr, indices, bitmap_index, bitmaps;
-  std::vector<int64_t> shapes;
-  for (const PatternTensors& p : patterns) {
-    indptr.push_back(p.indptr);
-    indices.push_back(p.indices);
-    bitmap_index.push_back(p.bitmap_index.value_or(at::empty({0}, at::kInt)));
-    bitmaps.push_back(p.bitmaps.value_or(at::empty({0}, at::kLong)));
-    shapes.insert(shapes.end(), p.shape.begin(), p.shape.end());
-  }
-  const OptionArguments o = drawn(options);
-  static const auto op = find_op<Varlen>("tessera::varlen_forward");
-  return op.call(q, k, v, cu_seqlens_q, cu_seqlens_k, indptr, indices, bitmap_index, bitmaps, symbols(shapes), o.scale,
-                 o.causal, o.window_left, o.window_right, o.softcap, o.alibi_slopes, o.sinks, o.dropout_p, o.rng);
+  return attend("tessera::varlen_forward", q, k, v, cu_seqlens_q, cu_seqlens_k, ops::PatternLists::of(patterns),
+                ops::PackedOptions{drawn(options)});
 }
 
 std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -313,15 +216,12 @@ std::tuple<at::Tensor, at::Tensor> decode(const at::Tensor& q, const at::Tensor&
                                           const at::Tensor& page_table) {
   OptionArguments o = drawn(options);
   o.align_to_key_lengths = o.key_lengths.has_value();
-  static const auto op = find_op<Decode>("tessera::decode");
-  return call(op, o, q, k, v, pattern.indptr, pattern.indices, pattern.bitmap_index, pattern.bitmaps,
-              symbols(pattern.shape), maybe(page_table));
+  return attend("tessera::decode", q, k, v, pattern, maybe(page_table), o);
 }
 
 std::tuple<at::Tensor, at::Tensor> merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
                                          const at::Tensor& lse_b) {
-  static const auto op = find_op<Merge>("tessera::merge");
-  return op.call(out_a, lse_a, out_b, lse_b);
+  return attend("tessera::merge", out_a, lse_a, out_b, lse_b);
 }
 
 at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const PatternTensors& pattern,
@@ -329,11 +229,9 @@ at::Tensor attention_weights(const at::Tensor& q, const at::Tensor& k, const Pat
   const at::NoGradGuard no_grad;
   OptionArguments o = options;
   o.dropout_p = 0;
-  static const auto op = find_op<Weights>("tessera::weights");
   const at::Tensor query = q.detach(), key = k.detach();
   const PatternShape shape = ops::translate_errors([&] { return ops::shape_of("pattern", pattern.shape); });
-  auto [indices, values] = call(op, o, query, key, pattern.indptr, pattern.indices, pattern.bitmap_index,
-                                pattern.bitmaps, symbols(pattern.shape));
+  auto [indices, values] = attend("tessera::weights", query, key, pattern, o);
   const int64_t block_q = values.size(1), block_k = values.size(2);
   const int64_t batch = q.size(0), heads = q.size(2), seqlen_q = q.size(1), seqlen_k = k.size(1);
   const int64_t rows = shape.rows(), cols = shape.cols(), skip = shape.q_skip;

@@ -18,8 +18,6 @@ namespace tessera::ops {
 
 namespace {
 
-using Results = std::tuple<at::Tensor, at::Tensor>;
-
 DType dtype_of_name(const std::string& name) {
   for (const auto& [known, dtype] : {std::pair<const char*, DType>{"float32", DType::f32},
                                      {"bfloat16", DType::bf16},
@@ -49,37 +47,24 @@ class Cache : public torch::CustomClassHolder {
     });
   }
 
-  Results attend(const at::Tensor& q, const std::optional<at::Tensor>& indptr, const std::optional<at::Tensor>& indices,
-                 const MaybeTensor& bitmap_index, const MaybeTensor& bitmaps, const std::vector<int64_t>& pattern_shape,
-                 std::optional<double> scale, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                 double softcap, const MaybeTensor& alibi_slopes, const MaybeTensor& sinks) {
-    return run(q, {scale, window_left, window_right, softcap, alibi_slopes, sinks}, [&](CacheAttendArgs& args) {
-      if (indptr) args.pattern = pattern_of({*indptr, *indices, bitmap_index, bitmaps, pattern_shape});
-    });
-  }
-
-  Results attend_named(const at::Tensor& q, const std::string& kind, std::optional<double> density,
-                       const std::string& budget, std::optional<int64_t> seqlen_total, std::optional<int64_t> window,
-                       std::vector<int64_t> dilation_rates, std::optional<int64_t> global_tokens,
-                       std::optional<int64_t> stride, int64_t seed, int64_t heads, int64_t block_q,
-                       std::optional<double> scale, std::optional<int64_t> window_left,
-                       std::optional<int64_t> window_right, double softcap, const MaybeTensor& alibi_slopes,
-                       const MaybeTensor& sinks) {
-    return run(q, {scale, window_left, window_right, softcap, alibi_slopes, sinks}, [&](CacheAttendArgs& args) {
-      PatternSpec spec;
-      spec.kind = pattern_kind(kind);
-      spec.block_q = narrow(block_q);
-      spec.block_k = cache_.block();
-      spec.heads = heads;
-      spec.density = density;
-      spec.budget = budget_of_name(budget);
-      spec.seqlen_total = seqlen_total;
-      spec.window = window;
-      spec.dilation_rates = std::move(dilation_rates);
-      spec.global_tokens = global_tokens;
-      spec.stride = stride;
-      spec.seed = static_cast<uint64_t>(seed);
-      args.spec = std::move(spec);
+  // pattern: its tensors by name, or what defines it, or nothing. given: options by name.
+  using ByName = c10::Dict<std::string, c10::IValue>;
+  Results attend(const at::Tensor& query, const ByName& pattern, const ByName& given) {
+    return translate_errors([&] {
+      check_rank("q", query, 4, "[B, Sq, H, D]");
+      const at::Tensor q = rows_of("q", query);
+      const Options options(of_names<OptionArguments>(given), q);
+      at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), cache_.head_dim_v()}, q.scalar_type());
+      at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
+      CacheAttendArgs args;
+      args.q = view_of("q", q);
+      args.out = output_view("out", out);
+      args.lse = output_view("lse", lse);
+      args.options = options.get();
+      if (pattern.contains("indptr")) args.pattern = pattern_of(of_names<PatternTensors>(pattern));
+      if (pattern.contains("kind")) args.spec = of_names<PatternSpec>(pattern);
+      cache_.attend(args, torch_threads());
+      return Results{out, lse};
     });
   }
 
@@ -105,36 +90,6 @@ class Cache : public torch::CustomClassHolder {
   }
 
  private:
-  struct Options {
-    std::optional<double> scale;
-    std::optional<int64_t> window_left, window_right;
-    double softcap;
-    const MaybeTensor &alibi_slopes, &sinks;
-  };
-
-  template <class Fill>
-  Results run(const at::Tensor& query, const Options& o, Fill fill) {
-    return translate_errors([&] {
-      check_rank("q", query, 4, "[B, Sq, H, D]");
-      const at::Tensor q = rows_of("q", query);
-      at::Tensor out = empty_like_layout(q, {q.size(0), q.size(1), q.size(2), cache_.head_dim_v()}, q.scalar_type());
-      at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(lse_type(q)));
-      CacheAttendArgs args;
-      args.q = view_of("q", q);
-      args.out = output_view("out", out);
-      args.lse = output_view("lse", lse);
-      args.options.scale = o.scale;
-      args.options.window_left = o.window_left;
-      args.options.window_right = o.window_right;
-      args.options.softcap = o.softcap;
-      args.options.alibi_slopes = view_of("alibi_slopes", o.alibi_slopes);
-      args.options.sinks = view_of("sinks", o.sinks);
-      fill(args);
-      cache_.attend(args, torch_threads());
-      return Results{out, lse};
-    });
-  }
-
   KvCache cache_;
 };
 
@@ -145,7 +100,6 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, const std::string&, int64_t>())
       .def("append", &Cache::append)
       .def("attend", &Cache::attend)
-      .def("attend_named", &Cache::attend_named)
       .def("lengths", &Cache::lengths)
       .def("truncate", &Cache::truncate)
       .def("reorder", &Cache::reorder)

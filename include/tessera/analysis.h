@@ -11,10 +11,12 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tessera/attention.h"
 #include "tessera/block_pattern.h"
+#include "tessera/error.h"
 #include "tessera/executor.h"
 #include "tessera/patterns.h"
 #include "tessera/tensor_view.h"
@@ -30,6 +32,11 @@ struct AnalysisInput {
   TensorView k;  // [B, Sk, Hkv, D]
   TensorView v;  // [B, Sk, Hkv, Dv]; undefined: no output errors
   AttentionOptions options;
+};
+
+// What attention computes and analysis cannot judge: an admitted score or value that is NaN or infinite.
+class NotFinite : public Error {
+  using Error::Error;
 };
 
 // Figures of one head (of one batch), or of all together. Coverage counts rows that see a key.
@@ -48,6 +55,9 @@ struct QualityFigures {
   std::optional<double> output_error;
   int64_t rows = 0;  // token rows judged
 };
+
+// Every figure with its name; an output error that is not set is NaN.
+std::vector<std::pair<std::string, double>> named(const QualityFigures& figures);
 
 struct Quality : QualityFigures {
   std::vector<QualityFigures> heads;  // [B * H]: (b, h) at b * H + h

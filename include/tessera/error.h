@@ -16,15 +16,24 @@ class Error : public std::runtime_error {
       : std::runtime_error(message), argument_(std::move(argument)) {}
   const std::string& argument() const noexcept { return argument_; }
 
+  // The same error for callers who know the argument under another name ("k" as "k_cache").
+  Error renamed(const std::string& argument) const {
+    const std::string_view words = what();
+    const bool named = words.starts_with(argument_ + ":");
+    return Error(argument,
+                 argument + (named ? std::string(words.substr(argument_.size())) : ": " + std::string(words)));
+  }
+
  private:
   std::string argument_;
 };
 
-// Throws Error("<argument>: got <got>; allowed: <allowed>").
+// Throws Error("<argument>: got <got>; allowed: <allowed>"), or a kind of Error that callers tell apart.
+template <class E = Error>
 [[noreturn]] inline void fail(std::string_view argument, std::string_view got, std::string_view allowed) {
   std::string message(argument);
   message.append(": got ").append(got).append("; allowed: ").append(allowed);
-  throw Error(std::string(argument), message);
+  throw E(std::string(argument), message);
 }
 
 }  // namespace tessera

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "tessera/block_pattern.h"
 
@@ -30,6 +32,9 @@ struct PatternStatistics {
 };
 // causal: nothing said is the pattern's own; false for a causal pattern is an Error.
 PatternStatistics statistics(const BlockPattern& pattern, std::optional<bool> causal = std::nullopt);
+
+// Every figure with its name; those of a spread as "row_density.mean".
+std::vector<std::pair<std::string, double>> named(const PatternStatistics& statistics);
 
 // One head as text, a line a row, each ending in '\n'. Up to max_width columns: '#' full, '+' partial, '.' skipped.
 // Wider ones: cells of n x n pairs (n the smallest that fits) shaded ".:-=+*#%@" by the kept share, '.' only where

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, MutableMapping
-from typing import Any
+import sys
+from collections.abc import Hashable, Iterator, MutableMapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ._pattern import BlockPattern
 from .config import PatternConfig, reject
+from .patterns import PatternCache, Request, Spec, of_spec
 
 
 def as_pattern(
@@ -44,11 +44,14 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
 
     def __init__(self, generator: PatternGenerator, max_entries: int = 128) -> None:
         self._generator = generator
-        self.max_entries = max_entries
-        self.hits = self.misses = self.evictions = 0
-        self._lock = threading.RLock()
-        self._made: OrderedDict[Hashable, BlockPattern] = OrderedDict()
-        self._own: dict[tuple[int, int], Any] = {}
+        self._made = PatternCache(max_entries, sys.maxsize)
+        self._own: dict[tuple[int, int], BlockPattern] = {}
+
+    # What counts and limits those that were made.
+    max_entries = property(lambda self: self._made.max_entries, lambda self, n: self._made.resize(max_entries=n))
+    hits = property(lambda self: self._made.hits)
+    misses = property(lambda self: self._made.misses)
+    evictions = property(lambda self: self._made.evictions)
 
     @staticmethod
     def _lengths(key: Hashable) -> tuple[int, int] | None:
@@ -62,31 +65,13 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
         """The pattern that somebody put here for these lengths."""
         return self._own.get((seqlen_q, seqlen_k))
 
-    def has_own(self) -> bool:
-        return bool(self._own)
-
-    def made(self, key: Hashable, make: Callable[[], BlockPattern]) -> BlockPattern:
-        with self._lock:
-            pattern = self._made.get(key)
-            if pattern is not None:
-                self._made.move_to_end(key)
-                self.hits += 1
-                return pattern
-            self.misses += 1
-        pattern = make()
-        with self._lock:
-            self._made[key] = pattern
-            while len(self._made) > self.max_entries:
-                self._made.popitem(last=False)
-                self.evictions += 1
-        return pattern
+    def made(self, defined: Spec) -> BlockPattern:
+        """The pattern that the generator makes of these definitions, made once."""
+        return self._made.find(defined)
 
     def __getitem__(self, key: Hashable) -> BlockPattern:
         lengths = self._lengths(key)
-        with self._lock:
-            if lengths is not None and lengths in self._own:
-                return self._own[lengths]
-            return self._made[key]
+        return self._own[lengths] if lengths in self._own else self._made.held()[cast(Spec, key)]
 
     def __setitem__(self, key: Hashable, pattern: Any) -> None:
         lengths = self._lengths(key)
@@ -96,45 +81,30 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
         if (pattern.seqlen_q, pattern.seqlen_k) != lengths:
             got = f"a pattern of {pattern.seqlen_q} x {pattern.seqlen_k} tokens"
             reject("pattern_cache", got, f"{lengths}, its key")
-        with self._lock:
-            self._own[lengths] = pattern
+        self._own[lengths] = pattern
 
     def __delitem__(self, key: Hashable) -> None:
         lengths = self._lengths(key)
-        with self._lock:
-            if lengths is not None and lengths in self._own:
-                del self._own[lengths]
-            else:
-                del self._made[key]
+        if lengths in self._own:
+            del self._own[lengths]
+        else:
+            self._made.drop(key)
 
     def __iter__(self) -> Iterator[Hashable]:
-        with self._lock:
-            return iter([*self._own, *self._made])
+        return iter([*self._own, *self._made.held()])
 
     def __len__(self) -> int:
         return len(self._own) + len(self._made)
 
     def clear(self) -> None:
         """Drops all patterns, one's own too. Counts go on."""
-        with self._lock:
-            self._own.clear()
-            self._made.clear()
+        self._own.clear()
+        self._made.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays of all patterns held."""
-        with self._lock:
-            patterns = [*self._own.values(), *self._made.values()]
-        arrays = [t for p in patterns for t in (p.indptr, p.indices, p.bitmap_index, p.bitmaps) if t is not None]
-        return sum(t.numel() * t.element_size() for t in arrays)
-
-    # Modules are copied and pickled: locks are not.
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.RLock()
+        return sum(p.nbytes for p in (*self._own.values(), *self._made.held().values()))
 
 
 class PatternGenerator:
@@ -149,21 +119,14 @@ class PatternGenerator:
     ) -> BlockPattern:
         """The pattern for seq_len queries and seq_len_k (default: as many) keys. Heads share it, except those of
         random and bigbird: then it has num_heads. With enable_caching it is made once."""
-        seq_len_k = seq_len if seq_len_k is None else seq_len_k
-        own = self.pattern_cache.own(seq_len, seq_len_k)
+        return self.pattern_for(Request(seq_len, seq_len if seq_len_k is None else seq_len_k, causal, num_heads))
+
+    def pattern_for(self, request: Request) -> BlockPattern:
+        """What calls ask: one's own pattern of these lengths, else the configuration's."""
+        own = self.pattern_cache.own(request.seqlen_q, request.seqlen_k)
         if own is not None:
             return own
-        config = self.config
-        if not config.enable_caching:
-            return config.pattern(seq_len, seq_len_k, causal=causal, heads=num_heads)
-        kind, block, options = config.spec()
-        heads = num_heads if config.heads_differ else 1
-        chosen = tuple((name, tuple(item) if isinstance(item, list) else item) for name, item in options.items())
-        key = (kind, block, seq_len, seq_len_k, causal, heads, chosen)
-        return self.pattern_cache.made(key, lambda: config.pattern(seq_len, seq_len_k, causal=causal, heads=num_heads))
+        defined = self.config.definition(request)
+        return self.pattern_cache.made(defined) if self.config.enable_caching else of_spec(defined)
 
     create_pattern = generate_pattern
-
-    def __call__(self, seqlen_q: int, seqlen_k: int) -> BlockPattern:
-        """generate_pattern for one head, as a module's ``pattern=`` argument."""
-        return self.generate_pattern(seqlen_q, 1, seqlen_k)

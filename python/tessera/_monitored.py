@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import Tensor
@@ -52,18 +51,9 @@ def judged_quality(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, **options: Any
 ) -> tuple[float, float] | None:
     """(coverage, output error) of :func:`analysis.quality`; None where there is nothing to judge: no row sees a key, or
-    scores or values are NaN or infinite, which attention takes and a share of its mass cannot be said of."""
-    try:
-        found = analysis.quality(q, k, v, pattern, **options)
-    except ValueError as error:
-        if _NOT_FINITE.match(str(error)):
-            return None
-        raise
-    return (found.coverage, found.output_error) if found.rows else None
-
-
-# How the core begins these errors (src/analysis/scan.cc, quality.cc); others are mistakes of this package.
-_NOT_FINITE = re.compile(r"(q, k: got an admitted score|v: got an admitted value) that is NaN")
+    scores or values are NaN or infinite."""
+    found = analysis.quality_if_finite(q, k, v, pattern, **options)
+    return (found.coverage, found.output_error) if found is not None and found.rows else None
 
 
 def measured_attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,136 +13,17 @@ import torch.nn.functional as F
 import torch
 from torch import Tensor
 
-from . import patterns
 from ._monitored import measured_attention
-from ._pattern import BlockPattern, _unflatten
-from .config import PatternConfig
+from ._pattern import BlockPattern
+from ._source import ArgumentError, is_dense, pattern_for
 from .functional import attention_weights, block_sparse_attention, merge
 from .monitoring import PerformanceMonitor
 
-PatternSource = BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | Mapping[str, Any] | str | None
-
-_DENSE_BLOCK = 128
 _NEG_INF = float("-inf")
-
-
-class ArgumentError(ValueError, RuntimeError):
-    """A caller's mistake; a RuntimeError as well, as torch's own module raises for it."""
 
 
 class AssertedError(ValueError, AssertionError):
     """A caller's mistake for which torch's own module raises an AssertionError."""
-
-
-def pattern_source(pattern: Any) -> BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | None:
-    """A ``pattern=`` argument as :func:`pattern_for` takes it: names and dicts become configs. TypeError for others."""
-    if pattern is None or isinstance(pattern, (BlockPattern, PatternConfig)):
-        return pattern
-    if isinstance(pattern, (str, Mapping)):
-        try:
-            return PatternConfig.of(pattern)
-        except (TypeError, ValueError) as e:
-            raise type(e)(f"pattern: {e}") from None
-    if callable(pattern):
-        return pattern
-    raise TypeError(
-        f"pattern: got {type(pattern).__name__}; allowed: None (dense), a BlockPattern, a callable "
-        "(seqlen_q, seqlen_k) -> BlockPattern, a PatternConfig, a dict of its fields, or the name of a pattern"
-    )
-
-
-def is_dense(source: Any) -> bool:
-    """Whether a source says that it is dense; a callable or a pattern that happens to be full does not."""
-    return source is None or (isinstance(source, PatternConfig) and source.pattern_type == "dense")
-
-
-def dense_pattern(seqlen_q: int, seqlen_k: int) -> BlockPattern:
-    """Every pair. For compilers an operator, so that no length range is split where the number of blocks becomes 1; for
-    who else traces tensor operations, so that tensors may be fake."""
-    shape = (seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK, 1, 1, 0, 0, 0)
-    if torch.compiler.is_compiling():
-        return _unflatten((*_named_tensors("dense", *shape[:4], False, 1), None, None), shape)
-    if not torch._C._len_torch_dispatch_stack():
-        key = ("dense", seqlen_q, seqlen_k)
-        return patterns.cache.shared(key) or patterns.cache.share(key, "dense", seqlen_q, seqlen_k, block=_DENSE_BLOCK)
-    rows, cols = -(-seqlen_q // _DENSE_BLOCK), -(-seqlen_k // _DENSE_BLOCK)
-    indptr = torch.arange(rows + 1, dtype=torch.int32) * cols
-    indices = torch.arange(cols, dtype=torch.int32).repeat(rows)
-    return _unflatten((indptr, indices, None, None), shape)
-
-
-@torch.library.custom_op("tessera::named_pattern", mutates_args=())
-def _named_tensors(
-    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, causal: bool, heads: int,
-    density: float | None = None, window: int | None = None, global_tokens: int | None = None,
-    dilation_rates: Sequence[int] | None = None, stride: int | None = None, seed: int = 0, budget: str = "even",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """indptr and indices of a named pattern, as an operator that a graph calls when it runs."""
-    pattern = patterns.cache.get(
-        kind, seqlen_q, seqlen_k, block=(block_q, block_k), causal=causal, heads=heads, density=density, window=window,
-        global_tokens=global_tokens, dilation_rates=dilation_rates, stride=stride, seed=seed, budget=budget,
-    )  # fmt: skip
-    assert pattern.bitmaps is None and pattern.heads == heads, "named patterns have no bitmaps"
-    return pattern.indptr.clone(), pattern.indices.clone()
-
-
-@_named_tensors.register_fake
-def _(
-    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, causal: bool, heads: int, *options: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    blocks = torch.library.get_ctx().new_dynamic_size()
-    rows = -(-seqlen_q // block_q)
-    return torch.empty(rows * heads + 1, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
-
-
-def _named(config: PatternConfig, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
-    """The pattern of a config from the process's cache."""
-    compiling = torch.compiler.is_compiling()
-    heads = heads if config.heads_differ else 1
-    key = None if compiling else (config.key(), seqlen_q, seqlen_k, causal, heads)
-    if key is not None and (found := patterns.cache.shared(key)) is not None:
-        return found
-    kind, block, options = config.spec()
-    options["causal"] = causal or kind == "causal"
-    options["heads"] = heads
-    if key is not None:
-        if not config.enable_caching:
-            return patterns.make(kind, seqlen_q, seqlen_k, block=block, **options)
-        return patterns.cache.share(key, kind, seqlen_q, seqlen_k, block=block, **options)
-    block_q, block_k = block if isinstance(block, tuple) else (block, block)
-    indptr, indices = _named_tensors(kind, seqlen_q, seqlen_k, block_q, block_k, **options)
-    causal = options["causal"]
-    flags, at = (1 if causal else 0), 0  # as make_pattern places what is not dense
-    if kind != "dense":
-        flags, at = flags | 2, seqlen_k - seqlen_q
-    return _unflatten((indptr, indices, None, None), (seqlen_q, seqlen_k, block_q, block_k, heads, 1, flags, at, 0))
-
-
-def pattern_for(source: Any, seqlen_q: int, seqlen_k: int, causal: bool, heads: int) -> BlockPattern:
-    """The pattern of these lengths; named ones come from the process's cache."""
-    tracing = torch._C._get_tracing_state()
-    if tracing is not None:
-        # A graph of torch.jit.trace cannot make patterns: that of the traced lengths becomes a constant of it.
-        seqlen_q, seqlen_k = int(seqlen_q), int(seqlen_k)
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-        try:
-            return pattern_for(source, seqlen_q, seqlen_k, causal, heads)
-        finally:
-            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
-    if source is None:
-        return dense_pattern(seqlen_q, seqlen_k)
-    if isinstance(source, PatternConfig):
-        return _named(source, seqlen_q, seqlen_k, causal, heads)
-    pattern = source if isinstance(source, BlockPattern) else source(seqlen_q, seqlen_k)
-    if not isinstance(pattern, BlockPattern):
-        raise TypeError(f"pattern: got {type(pattern).__name__} from the callable; allowed: tessera.BlockPattern")
-    if (pattern.seqlen_q, pattern.seqlen_k) != (seqlen_q, seqlen_k):
-        raise ArgumentError(
-            f"pattern: got one of {pattern.seqlen_q} x {pattern.seqlen_k} tokens; allowed: {seqlen_q} x {seqlen_k}, "
-            "the lengths of query and key"
-        )
-    return pattern
 
 
 def check_shapes(
@@ -321,7 +202,7 @@ def multi_head_attention_forward(
     out_proj_weight: Tensor,
     out_proj_bias: Tensor | None,
     *,
-    pattern: BlockPattern | Callable[[int, int], BlockPattern] | PatternConfig | None = None,
+    pattern: Any = None,
     separate_proj_weights: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     bias_k: Tensor | None = None,
     bias_v: Tensor | None = None,

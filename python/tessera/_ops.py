@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.library import get_ctx, register_fake, register_vmap
+from torch.library import register_fake, register_vmap
 from torch.utils.flop_counter import register_flop_formula
 
 import torch
@@ -38,6 +38,7 @@ LIBRARY_PATH = _load()
 
 _t = torch.ops.tessera
 forward = _t.forward.default
+infer = _t.infer.default
 backward = _t.backward.default
 decode = _t.decode.default
 weights = _t.weights.default
@@ -46,6 +47,7 @@ varlen_forward = _t.varlen_forward.default
 varlen_backward = _t.varlen_backward.default
 dilated_forward = _t.dilated_forward.default
 dilated_backward = _t.dilated_backward.default
+PATTERN = tuple(a.name for a in forward._schema.arguments[3:8])  # a pattern's arguments, as BlockPattern.op_args
 
 
 # ---- fake tensors: what comes out, without data
@@ -105,7 +107,13 @@ def _fake(*ops: Any, first: str = "q") -> Any:
     return register
 
 
-@_fake(forward, decode, dilated_forward)
+@_fake(decode)
+def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    _check_ranks(4, q=q, v_cache=v_cache)
+    return _forward_fake(q, k_cache, v_cache)
+
+
+@_fake(forward, infer, dilated_forward)
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     _check_ranks(4, q=q, v=v)
     b, s, h, _ = q.shape
@@ -118,19 +126,12 @@ def _varlen_forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: 
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_type(q))
 
 
-# Tensors whose gradients the backward operators give, in the order of their results.
-_GRADIENTS = {
-    backward: ("q", "k", "v", "block_bias", "attn_bias", "sinks"),
-    varlen_backward: ("q", "k", "v", "sinks"),
-    dilated_backward: ("q", "k", "v", "attn_bias"),
-}
-
-
 def _backward_fake(op: Any) -> Any:
     def fake(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         gradients = []
         q = argument(op, "q", args, kwargs)
-        for want, name in zip(argument(op, "wanted", args, kwargs), _GRADIENTS[op]):
+        for want, result in zip(argument(op, "wanted", args, kwargs), op._schema.returns):
+            name = result.name[1:]
             t = argument(op, name, args, kwargs)
             if not want or t is None:
                 gradients.append((q if t is None or name not in ("q", "k", "v") else t).new_empty(0))
@@ -141,7 +142,7 @@ def _backward_fake(op: Any) -> Any:
     return fake
 
 
-for _op in _GRADIENTS:
+for _op in (backward, varlen_backward, dilated_backward):
     _fake(_op)(_backward_fake(_op))
 
 
@@ -159,29 +160,6 @@ def _weights_fake(
     # All heads and batches: a pattern that they share counts once for each.
     n = indices.shape[0] * (q.shape[0] // shape[5]) * (q.shape[2] // shape[4])
     return q.new_empty((n, 4), dtype=torch.int64), q.new_empty((n, shape[2], shape[3]), dtype=torch.float32)
-
-
-# A named pattern inside a compiled graph: its number of kept blocks is known when it is made. None has bitmaps.
-@register_fake("tessera::make_pattern")
-@register_fake("tessera::cached_pattern")
-def _make_pattern_fake(
-    kind: str, seqlen_q: int, seqlen_k: int, block_q: int, block_k: int, heads: int = 1, causal: bool = False,
-    density: float | None = None, budget: str = "even", q_offset: int | None = None, *args: Any, **kwargs: Any,
-) -> tuple[Any, ...]:  # fmt: skip
-    entries = get_ctx().new_dynamic_size()
-    skip = 0 if q_offset is None else q_offset % block_q
-    rows = heads * ((skip + seqlen_q + block_q - 1) // block_q)
-    flags, at = (1 if causal or kind == "causal" else 0), 0
-    if q_offset is not None or kind != "dense":
-        flags, at = flags | 2, seqlen_k - seqlen_q if q_offset is None else q_offset
-
-    def empty(*sizes: Any, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="cpu")
-
-    bitmaps = empty(0, block_q, (block_k + 63) // 64, dtype=torch.int64)
-    return empty(rows + 1), empty(entries), empty(0), bitmaps, [
-        seqlen_q, seqlen_k, block_q, block_k, heads, 1, flags, at, skip
-    ]  # fmt: skip
 
 
 def pattern_lists(patterns: Sequence[Any]) -> tuple[list, list, list, list, list[int]]:
@@ -226,7 +204,7 @@ def _one_by_one(op: Any, info: Any, dims: Sequence[Any], values: Sequence[Any]) 
     return tuple(torch.stack(r) for r in zip(*results)), (0,) * len(results[0])
 
 
-_BATCHED = ("dout", "dlse", "q", "k", "v", "out", "lse", "out_a", "lse_a", "out_b", "lse_b")
+_BATCHED = ("dout", "dlse", "q", "k", "v", "k_cache", "v_cache", "out", "lse", "out_a", "lse_a", "out_b", "lse_b")
 
 
 def _register_vmap(op: Any) -> None:
@@ -270,7 +248,17 @@ def _register_vmap(op: Any) -> None:
     register_vmap(f"tessera::{op._schema.name.split('::')[1]}", rule)
 
 
-for _op in (forward, backward, decode, merge, varlen_forward, varlen_backward, dilated_forward, dilated_backward):
+for _op in (
+    forward,
+    infer,
+    backward,
+    decode,
+    merge,
+    varlen_forward,
+    varlen_backward,
+    dilated_forward,
+    dilated_backward,
+):
     _register_vmap(_op)
 
 
@@ -283,9 +271,8 @@ def _block_pairs(indices: Tensor, shape: Sequence[int], batch: int, heads: int) 
 
 
 def _pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    q = argument(op, "q", args, kwargs)
     given = {a.name: argument(op, a.name, args, kwargs) for a in op._schema.arguments}
-    names = [a.name for a in _t.admitted_pairs.default._schema.arguments][2:]
+    q, names = given["q"], [a.name for a in _t.admitted_pairs.default._schema.arguments][2:]
     if q.device.type != "cpu" or isinstance(q, FakeTensor) or isinstance(given["indptr"], FakeTensor):
         return _block_pairs(given["indices"], given["pattern_shape"], q.shape[0], q.shape[2])
     return _t.admitted_pairs.default(q.shape[0], q.shape[2], *(given[n] for n in names))
@@ -293,7 +280,8 @@ def _pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
 
 def _register_flops(op: Any, pairs: Any, *, backward_pass: bool) -> None:
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        q, v = argument(op, "q", args, kwargs), argument(op, "v", args, kwargs)
+        q = argument(op, "q", args, kwargs)
+        v = argument(op, "v_cache" if op is decode else "v", args, kwargs)
         d, dv = q.shape[-1], v.shape[-1]
         # A pair: q k and p v; backward: scores again, dp, dv, dq and dk.
         return pairs(op, args, kwargs) * (2 * (3 * d + 2 * dv) if backward_pass else 2 * (d + dv))
@@ -315,15 +303,14 @@ def _varlen_pairs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
         if isinstance(given["q"], FakeTensor) or isinstance(indptr, FakeTensor):
             pairs += _block_pairs(indices, shape, 1, heads)
             continue
-        pairs += _t.admitted_pairs.default(
-            1, heads, indptr, indices, bitmap_index, bitmaps, shape, None, given["causal"], given["window_left"],
-            given["window_right"],
-        )  # fmt: skip
+        masks = {n: given[n] for n in ("causal", "window_left", "window_right")}
+        pairs += _t.admitted_pairs.default(1, heads, indptr, indices, bitmap_index, bitmaps, shape, **masks)
     return pairs
 
 
 for _op, _count in (
     (forward, _pairs),
+    (infer, _pairs),
     (decode, _pairs),
     (backward, _pairs),
     (dilated_forward, _dilated_pairs),

@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  (loads the library)
+from . import _ops
 
 _t = torch.ops.tessera
 _Slice = slice  # the built-in one, inside a class that has a method of that name
@@ -46,6 +46,22 @@ class PatternStatistics(NamedTuple):
     diagonal_density: float  # share of the rows that keep their diagonal column
     empty_rows: int
     load_imbalance: float  # largest / mean kept blocks of a row
+
+
+def by_name(cls: Any, figures: dict[str, float]) -> Any:
+    """A named tuple of figures that come with their names; a part of another one as "name.part"."""
+
+    def value(name: str, kind: str) -> Any:
+        if kind == "Spread":
+            return Spread(*(figures[f"{name}.{part}"] for part in Spread._fields))
+        return int(figures[name]) if kind == "int" else figures[name]
+
+    return cls(**{name: value(name, kind) for name, kind in field_kinds(cls).items()})
+
+
+def field_kinds(cls: Any) -> dict[str, str]:
+    """The fields of a named tuple with their types as they are written."""
+    return {name: getattr(kind, "__forward_arg__", kind) for name, kind in cls.__annotations__.items()}
 
 
 def check_int(name: str, value: Any, minimum: int | None = None) -> int:
@@ -174,11 +190,6 @@ class BlockPattern:
     def _set(
         self, indptr: Any, indices: Any, bitmap_index: Any, bitmaps: Any, shape: Sequence[int]
     ) -> None:  # tensors; in traced graphs what stands for them
-        if not torch.compiler.is_compiling() and indptr.is_inference():  # a backward could not save them
-            with torch.inference_mode(False):
-                indptr, indices, bitmap_index, bitmaps = (
-                    None if t is None else t.clone() for t in (indptr, indices, bitmap_index, bitmaps)
-                )
         if bitmaps is not None and bitmaps.numel() == 0:
             bitmap_index = bitmaps = None
         self._fill((indptr, indices, bitmap_index, bitmaps), tuple(shape))
@@ -455,12 +466,7 @@ class BlockPattern:
     def statistics(self, causal: bool | None = None) -> PatternStatistics:
         """Densities, empty rows, load imbalance, among the admissible pairs. ``causal``: None is the pattern's own."""
         causal = None if causal is None else check_bool("causal", causal)
-        x = _t.pattern_statistics(*self.op_args, causal)
-        rows, cols, kept, partial, admissible = (int(n) for n in x[:5])
-        return PatternStatistics(
-            rows, cols, kept, partial, admissible, x[5], x[6], Spread(*x[7:11]), Spread(*x[11:15]), x[15], int(x[16]),
-            x[17],
-        )  # fmt: skip
+        return by_name(PatternStatistics, _t.pattern_statistics(*self.op_args, causal))
 
     def to_mask(self) -> Tensor:
         """Kept blocks (partial ones too) as bool ``[batches, heads, rows, cols]``. Grows with rows x cols."""
@@ -583,17 +589,8 @@ def _stack(patterns: Sequence[BlockPattern], batches: bool) -> BlockPattern:
     for p in patterns:
         if not isinstance(p, BlockPattern):
             raise TypeError(f"patterns: got {type(p).__name__} among them; allowed: BlockPattern")
-    none_index, none_bits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
-    return BlockPattern._make(
-        _t.pattern_stack(
-            [p.indptr for p in patterns],
-            [p.indices for p in patterns],
-            [none_index if p.bitmap_index is None else p.bitmap_index for p in patterns],
-            [none_bits if p.bitmaps is None else p.bitmaps for p in patterns],
-            [n for p in patterns for n in p.op_args[4]],
-            batches,
-        )
-    )
+    stack = _t.pattern_stack_batches if batches else _t.pattern_stack_heads
+    return BlockPattern._make(stack(*_ops.pattern_lists(patterns)))
 
 
 # A tree of four leaves for torch.export, torch.compile and vmap. Leaves need not be tensors: transforms put theirs in.

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ._pattern import BlockPattern, check_block, check_bool, check_int, check_tensor
+from . import _ops
+from . import patterns as named_patterns
+from ._pattern import BlockPattern, by_name, check_block, check_bool, check_int, check_tensor
+from .functional import pack_options
 
 _t = torch.ops.tessera
 
@@ -32,11 +35,6 @@ class Quality(NamedTuple):
     rows: int  # token rows judged
 
 
-def _figures(row: Tensor) -> Quality:
-    x = row.tolist()
-    return Quality(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], int(x[10]))
-
-
 class Options(TypedDict, total=False):
     """What the true attention is, as arguments of :func:`tessera.block_sparse_attention`."""
 
@@ -53,23 +51,10 @@ class Options(TypedDict, total=False):
 
 def _options(causal: bool | None, given: Options, carried: bool = False) -> dict[str, Any]:
     """As the operators take them."""
-    from .functional import _check_number, _check_offsets, _window
-
-    causal = None if causal is None else check_bool("causal", causal)
     if unknown := given.keys() - Options.__annotations__.keys():
         raise TypeError(f"{min(unknown)}: got an option of that name; allowed: {', '.join(Options.__annotations__)}")
-    options: dict[str, Any] = {"softcap": 0.0, **given, "causal": causal}
-    options["window_left"], options["window_right"] = _window(
-        options.pop("window", None), carried if causal is None else causal
-    )
-    for name in ("attn_bias", "sinks", "alibi_slopes", "key_lengths"):
-        if options.get(name) is not None:
-            options[name] = check_tensor(name, options[name]).detach()
-    options["q_offset"], options["k_offset"] = _check_offsets(options.get("q_offset"), options.get("k_offset", 0))
-    for name in ("scale", "softcap"):
-        if options.get(name) is not None:
-            options[name] = _check_number(name, options[name])
-    return options
+    packed = pack_options(carried, {"causal": causal, **given})
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in packed.items()}
 
 
 def quality(
@@ -92,29 +77,42 @@ def quality(
     """
     several = not isinstance(pattern, BlockPattern)
     patterns = [pattern] if isinstance(pattern, BlockPattern) else list(pattern)
+    found = _judge(q, k, v, patterns, causal, sample_rows, seed, options)
+    results = found if per_head else [whole for whole, _ in found]
+    return results if several else results[0]
+
+
+def quality_if_finite(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, *, causal: bool | None = None, sample_rows: int = 0,
+    **options: Unpack[Options],
+) -> Quality | None:  # fmt: skip
+    """:func:`quality`; None where an admitted score or value is NaN or infinite, which attention takes and a share of
+    its mass cannot be said of."""
+    found = _judge(q, k, v, [pattern], causal, sample_rows, 0, options, skip_not_finite=True)
+    return found[0][0] if found else None
+
+
+def _judge(
+    q: Tensor, k: Tensor, v: Tensor | None, patterns: list[Any], causal: bool | None, sample_rows: int, seed: int,
+    options: Options, **how: bool,
+) -> list[tuple[Quality, list[Quality]]]:  # fmt: skip
+    """Of each pattern: all together, and each (batch, head)."""
     check_tensor("q", q), check_tensor("k", k)
     for p in patterns:
         if not isinstance(p, BlockPattern):
             raise TypeError(f"pattern: got {type(p).__name__}; allowed: BlockPattern, or several")
-    no_index, no_bits = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
-    figures = _t.quality(
+    names, figures = _t.quality(
         q.detach(),
         k.detach(),
         None if v is None else check_tensor("v", v).detach(),
-        [p.indptr for p in patterns],
-        [p.indices for p in patterns],
-        [no_index if p.bitmap_index is None else p.bitmap_index for p in patterns],
-        [no_bits if p.bitmaps is None else p.bitmaps for p in patterns],
-        [n for p in patterns for n in p.op_args[4]],
+        *_ops.pattern_lists(patterns),
         check_int("sample_rows", sample_rows, 0),
         check_int("seed", seed),
+        **how,
         **_options(causal, options, bool(patterns) and all(p.causal for p in patterns)),
     )
-    found = []
-    for table in figures:
-        whole = _figures(table[0])
-        found.append((whole, [_figures(row) for row in table[1:]]) if per_head else whole)
-    return found if several else found[0]
+    found = [[by_name(Quality, dict(zip(names, row))) for row in table] for table in figures.tolist()]
+    return [(table[0], table[1:]) for table in found]
 
 
 class OptimizeResult(NamedTuple):
@@ -130,6 +128,11 @@ class OptimizeResult(NamedTuple):
     candidates: list[
         tuple[dict[str, Any], float, float, bool]
     ]  # the best of each kind: spec, coverage, density, reached
+
+
+def _candidate(found: dict[str, Any]) -> tuple[dict[str, Any], float, float, bool]:
+    spec = {"name": found["spec"].pop("kind"), **found["spec"]}
+    return spec, found["coverage"], found["density"], found["reached"]
 
 
 class AttentionMass:
@@ -156,7 +159,8 @@ class AttentionMass:
 
     def coverage(self, pattern: BlockPattern) -> tuple[float, float]:
         """(coverage, density) of a pattern without bitmaps, in O(kept blocks)."""
-        return tuple(_t.mass_coverage(*self._parts, *pattern.op_args))
+        found = _t.mass_coverage(*self._parts, *pattern.op_args)
+        return found["coverage"], found["density"]
 
     def oracle_pattern(self, density: float, budget: str = "even") -> BlockPattern:
         """In each row the blocks of most mass, up to the row's budget of the density (:mod:`tessera.patterns`)."""
@@ -168,7 +172,7 @@ class AttentionMass:
 
     def oracle_density(self, coverage: float, budget: str = "even") -> float:
         """Density of the cheapest oracle pattern that reaches ``coverage``."""
-        return _t.mass_densities(*self._parts, float(coverage), budget)[0]
+        return _t.oracle_density(*self._parts, float(coverage), budget)
 
     def bound_pattern(self, density: float) -> BlockPattern:
         """The best pattern of all: the blocks of most mass, chosen freely over all rows, heads and batches."""
@@ -176,22 +180,20 @@ class AttentionMass:
 
     def bound_density(self, coverage: float) -> float:
         """No pattern of whole blocks reaches ``coverage`` with less."""
-        return _t.mass_densities(*self._parts, float(coverage))[1]
+        return _t.bound_density(*self._parts, float(coverage))
 
     def optimize(self, target_coverage: float = 0.9, names: Sequence[str] = (), seed: int = 0) -> OptimizeResult:
         """The cheapest named pattern that reaches the target coverage (mean over rows, heads and batches)."""
-        specs, figures, oracle, bound, evaluated = _t.optimize(
-            *self._parts, self.causal, float(target_coverage), list(names), check_int("seed", seed)
+        found = json.loads(
+            _t.optimize(*self._parts, self.causal, float(target_coverage), list(names), check_int("seed", seed))
         )
-        found = [(s, c, d, bool(r)) for s, (c, d, r) in zip(json.loads(specs), figures.tolist())]
-        return OptimizeResult(*found[0], oracle, bound, evaluated, found[1:])
+        best, *others = (_candidate(x) for x in (found.pop("best"), *found.pop("candidates")))
+        return OptimizeResult(*best, **found, candidates=others)
 
     def make(self, spec: dict[str, Any]) -> BlockPattern:
         """The pattern of a spec that :meth:`optimize` gave."""
-        from . import patterns
-
         options = dict(spec)
-        return patterns.make(options.pop("name"), *self.shape, block=self.block, **options)
+        return named_patterns.make(options.pop("name"), *self.shape, block=self.block, **options)
 
 
 def attention_mass(

@@ -17,9 +17,11 @@ from ._generator import PatternGenerator as SparsePatternGenerator
 from ._generator import as_pattern
 from ._monitored import judged_quality, measurable
 from ._pattern import BlockPattern, check_bool, check_int, check_tensor
+from ._source import pattern_for
 from .config import PatternConfig, SparsePatternConfig, check_density, check_integers, reject
 from .modules import MultiheadAttention
 from .monitoring import CallFacts, PerformanceMonitor
+from .patterns import Request
 
 __all__ = [
     "PatternOptimizer",
@@ -155,7 +157,7 @@ class _Configured(nn.Module):
         causal = self._is_causal(causal)
         if self._is_segmented(seqlen_q, seqlen_k):
             # Counted once: calls of the same lengths ask again and again.
-            key = seqlen_q, num_heads, causal, self.sparse_config.key()
+            key = num_heads, self.sparse_config.definition(Request(seqlen_q, seqlen_q, causal))
             if key not in self._densities:
                 if len(self._densities) >= 128:
                     self._densities.clear()
@@ -197,26 +199,11 @@ class _Configured(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         widths, rates = self.segment_lengths, self.dilation_rates
-        compiling = torch.compiler.is_compiling()
         if not self._is_segmented(q.shape[1], k.shape[1]):
-            config = self.sparse_config
-            if not (
-                compiling
-                and q.shape[1] == k.shape[1]
-                and isinstance(config.block_size, int)
-                and not config.heads_differ
-                and not self.pattern_generator.pattern_cache.has_own()
-                and not options.keys() - _SEGMENTED
-            ):
-                make = self.pattern_generator.generate_pattern
-                if compiling:  # a pattern depends on values: made outside of the graph
-                    make = torch.compiler.disable(make)
-                pattern = make(q.shape[1], q.shape[2], k.shape[1], causal)
-                return functional.block_sparse_attention(
-                    q, k, v, pattern, causal=causal or None, dropout_p=dropout_p, return_lse=True, **options
-                )
-            # One segment is the whole sequence: the same attention, its pattern made inside the operator.
-            widths, rates = (q.shape[1],), (1,)
+            pattern = pattern_for(self.pattern_generator, q.shape[1], k.shape[1], causal, q.shape[2])
+            return functional.block_sparse_attention(
+                q, k, v, pattern, causal=causal or None, dropout_p=dropout_p, return_lse=True, **options
+            )
         kind, _, inner = self.sparse_config.spec()
         return functional.dilated_attention(
             q,

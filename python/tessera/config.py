@@ -11,10 +11,11 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from ._pattern import BlockPattern
+from . import patterns
+from ._pattern import BlockPattern, check_int
+from .patterns import Request, Spec
 
 # What each kind of pattern takes beside lengths, block size, heads and causality (include/tessera/patterns.h).
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -210,6 +211,7 @@ class PatternConfig:
                 self.__dict__.clear()
                 self.__dict__.update(before)
                 raise
+            self.__dict__["_template"] = self._make_template()
 
     def _check_bounds(self) -> None:
         if self.min_sparsity > self.max_sparsity:
@@ -271,6 +273,12 @@ class PatternConfig:
         new.__dict__.update(self.__dict__)
         return new
 
+    def _make_template(self) -> Spec:
+        kind, block, options = self.spec()
+        rates = tuple(options.pop("dilation_rates", ()))
+        sizes = block if isinstance(block, tuple) else (block, block)
+        return Spec(kind, 0, 0, *sizes, dilation_rates=rates, **options)
+
     def spec(self) -> tuple[str, int | tuple[int, int], dict[str, Any]]:
         """(kind, block, options): the options that the kind takes, and no others."""
         values: dict[str, Any] = {
@@ -287,29 +295,26 @@ class PatternConfig:
             options["budget"] = self.budget
         return self.pattern_type, self.block_size, options
 
-    def key(self) -> tuple[Any, ...]:
-        """Everything that decides which patterns it makes."""
-        return (
-            self.pattern_type, self.sparsity_ratio, self.block_size, self.local_window_size, self.global_tokens,
-            self.dilation_rates, self.stride, self.seed, self.budget,
-        )  # fmt: skip
+    def definition(self, request: Request) -> Spec:
+        """What defines the pattern that it makes of a request."""
+        # One tuple: modules ask at every call.
+        t: Spec = self.__dict__["_template"]
+        return Spec._make((
+            t.kind, request.seqlen_q, request.seqlen_k, t.block_q, t.block_k,
+            request.heads if self.heads_differ else 1, request.causal or t.kind == "causal", t.density, t.budget,
+            request.q_offset, request.seqlen_total, *t[11:],
+        ))  # fmt: skip
+
+    def pattern_for(self, request: Request) -> BlockPattern:
+        """The pattern of a request, from the process's cache where enable_caching is set."""
+        return (patterns.cache.find if self.enable_caching else patterns.of_spec)(self.definition(request))
 
     def pattern(
         self, seqlen_q: int, seqlen_k: int | None = None, *, causal: bool = False, heads: int = 1
     ) -> BlockPattern:
         """The pattern for these lengths. ``heads``: of the attention; only kinds whose heads differ make that many."""
-        from . import patterns
-
-        kind, block, options = self.spec()
-        return patterns.make(
-            kind,
-            seqlen_q,
-            seqlen_q if seqlen_k is None else seqlen_k,
-            block=block,
-            causal=causal or kind == "causal",
-            heads=heads if self.heads_differ else 1,
-            **options,
-        )
+        lengths = check_int("seqlen_q", seqlen_q), check_int("seqlen_k", seqlen_q if seqlen_k is None else seqlen_k)
+        return patterns.of_spec(self.definition(Request(*lengths, causal, heads)))
 
     @property
     def heads_differ(self) -> bool:

@@ -16,11 +16,9 @@ from torch import Tensor
 from . import _ops
 from ._pattern import BlockPattern, check_bool, check_int, is_bool_scalar
 
-_decode, _forward = _ops.decode, _ops.forward
+_forward, _infer = _ops.forward, _ops.infer
 _compiling = torch.compiler.is_compiling
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-# Of what describes the pattern inside dilated segments; None where it is not named.
-_INNER_DEFAULTS: dict[str, Any] = {"block": 128, "budget": "even", "pattern_rates": [], "pattern_seed": 0}
 
 
 class AttentionWeights(NamedTuple):
@@ -88,21 +86,14 @@ def _type_error(name: str, value: Any, allowed: str) -> TypeError:
 
 
 def _check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or is_bool_scalar(value):
-        raise _type_error(name, value, "a number")
-    if not isinstance(value, _NUMBERS):
+    if isinstance(value, _NUMBERS) and not isinstance(value, bool):  # or symbols of a traced graph
+        return cast(float, value)
+    if not (isinstance(value, bool) or is_bool_scalar(value)):
         try:
             return value.__float__()  # numbers of NumPy and the like
         except (AttributeError, TypeError, ValueError, RuntimeError):
-            raise _type_error(name, value, "a number") from None
-    return cast(float, value)  # or a symbol of a traced graph
-
-
-def _check_tensors(**tensors: Any) -> None:
-    """Tensors or None."""
-    for name, t in tensors.items():
-        if t is not None:
-            _check_given(**{name: t})
+            pass
+    raise _type_error(name, value, "a number")
 
 
 def _check_given(**tensors: Any) -> None:
@@ -115,10 +106,9 @@ def _check_given(**tensors: Any) -> None:
             )
 
 
-def _check_main(q: Any, k: Any, v: Any, pattern: Any) -> None:
-    _check_given(q=q, k=k, v=v)
+def _check_pattern(name: str, pattern: Any) -> None:
     if not isinstance(pattern, BlockPattern):
-        raise _type_error("pattern", pattern, "tessera.BlockPattern")
+        raise _type_error(name, pattern, "tessera.BlockPattern")
 
 
 def _check_layout(layout: Any) -> bool:
@@ -149,28 +139,66 @@ def _window(window: Any, causal: bool) -> tuple[int | None, int | None]:
     return (width, None) if causal else (width // 2, width // 2)
 
 
-def _check_options(
-    scale: Any, causal: Any, window: Any, softcap: Any, carried: bool = False
-) -> tuple[float | None, bool | None, int | None, int | None, float]:
-    """scale, causal, left and right of the window, softcap: in the order of the operators. carried: causality of the
-    pattern, which holds where nothing is said."""
-    causal = None if causal is None else check_bool("causal", causal)
-    left, right = _window(window, carried if causal is None else causal)
-    scale = None if scale is None else _check_number("scale", scale)
-    return scale, causal, left, right, _check_number("softcap", softcap)
+def _check_list(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise _type_error(name, values, "a list of integers")
+    return tuple(check_int(name, x) for x in values)
 
 
-def _optional_int(name: str, value: Any) -> int | None:
-    return None if value is None else check_int(name, value)
+def _check_tensor(name: str, value: Any) -> Tensor:
+    _check_given(**{name: value})
+    return cast(Tensor, value)
 
 
-def _rng(dropout_p: Any) -> Tensor | None:
-    """Seed and offset of a call's dropout, from torch's default generator; None without dropout."""
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _NUMBERS):
-        raise _type_error("dropout_p", dropout_p, "a number in [0, 1)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: got {dropout_p}; allowed: 0 <= dropout_p < 1")
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64) if dropout_p else None
+def _check_position(name: str, value: Any) -> Any:
+    return value if isinstance(value, torch.SymInt) else check_int(name, value)
+
+
+def _check_dropout(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise _type_error(name, value, "a number in [0, 1)")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}; allowed: 0 <= {name} < 1")
+    return cast(float, value)
+
+
+# Every option of a call by its name, which is that of the operators: what it is where nothing is said, its check.
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "causal": (None, check_bool),
+    "scale": (None, _check_number),
+    "window": (None, None),  # for the operators left and right of it, which depend on causality
+    "softcap": (0.0, _check_number),
+    "dropout_p": (0.0, _check_dropout),
+    "q_offset": (None, _check_position),
+    "k_offset": (0, _check_position),
+    **dict.fromkeys(
+        ("attn_bias", "block_bias", "key_lengths", "alibi_slopes", "sinks", "page_table"), (None, _check_tensor)
+    ),
+}
+
+
+def pack_options(carried: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of a call as operators take them: those that say something, checked. carried: causality of the pattern,
+    which holds where nothing is said."""
+    packed = {}
+    for name, value in given.items():
+        default, check = _OPTIONS[name]
+        if value is not default:
+            packed[name] = value if check is None else check(name, value)
+    if "window" in packed:
+        left, right = _window(packed.pop("window"), packed.get("causal", carried))
+        packed["window_left"], packed["window_right"] = left, right
+    if packed.get("dropout_p"):  # seed and offset of this call, from torch's default generator
+        packed["rng"] = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+    return packed
+
+
+def _wants_grad(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return any(isinstance(x, Tensor) and x.requires_grad for x in options.values())
 
 
 @overload
@@ -242,57 +270,22 @@ def block_sparse_attention(
         out, as q but with Dv columns; 0 in rows that see no key. Or (out, lse).
     """
     if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor and type(pattern) is BlockPattern):
-        _check_main(q, k, v, pattern)
-    if causal is not None and causal is not True and causal is not False:
-        causal = check_bool("causal", causal)
+        _check_given(q=q, k=k, v=v)
+        _check_pattern("pattern", pattern)
     if return_lse is not True and return_lse is not False:
         return_lse = check_bool("return_lse", return_lse)
-    if scale is not None and type(scale) is not float:
-        scale = _check_number("scale", scale)
-    if type(softcap) is not float:
-        softcap = _check_number("softcap", softcap)
-    left, right = (None, None) if window is None else _window(window, pattern.causal if causal is None else causal)
-    rng = None if type(dropout_p) is float and dropout_p == 0 else _rng(dropout_p)
-    if q_offset is not None or k_offset != 0:
-        q_offset, k_offset = _check_offsets(q_offset, k_offset)
-    biased = attn_bias is not None or block_bias is not None or sinks is not None
-    if biased or alibi_slopes is not None or key_lengths is not None:
-        _check_tensors(
-            attn_bias=attn_bias, block_bias=block_bias, sinks=sinks, alibi_slopes=alibi_slopes, key_lengths=key_lengths
-        )
-        if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes: got a tensor that requires grad; allowed: one that does not (no gradient)")
-    if layout == "bshd":
-        swap = False
-    else:
-        swap = _check_layout(layout)
+    options = pack_options(pattern.causal, {
+        "causal": causal, "scale": scale, "attn_bias": attn_bias, "block_bias": block_bias, "key_lengths": key_lengths,
+        "window": window, "dropout_p": dropout_p, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        "q_offset": q_offset, "k_offset": k_offset,
+    })  # fmt: skip
+    if swap := layout != "bshd" and _check_layout(layout):
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
-    indptr, indices, bitmap_index, bitmaps, shape = pattern.op_args
-    options = (
-        scale, causal, left, right, q_offset, k_offset, key_lengths, False, softcap, alibi_slopes, block_bias,
-        attn_bias, sinks, dropout_p, rng,
-    )  # fmt: skip
-    wants_grad = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (biased and any(t is not None and t.requires_grad for t in (attn_bias, block_bias, sinks)))
-    )
-    if wants_grad or _compiling():
-        out, lse = _forward(q, k, v, indptr, indices, bitmap_index, bitmaps, shape, *options)
-    else:
-        out, lse = _decode(q, k, v, indptr, indices, bitmap_index, bitmaps, shape, None, *options)
+    op = _forward if _compiling() or _wants_grad(q, k, v, options) else _infer
+    out, lse = op(q, k, v, *pattern.op_args, **options)
     if swap:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
-
-
-def _check_offsets(q_offset: Any, k_offset: Any) -> tuple[int | None, int]:
-    if q_offset is not None and not isinstance(q_offset, torch.SymInt):
-        q_offset = check_int("q_offset", q_offset)
-    if not isinstance(k_offset, torch.SymInt):
-        k_offset = check_int("k_offset", k_offset)
-    return q_offset, k_offset
 
 
 @overload
@@ -345,29 +338,21 @@ def decode(
     Others and result as :func:`block_sparse_attention`.
     """
     _check_given(q=q, k_cache=k_cache, v_cache=v_cache)
-    if not isinstance(pattern, BlockPattern):
-        raise _type_error("pattern", pattern, "tessera.BlockPattern")
-    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap, pattern.causal)
+    _check_pattern("pattern", pattern)
     return_lse = check_bool("return_lse", return_lse)
-    _check_tensors(
-        key_lengths=key_lengths, page_table=page_table, alibi_slopes=alibi_slopes, sinks=sinks, block_bias=block_bias,
-        attn_bias=attn_bias,
-    )  # fmt: skip
+    options = pack_options(pattern.causal, {
+        "key_lengths": key_lengths, "page_table": page_table, "causal": causal, "scale": scale, "window": window,
+        "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks, "block_bias": block_bias,
+        "attn_bias": attn_bias,
+    })  # fmt: skip
+    if key_lengths is not None:
+        options["align_to_key_lengths"] = True
     swap = _check_layout(layout)
     if swap:
         q = _to_bshd("q", q)
         if page_table is None:
             k_cache, v_cache = _to_bshd("k_cache", k_cache), _to_bshd("v_cache", v_cache)
-    try:
-        out, lse = _decode(
-            q, k_cache, v_cache, *pattern.op_args, page_table, scale, causal, left, right, None, 0, key_lengths,
-            key_lengths is not None, softcap, alibi_slopes, block_bias, attn_bias, sinks, 0.0, None,
-        )  # fmt: skip
-    except ValueError as error:
-        name, _, rest = str(error).partition(":")
-        if name not in ("k", "v"):
-            raise
-        raise ValueError(f"{name}_cache:{rest}") from None
+    out, lse = _ops.decode(q, k_cache, v_cache, *pattern.op_args, **options)
     if swap:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -422,16 +407,13 @@ def varlen_attention(
     if isinstance(patterns, BlockPattern) or not isinstance(patterns, Sequence):
         raise _type_error("patterns", patterns, "a list with a BlockPattern for each packed sequence")
     for i, p in enumerate(patterns):
-        if not isinstance(p, BlockPattern):
-            raise _type_error(f"patterns[{i}]", p, "tessera.BlockPattern")
-    _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
-    carried = bool(patterns) and all(p.causal for p in patterns)
-    options = _check_options(scale, causal, window, softcap, carried)
+        _check_pattern(f"patterns[{i}]", p)
+    options = pack_options(bool(patterns) and all(p.causal for p in patterns), {
+        "causal": causal, "scale": scale, "window": window, "dropout_p": dropout_p, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks,
+    })  # fmt: skip
     return_lse = check_bool("return_lse", return_lse)
-    out, lse = _ops.varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns), *options, alibi_slopes, sinks, dropout_p,
-        _rng(dropout_p),
-    )  # fmt: skip
+    out, lse = _ops.varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *_ops.pattern_lists(patterns), **options)
     return (out, lse) if return_lse else out
 
 
@@ -491,38 +473,34 @@ def dilated_attention(
     Others as :func:`block_sparse_attention`.
     """
     _check_given(q=q, k=k, v=v)
-    _check_tensors(attn_bias=attn_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes)
-    lists = []
-    for name, values in (
-        ("segment_lengths", segment_lengths),
-        ("dilation_rates", dilation_rates),
-        ("pattern_rates", pattern_rates),
-    ):
-        if not isinstance(values, (list, tuple)):
-            raise _type_error(name, values, "a list of integers")
-        lists.append([check_int(name, x) for x in values])
+    segments = _check_list("segment_lengths", segment_lengths), _check_list("dilation_rates", dilation_rates)
     if pattern is not None and not isinstance(pattern, str):
         raise _type_error("pattern", pattern, "the name of a pattern, or None")
-    density = None if density is None else _check_number("density", density)
-    inner = {
-        "density": density, "block": check_int("block", block), "budget": budget,
-        "pattern_window": _optional_int("pattern_window", pattern_window), "pattern_rates": lists[2],
-        "global_tokens": _optional_int("global_tokens", global_tokens), "stride": _optional_int("stride", stride),
-        "pattern_seed": check_int("pattern_seed", pattern_seed),
-    }  # fmt: skip
-    if pattern is None:
-        for name, value in inner.items():
-            if value != _INNER_DEFAULTS.get(name):
-                raise ValueError(f"{name}: got {value} without a pattern; allowed: nothing, or pattern=name")
-    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap)
+    inner = {}
+    for name, value, default, check in (
+        ("density", density, None, _check_number),
+        ("block", block, 128, check_int),
+        ("budget", budget, "even", None),
+        ("pattern_window", pattern_window, None, check_int),
+        ("pattern_rates", pattern_rates, (), _check_list),
+        ("global_tokens", global_tokens, None, check_int),
+        ("stride", stride, None, check_int),
+        ("pattern_seed", pattern_seed, 0, check_int),
+    ):
+        if value is default:
+            continue
+        inner[name] = value if check is None else check(name, value)
+        if pattern is None and inner[name] != default:
+            raise ValueError(f"{name}: got {value} without a pattern; allowed: nothing, or pattern=name")
+    options = pack_options(False, {
+        "causal": causal, "scale": scale, "attn_bias": attn_bias, "key_lengths": key_lengths, "window": window,
+        "dropout_p": dropout_p, "softcap": softcap, "alibi_slopes": alibi_slopes,
+    })  # fmt: skip
     return_lse = check_bool("return_lse", return_lse)
     swap = _check_layout(layout)
     if swap:
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
-    out, lse = _ops.dilated_forward(
-        q, k, v, lists[0], lists[1], pattern, *inner.values(), scale, causal, left, right, None, 0, key_lengths, False,
-        softcap, alibi_slopes, None, attn_bias, None, dropout_p, _rng(dropout_p),
-    )  # fmt: skip
+    out, lse = _ops.dilated_forward(q, k, v, *segments, pattern, **inner, **options)
     if swap:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -560,19 +538,16 @@ def attention_weights(
     ValueError if they would need more than 16 GiB. No gradients: attn_bias, block_bias and sinks are detached; where q
     or k require grad, so does the result, and its backward is an error."""
     _check_given(q=q, k=k)
-    if not isinstance(pattern, BlockPattern):
-        raise _type_error("pattern", pattern, "tessera.BlockPattern")
-    _check_tensors(
-        attn_bias=attn_bias, block_bias=block_bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks
-    )
-    scale, causal, left, right, softcap = _check_options(scale, causal, window, softcap, pattern.causal)
-    attn_bias, block_bias, sinks = (None if t is None else t.detach() for t in (attn_bias, block_bias, sinks))
+    _check_pattern("pattern", pattern)
+    options = pack_options(pattern.causal, {
+        "causal": causal, "scale": scale, "attn_bias": attn_bias, "block_bias": block_bias, "key_lengths": key_lengths,
+        "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks, "q_offset": q_offset,
+        "k_offset": k_offset,
+    })  # fmt: skip
+    options = {n: x.detach() if isinstance(x, Tensor) else x for n, x in options.items()}
     if _check_layout(layout):
         q, k = _to_bshd("q", q), _to_bshd("k", k)
-    indices, values = _ops.weights(
-        q, k, *pattern.op_args, scale, causal, left, right, *_check_offsets(q_offset, k_offset), key_lengths, False,
-        softcap, alibi_slopes, block_bias, attn_bias, sinks, 0.0, None,
-    )  # fmt: skip
+    indices, values = _ops.weights(q, k, *pattern.op_args, **options)
     return AttentionWeights(
         indices, values, (pattern.block_q, pattern.block_k), (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     )

@@ -8,9 +8,11 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, cast, 
 import torch
 from torch import Tensor
 
+from . import _ops
 from ._pattern import BlockPattern, check_bool, check_int, check_list
 from .config import PatternConfig
-from .functional import _check_given, _check_layout, _check_options, _check_tensors, _optional_int, _to_bshd
+from .functional import _check_given, _check_layout, _to_bshd, pack_options
+from .patterns import Request
 
 PatternSource = BlockPattern | PatternConfig | Mapping[str, Any] | str | None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -205,32 +207,30 @@ class KVCache:
             out ``[B, Sq, H, Dv]``, or (out, lse), lse fp32 ``[B, H, Sq]``. Rows without a token: 0 and -inf.
         """
         _check_given(q=q)
-        _check_tensors(alibi_slopes=alibi_slopes, sinks=sinks)
-        scale, _, left, right, softcap = _check_options(scale, True, window, softcap)
+        options = pack_options(True, {
+            "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        })  # fmt: skip
         return_lse = check_bool("return_lse", return_lse)
         swap = _check_layout(layout)
         rows = _to_bshd("q", q) if swap else q
-        options = (scale, left, right, softcap, *(None if t is None else t.detach() for t in (alibi_slopes, sinks)))
-        named = {"density": density, "budget": budget, "seqlen_total": _optional_int("seqlen_total", seqlen_total)}
+        given = {"density": density, "budget": budget, "seqlen_total": seqlen_total}
         if pattern is None or isinstance(pattern, BlockPattern):
-            for name, value in named.items():
+            for name, value in given.items():
                 if value is not None:
                     raise ValueError(f"{name}: got {value!r} without a named pattern; allowed: with a name or a config")
-            parts = (None, None, None, None, []) if pattern is None else pattern.op_args
-            out, lse = self._cache.attend(rows.detach(), *parts[:4], list(parts[4]), *options)
+            named: dict[str, Any] = {} if pattern is None else dict(zip(_ops.PATTERN, pattern.op_args))
         else:
             config = self._config(pattern, density=density, budget=budget)
-            kind, block, given = config.spec()
-            if isinstance(block, int):
-                block = block, block
-            if block[1] != self._block:
-                raise ValueError(f"block_size: got {block[1]} for keys; allowed: {self._block}, the block of the cache")
-            out, lse = self._cache.attend_named(
-                rows.detach(), kind, given.get("density"), given.get("budget", "even"), named["seqlen_total"],
-                given.get("window"), given.get("dilation_rates", []), given.get("global_tokens"), given.get("stride"),
-                given.get("seed", 0), rows.shape[2] if config.heads_differ and rows.dim() == 4 else 1, block[0],
-                *options,
-            )  # fmt: skip
+            total = None if seqlen_total is None else check_int("seqlen_total", seqlen_total)
+            heads = rows.shape[2] if rows.dim() == 4 else 1
+            defined = config.definition(Request(0, 0, heads=heads, seqlen_total=total))  # the cache knows the lengths
+            if defined.block_k != self._block:
+                block = defined.block_k
+                raise ValueError(f"block_size: got {block} for keys; allowed: {self._block}, the block of the cache")
+            named = defined._asdict()
+        named = {name: list(x) if isinstance(x, tuple) else x for name, x in named.items() if x is not None and x != ()}
+        options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in options.items()}
+        out, lse = self._cache.attend(rows.detach(), named, options)
         if q.requires_grad and torch.is_grad_enabled():
             out, lse = _NoGradient.apply(q, out, lse)
         if swap:
@@ -258,8 +258,8 @@ class KVCache:
             pattern = {**pattern, "block_size": self._block}
         elif not isinstance(pattern, (PatternConfig, Mapping)):
             raise TypeError(
-                f"pattern: got {type(pattern).__name__}; allowed: a BlockPattern of whole sequences, a PatternConfig, a "
-                "dict of its fields, the name of a pattern, or None"
+                f"pattern: got {type(pattern).__name__}; allowed: a BlockPattern of whole sequences, a PatternConfig, "
+                "a dict of its fields, the name of a pattern, or None"
             )
         return PatternConfig.of(pattern, **fields)
 

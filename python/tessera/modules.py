@@ -11,18 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ._monitored import Monitored, measured_attention
-from ._multihead import (
-    ArgumentError,
-    AssertedError,
-    PatternSource,
-    check_shapes,
-    is_dense,
-    may_look,
-    multi_head_attention_forward,
-    pattern_for,
-    pattern_source,
-)
+from ._multihead import AssertedError, check_shapes, may_look, multi_head_attention_forward
 from ._pattern import BlockPattern
+from ._source import ArgumentError, PatternSource, is_dense, pattern_for, pattern_source
 from .config import PatternConfig
 from .functional import attention_weights, block_sparse_attention
 

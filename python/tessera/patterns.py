@@ -18,12 +18,17 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
+
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, unset_fake_temporarily
+from torch.library import get_ctx, impl, register_fake
 
 import torch
+from torch import Tensor
 
-from ._pattern import BlockPattern, check_block, check_bool, check_int
+from ._pattern import BlockPattern, check_block, check_bool, check_int, field_kinds
 
 _t = torch.ops.tessera
 NAMES = (
@@ -38,82 +43,98 @@ NAMES = (
     "dilated_segments",
     "hierarchical",
 )
-_INTS = ("q_offset", "seqlen_total", "window", "global_tokens", "stride")
-_FLOATS = ("density", "local_density", "global_density", "inter_node_density")
 
 
-def _number(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
+class Spec(NamedTuple):
+    """Everything that defines a named pattern, in the order of the operators that take it; the key of :data:`cache`."""
+
+    kind: str
+    seqlen_q: int
+    seqlen_k: int
+    block_q: int
+    block_k: int
+    heads: int = 1
+    causal: bool = False
+    density: float | None = None
+    budget: str = "even"
+    q_offset: int | None = None
+    seqlen_total: int | None = None
+    window: int | None = None
+    dilation_rates: tuple[int, ...] = ()
+    segment_lengths: tuple[int, ...] = ()
+    global_tokens: int | None = None
+    stride: int | None = None
+    seed: int = 0
+    ranks: int = 1
+    ranks_per_node: int = 1
+    local_density: float | None = None
+    global_density: float | None = None
+    inter_node_density: float | None = None
+
+
+class Request(NamedTuple):
+    """What a call asks a source of patterns for. A source is what has ``pattern_for(request) -> BlockPattern``."""
+
+    seqlen_q: int
+    seqlen_k: int
+    causal: bool = False
+    heads: int = 1  # of the attention; a pattern has so many, or 1
+    q_offset: int | None = None  # position of query 0 among the keys, where it is not seqlen_k - seqlen_q
+    seqlen_total: int | None = None  # of the sequence that the queries are rows of
+    q: Tensor | None = None  # [B, Sq, H, D], for sources that look at what is attended
+    k: Tensor | None = None  # [B, Sk, Hkv, D]
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) and hasattr(value, "item"):
+        return float(value.item())
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            return float(value.item()) if not isinstance(value, bool) else _bad(name, value)
-        except AttributeError:
-            _bad(name, value)
+        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: a number")
     return float(value)
 
 
-def _budget(value: Any) -> str:
+def _budget(name: str, value: Any) -> str:
     if value not in ("even", "proportional"):
-        raise ValueError(f'budget: got {value!r}; allowed: "even" or "proportional"')
+        raise ValueError(f'{name}: got {value!r}; allowed: "even" or "proportional"')
     return cast(str, value)
 
 
-def _bad(name: str, value: Any) -> NoReturn:
-    raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: a number")
-
-
-def _list(name: str, values: Any) -> list[int]:
-    if values is None:
-        return []
+def _list(name: str, values: Any) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name}: got {type(values).__name__}; allowed: a sequence of integers")
-    return [check_int(name, x) for x in values]
+    return tuple(check_int(name, x) for x in values)
 
 
-def _spec(
-    kind: str, seqlen_q: int, seqlen_k: int | None, block: int | Sequence[int], heads: int = 1, causal: bool = False,
-    seed: int = 0, ranks: int = 1, ranks_per_node: int = 1, **options: Any,
-) -> list[Any]:  # fmt: skip
-    if not isinstance(kind, str):
-        raise TypeError(f"name: got {type(kind).__name__}; allowed: one of {', '.join(NAMES)}")
-    if kind not in NAMES:
-        raise ValueError(f"name: got {kind!r}; allowed: {', '.join(NAMES)}")
+def _plain_bool(name: str, value: Any) -> bool:
+    return bool(check_bool(name, value))
+
+
+# What checks an option, by the type of its field.
+_CHECKS: dict[str, Any] = {
+    "int": check_int, "float": _number, "bool": _plain_bool, "str": _budget, "tuple[int, ...]": _list,
+}  # fmt: skip
+_KINDS = dict(list(field_kinds(Spec).items())[5:])
+_OPTIONS = {n: _CHECKS[kind.removesuffix(" | None")] for n, kind in _KINDS.items()}
+_OPTIONAL = {n for n, kind in _KINDS.items() if kind.endswith("None") or kind.startswith("tuple")}
+
+
+def spec(
+    name: str, seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, **options: Any
+) -> Spec:
+    """The arguments of :func:`make`, checked: the one form that operators and the cache take."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}; allowed: one of {', '.join(NAMES)}")
+    if name not in NAMES:
+        raise ValueError(f"name: got {name!r}; allowed: {', '.join(NAMES)}")
+    if unknown := options.keys() - _OPTIONS.keys():
+        raise TypeError(f"{min(unknown)}: got an option that no pattern has; allowed: those of {name}")
     seqlen_q = check_int("seqlen_q", seqlen_q)
-    ints = {n: None if options.get(n) is None else check_int(n, options[n]) for n in _INTS}
-    if seqlen_k is None and ints["q_offset"] is not None:  # the keys that the last query may see
-        end, total = ints["q_offset"] + seqlen_q, ints["seqlen_total"]
-        seqlen_k = end if total is None or causal or kind == "causal" else total
+    checked = {n: _OPTIONS[n](n, value) for n, value in options.items() if value is not None or n not in _OPTIONAL}
+    if seqlen_k is None and "q_offset" in checked:  # the keys that the last query may see
+        end = checked["q_offset"] + seqlen_q
+        seqlen_k = end if checked.get("causal") or name == "causal" else checked.get("seqlen_total", end)
     seqlen_k = seqlen_q if seqlen_k is None else check_int("seqlen_k", seqlen_k)
-    block_q, block_k = check_block(block)
-    floats = {n: _number(n, options.get(n)) for n in _FLOATS}
-    unknown = set(options) - set(_INTS) - set(_FLOATS) - {"dilation_rates", "segment_lengths", "budget"}
-    if unknown:
-        raise TypeError(f"{sorted(unknown)[0]}: got an option that no pattern has; allowed: those of {kind}")
-    return [
-        kind,
-        seqlen_q,
-        seqlen_k,
-        block_q,
-        block_k,
-        check_int("heads", heads),
-        bool(check_bool("causal", causal)),
-        floats["density"],
-        _budget(options.get("budget", "even")),
-        ints["q_offset"],
-        ints["seqlen_total"],
-        ints["window"],
-        _list("dilation_rates", options.get("dilation_rates")),
-        _list("segment_lengths", options.get("segment_lengths")),
-        ints["global_tokens"],
-        ints["stride"],
-        check_int("seed", seed),
-        check_int("ranks", ranks),
-        check_int("ranks_per_node", ranks_per_node),
-        floats["local_density"],
-        floats["global_density"],
-        floats["inter_node_density"],
-    ]
+    return Spec(name, seqlen_q, seqlen_k, *check_block(block), **checked)
 
 
 class Rows(TypedDict, total=False):
@@ -136,237 +157,129 @@ def make(
     **options: Any,
 ) -> BlockPattern:
     """The pattern of that name, with the options of the function of that name. ``cached``: through :data:`cache`."""
-    spec = _spec(name, seqlen_q, seqlen_k, block, heads, causal, **options)
-    return BlockPattern._make(_t.cached_pattern(*spec) if cached else _t.make_pattern(*spec))
+    defined = spec(name, seqlen_q, seqlen_k, block=block, causal=causal, heads=heads, **options)
+    return cache.find(defined) if cached else of_spec(defined)
+
+
+def of_spec(defined: Spec) -> BlockPattern:
+    """A pattern anew; in a traced graph by the operator that makes it when the graph runs."""
+    return BlockPattern._make((_t.named_pattern if _traced() else _t.make_pattern)(*defined))
+
+
+def _traced() -> bool:
+    """Whether somebody records what is called, or wants tensors of its own: a compiler, a fake or other mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def dense(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, causal: bool = False,
+    heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """Every admissible pair."""
     return make("dense", seqlen_q, seqlen_k, block=block, causal=causal, heads=heads, **rows)
 
 
 def causal(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    heads: int = 1,
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, heads: int = 1,
     **rows: Unpack[Rows],
-) -> BlockPattern:
+) -> BlockPattern:  # fmt: skip
     """Every pair that causality admits. Calls that take it are causal to the token."""
     return make("causal", seqlen_q, seqlen_k, block=block, causal=True, heads=heads, **rows)
 
 
 def local_window(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    window: int | None = None,
-    density: float | None = None,
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, window: int | None = None,
+    density: float | None = None, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """Pairs whose tokens come within ``window / 2`` on either side (causal: ``window`` back), or with ``density`` alone
     the nearest pairs up to the budget."""
     return make(
-        "local_window",
-        seqlen_q,
-        seqlen_k,
-        block=block,
-        window=window,
-        density=density,
-        causal=causal,
-        heads=heads,
+        "local_window", seqlen_q, seqlen_k, block=block, window=window, density=density, causal=causal, heads=heads,
         **rows,
-    )
+    )  # fmt: skip
 
 
 def dilated_sparse(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    density: float,
-    dilation_rates: Sequence[int] | None = None,
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, density: float,
+    dilation_rates: Sequence[int] | None = None, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """The budget shared round-robin among ``dilation_rates`` (blocks; default 1, 2, 4, 8, 16): each rate r in turn adds
     its next unused nearest pair at distance +-r, +-2r, ..."""
     return make(
-        "dilated_sparse",
-        seqlen_q,
-        seqlen_k,
-        block=block,
-        density=density,
-        dilation_rates=dilation_rates,
-        causal=causal,
-        heads=heads,
-        **rows,
-    )
+        "dilated_sparse", seqlen_q, seqlen_k, block=block, density=density, dilation_rates=dilation_rates,
+        causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 def global_local(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    global_tokens: int | None = None,
-    window: int | None = None,
-    density: float | None = None,
-    causal: bool = False,
-    heads: int = 1,
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, global_tokens: int | None = None,
+    window: int | None = None, density: float | None = None, causal: bool = False, heads: int = 1,
     **rows: Unpack[Rows],
-) -> BlockPattern:
+) -> BlockPattern:  # fmt: skip
     """The first ``global_tokens`` (default 64) as rows and columns, and the local window (or density)."""
     return make(
-        "global_local",
-        seqlen_q,
-        seqlen_k,
-        block=block,
-        global_tokens=global_tokens,
-        window=window,
-        density=density,
-        causal=causal,
-        heads=heads,
-        **rows,
-    )
+        "global_local", seqlen_q, seqlen_k, block=block, global_tokens=global_tokens, window=window, density=density,
+        causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 def strided(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    stride: int | None = None,
-    density: float | None = None,
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, stride: int | None = None,
+    density: float | None = None, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """``(i - j) % stride == 0``, or neighbours (Child et al. 2019)."""
     return make(
-        "strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density,
-        causal=causal, heads=heads, **rows,
+        "strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density, causal=causal, heads=heads,
+        **rows,
     )  # fmt: skip
 
 
 def random(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    density: float,
-    seed: int = 0,
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, density: float, seed: int = 0,
+    causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """Random pairs, exactly the budget a row; every (seed, head, row) draws on its own."""
     return make(
-        "random", seqlen_q, seqlen_k, block=block, density=density, seed=seed,
-        causal=causal, heads=heads, **rows,
+        "random", seqlen_q, seqlen_k, block=block, density=density, seed=seed, causal=causal, heads=heads, **rows,
     )  # fmt: skip
 
 
 def bigbird(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    density: float,
-    global_tokens: int | None = None,
-    window: int | None = None,
-    seed: int = 0,
-    causal: bool = False,
-    heads: int = 1,
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, density: float,
+    global_tokens: int | None = None, window: int | None = None, seed: int = 0, causal: bool = False, heads: int = 1,
     **rows: Unpack[Rows],
-) -> BlockPattern:
+) -> BlockPattern:  # fmt: skip
     """Global, window and random pairs up to the budget (Zaheer et al. 2020)."""
     return make(
-        "bigbird",
-        seqlen_q,
-        seqlen_k,
-        block=block,
-        density=density,
-        global_tokens=global_tokens,
-        window=window,
-        seed=seed,
-        causal=causal,
-        heads=heads,
-        **rows,
-    )
+        "bigbird", seqlen_q, seqlen_k, block=block, density=density, global_tokens=global_tokens, window=window,
+        seed=seed, causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 def dilated_segments(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int], causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r),
     the offset shifting by head."""
     return make(
-        "dilated_segments",
-        seqlen_q,
-        seqlen_k,
-        block=block,
-        segment_lengths=segment_lengths,
-        dilation_rates=dilation_rates,
-        causal=causal,
-        heads=heads,
-        **rows,
-    )
+        "dilated_segments", seqlen_q, seqlen_k, block=block, segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates, causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 def hierarchical(
-    seqlen_q: int,
-    seqlen_k: int | None = None,
-    *,
-    block: int | Sequence[int] = 128,
-    density: float | None = None,
-    local_density: float | None = None,
-    global_density: float | None = None,
-    inter_node_density: float | None = None,
-    ranks: int = 1,
-    ranks_per_node: int = 1,
-    causal: bool = False,
-    heads: int = 1,
-    **rows: Unpack[Rows],
-) -> BlockPattern:
+    seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, density: float | None = None,
+    local_density: float | None = None, global_density: float | None = None, inter_node_density: float | None = None,
+    ranks: int = 1, ranks_per_node: int = 1, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
+) -> BlockPattern:  # fmt: skip
     """By place: one density inside a rank, one inside a node, one across nodes (``density`` for those not given); far
     parts keep the same columns for all rows of a rank."""
     return make(
-        "hierarchical",
-        seqlen_q,
-        seqlen_k,
-        block=block,
-        density=density,
-        local_density=local_density,
-        global_density=global_density,
-        inter_node_density=inter_node_density,
-        ranks=ranks,
-        ranks_per_node=ranks_per_node,
-        causal=causal,
-        heads=heads,
-        **rows,
-    )
+        "hierarchical", seqlen_q, seqlen_k, block=block, density=density, local_density=local_density,
+        global_density=global_density, inter_node_density=inter_node_density, ranks=ranks,
+        ranks_per_node=ranks_per_node, causal=causal, heads=heads, **rows,
+    )  # fmt: skip
 
 
 class CacheStats(NamedTuple):
@@ -382,94 +295,152 @@ class CacheStats(NamedTuple):
 
 
 class PatternCache:
-    """The process's cache of named patterns: least recently used, keyed by everything that defines a pattern.
+    """Named patterns by everything that defines them, the least recently used out first. Modules, integrations and
+    graphs ask the process's :data:`cache`, so they share patterns, their transposed forms included. Safe from several
+    threads; two that ask for the same one at once may both make it, and get the same."""
 
-    The core keeps them; :meth:`get` copies one into tensors. Modules ask at every call, so they share tensors: as long
-    as those fit into the limits beside what the core keeps, and until it drops a pattern.
-    """
-
-    def __init__(self) -> None:
-        self._shared: dict[Any, BlockPattern] = {}
-        self._shared_hits = self._shared_bytes = self._evictions = 0
+    def __init__(self, max_entries: int = 1024, max_bytes: int = 256 << 20) -> None:
+        self.max_entries, self.max_bytes = max_entries, max_bytes
+        self.hits = self.misses = self.evictions = 0
+        self._held: OrderedDict[Spec, tuple[BlockPattern, int]] = OrderedDict()  # with the bytes of each
+        self._bytes = 0
         self._renew_lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._renew_lock)
 
     def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-
-    def shared(self, key: Any) -> BlockPattern | None:
-        """What :meth:`share` keeps under this key; a hit."""
-        found = self._shared.get(key)
-        if found is None or torch._C._len_torch_dispatch_stack():  # who traces wants tensors of its own
-            return None
-        with self._lock:
-            self._shared_hits += 1
-        return found
-
-    def share(self, key: Any, name: str, seqlen_q: int, seqlen_k: int, **options: Any) -> BlockPattern:
-        """As :meth:`get`, kept for :meth:`shared` under a key that stands for all the arguments."""
-        pattern = self.get(name, seqlen_q, seqlen_k, **options)
-        if type(pattern.indptr) is not torch.Tensor or torch._C._functorch.is_functorch_wrapped_tensor(pattern.indptr):
-            return pattern
-        size = sum(t.numel() * t.element_size() for t in pattern.op_args[:4] if t is not None)
-        with self._lock:
-            now = self._keep_limits(size)
-            if size <= now.max_bytes - now.bytes and now.entries > 0 and key not in self._shared:
-                self._shared[key] = pattern
-                self._shared_bytes += size
-        return pattern
-
-    def _keep_limits(self, more: int = 0) -> CacheStats:
-        """Gives up the shared tensors where the core dropped a pattern, or where they no longer fit; locked."""
-        now = CacheStats(*_t.cache_stats())
-        room = now.max_bytes - now.bytes - more
-        if now.evictions != self._evictions or self._shared_bytes > room or len(self._shared) >= now.max_entries:
-            self._drop_shared()
-        self._evictions = now.evictions
-        return now
-
-    def _drop_shared(self) -> None:
-        self._shared.clear()
-        self._shared_bytes = 0
+        self._lock = threading.RLock()
 
     def get(self, name: str, seqlen_q: int, seqlen_k: int | None = None, **options: Any) -> BlockPattern:
         """As :func:`make`, but made once."""
-        pattern = make(name, seqlen_q, seqlen_k, cached=True, **options)
-        if not torch.compiler.is_compiling() and self._shared and not torch._C._len_torch_dispatch_stack():
-            with self._lock:
+        return self.find(spec(name, seqlen_q, seqlen_k, **options))
+
+    def find(self, defined: Spec) -> BlockPattern:
+        """The pattern that is defined so, made if it is not there; in a traced graph what the operator makes."""
+        return of_spec(defined) if _traced() else self.kept(defined)
+
+    def kept(self, defined: Spec) -> BlockPattern:
+        """:meth:`find` beneath graphs."""
+        with self._lock:
+            found = self._held.get(defined)
+            if found is not None:
+                self._held.move_to_end(defined)
+                self.hits += 1
+                return found[0]
+        return self.make(*defined)
+
+    def make(self, kind: str, *others: Any) -> BlockPattern:
+        """The pattern of a :class:`Spec`, made and kept."""
+        defined = Spec(kind, *others)
+        with torch._C._DisableFuncTorch():  # tensors of a transform would end with it
+            pattern = BlockPattern._make(_t.make_pattern(*defined))
+        size = _bytes(pattern)
+        with self._lock:
+            self.misses += 1
+            if defined in self._held:  # since we looked
+                return self._held[defined][0]
+            if size <= self.max_bytes and self.max_entries > 0:
+                self._held[defined] = pattern, size
+                self._bytes += size
                 self._keep_limits()
         return pattern
 
+    def _keep_limits(self) -> None:
+        while len(self._held) > self.max_entries or self._bytes > self.max_bytes:
+            self._bytes -= self._held.popitem(last=False)[1][1]
+            self.evictions += 1
+
     def warm_up(self, name: str, seqlens: Sequence[int], *, block: int | Sequence[int] = 128, **options: Any) -> None:
         """Makes the patterns of these lengths (seqlen_q = seqlen_k) ahead of time."""
-        _t.cache_warm_up(_list("seqlens", seqlens), *_spec(name, 0, 0, block, **options))
-        with self._lock:
-            self._keep_limits()
+        for n in _list("seqlens", seqlens):
+            self.get(name, n, n, block=block, **options)
 
     def stats(self) -> CacheStats:
         """Hits, misses, evictions, entries, bytes and limits."""
-        core = CacheStats(*_t.cache_stats())
-        return core._replace(hits=core.hits + self._shared_hits, bytes=core.bytes + self._shared_bytes)
+        with self._lock:
+            return CacheStats(
+                self.hits, self.misses, self.evictions, len(self._held), self._bytes, self.max_entries, self.max_bytes
+            )
 
     def resize(self, max_entries: int | None = None, max_bytes: int | None = None) -> None:
         """New limits; patterns beyond them go at once."""
-        now = self.stats()
         with self._lock:
-            self._drop_shared()
-        _t.cache_resize(
-            now.max_entries if max_entries is None else check_int("max_entries", max_entries, 0),
-            now.max_bytes if max_bytes is None else check_int("max_bytes", max_bytes, 0),
-        )
+            if max_entries is not None:
+                self.max_entries = check_int("max_entries", max_entries, 0)
+            if max_bytes is not None:
+                self.max_bytes = check_int("max_bytes", max_bytes, 0)
+            self._keep_limits()
+
+    def held(self) -> dict[Spec, BlockPattern]:
+        """All patterns that are there."""
+        with self._lock:
+            return {defined: pattern for defined, (pattern, _) in self._held.items()}
+
+    def drop(self, defined: Any) -> None:
+        """Gives up one; KeyError where it is not there."""
+        with self._lock:
+            self._bytes -= self._held.pop(defined)[1]
 
     def clear(self) -> None:
         """Drops all patterns; counts go on."""
         with self._lock:
-            self._drop_shared()
-        _t.cache_clear()
+            self._held.clear()
+            self._bytes = 0
+
+    # Who holds one is copied and pickled: locks are not.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._renew_lock()
 
     def __len__(self) -> int:
-        return self.stats().entries
+        return len(self._held)
+
+
+def _bytes(pattern: BlockPattern) -> int:
+    """Memory of a pattern, its tensors, and the transposed form that a backward makes."""
+    columns = pattern.batches * pattern.heads * pattern.cols
+    return pattern.nbytes + _t.pattern_bytes(*pattern.op_args) + 8 * (columns + 1) + 12 * pattern.num_blocks
 
 
 cache = PatternCache()
+if hasattr(os, "register_at_fork"):  # a child must not wait for a thread that it does not have
+    os.register_at_fork(after_in_child=cache._renew_lock)
+
+
+# ---- in graphs: one operator makes a named pattern when the graph runs
+
+
+def _spec_of(arguments: tuple[Any, ...]) -> Spec:
+    fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in arguments]
+    return Spec(*fields)
+
+
+@impl("tessera::named_pattern", "default")
+def _named_pattern(*arguments: Any) -> tuple[Any, ...]:
+    # Results of its own, as operators may not return what others hold; behind them lies the pattern that is kept.
+    return _t.pattern_canonical(*cache.kept(_spec_of(arguments)).op_args)
+
+
+@register_fake("tessera::named_pattern")
+def _named_pattern_fake(*arguments: Any) -> tuple[Any, ...]:
+    defined = _spec_of(arguments)
+    try:
+        entries: Any = get_ctx().new_dynamic_size()
+    except DynamicOutputShapeException:  # without symbols; then lengths are numbers
+        with unset_fake_temporarily():
+            entries = cache.kept(defined).num_blocks
+    _, seqlen_q, seqlen_k, block_q, block_k, heads, causal = defined[:7]
+    skip = 0 if defined.q_offset is None else defined.q_offset % block_q
+    rows = heads * ((skip + seqlen_q + block_q - 1) // block_q)
+    flags, at = (1 if causal or defined.kind == "causal" else 0), defined.q_offset
+    if at is None and defined.kind != "dense":  # they say where they stand
+        at = seqlen_k - seqlen_q
+
+    def empty(*sizes: Any, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="cpu")
+
+    bitmaps = empty(0, block_q, (block_k + 63) // 64, dtype=torch.int64)  # none has any
+    return empty(rows + 1), empty(entries), empty(0), bitmaps, [
+        seqlen_q, seqlen_k, block_q, block_k, heads, 1, flags | (0 if at is None else 2), at or 0, skip
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <string>
 #include <tuple>
@@ -113,7 +114,7 @@ Quality summarise(const Problem& problem, const BlockPatternView& pattern, const
   }
   static_cast<QualityFigures&>(result) = figures_of(all_coverage, all_sums, all_counts, all_masses, has_v);
   if (has_v && !std::isfinite(*result.output_error)) {
-    fail("v", "an admitted value that is NaN or infinite", "finite values, or none");
+    fail<NotFinite>("v", "an admitted value that is NaN or infinite", "finite values, or none");
   }
   return result;
 }
@@ -175,6 +176,20 @@ std::vector<Quality> quality(const AnalysisInput& input, std::span<const BlockPa
 Quality quality(const AnalysisInput& input, const BlockPattern& pattern, Executor& executor,
                 const QualityOptions& options) {
   return quality(input, std::span(&pattern, 1), executor, options)[0];
+}
+
+std::vector<std::pair<std::string, double>> named(const QualityFigures& f) {
+  return {{"coverage", f.coverage},
+          {"coverage_p5", f.coverage_p5},
+          {"coverage_min", f.coverage_min},
+          {"density", f.density},
+          {"efficiency", f.efficiency},
+          {"locality", f.locality},
+          {"oracle_coverage", f.oracle_coverage},
+          {"oracle_ratio", f.oracle_ratio},
+          {"bound_coverage", f.bound_coverage},
+          {"output_error", f.output_error.value_or(std::numeric_limits<double>::quiet_NaN())},
+          {"rows", static_cast<double>(f.rows)}};
 }
 
 }  // namespace tessera

@@ -413,7 +413,7 @@ void scan(const ScanPlan& plan, Executor& executor, const std::function<void(con
         const int64_t head = unit % heads;
         RowBlock result;
         if (!scanner.scan(head / problem.heads, head % problem.heads, row.i, row.tokens, &result)) {
-          fail("q, k", "an admitted score that is NaN or +infinite in fp32", "finite scores (or -infinite)");
+          fail<NotFinite>("q, k", "an admitted score that is NaN or +infinite in fp32", "finite scores (or -infinite)");
         }
         consume(result);
       });

@@ -1,4 +1,6 @@
 #include <cmath>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "pattern/geometry.h"
@@ -92,6 +94,28 @@ PatternStatistics statistics(const BlockPattern& pattern, std::optional<bool> as
     out.load_imbalance = static_cast<double>(longest) / mean;
   }
   return out;
+}
+
+std::vector<std::pair<std::string, double>> named(const PatternStatistics& s) {
+  std::vector<std::pair<std::string, double>> all;
+  const auto count = [&](const char* name, int64_t n) { all.emplace_back(name, static_cast<double>(n)); };
+  const auto spread = [&](const std::string& name, const Spread& x) {
+    all.insert(all.end(),
+               {{name + ".mean", x.mean}, {name + ".min", x.min}, {name + ".max", x.max}, {name + ".std", x.std}});
+  };
+  count("rows", s.rows);
+  count("cols", s.cols);
+  count("kept_blocks", s.kept_blocks);
+  count("partial_blocks", s.partial_blocks);
+  count("admissible_blocks", s.admissible_blocks);
+  all.emplace_back("density", s.density);
+  all.emplace_back("sparsity", s.sparsity);
+  spread("row_density", s.row_density);
+  spread("column_density", s.column_density);
+  all.emplace_back("diagonal_density", s.diagonal_density);
+  count("empty_rows", s.empty_rows);
+  all.emplace_back("load_imbalance", s.load_imbalance);
+  return all;
 }
 
 }  // namespace tessera

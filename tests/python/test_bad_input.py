@@ -236,7 +236,7 @@ def test_sizes_that_would_wrap():
         (-1,) * 6,
     ):
         numbers = (*shape, 0, 0, 0)
-        for op, more in ((ops.mass_densities, (0.5,)), (ops.oracle_coverage, (0.5,)), (ops.bound_pattern, (0.5,))):
+        for op, more in ((ops.oracle_density, (0.5,)), (ops.oracle_coverage, (0.5,)), (ops.bound_pattern, (0.5,))):
             with pytest.raises(ValueError, match="^[a-z_]+: got .*; allowed: "):
                 op(values, tokens, first, last, numbers, *more)
     p = tessera.patterns.dense(64, block=16)

@@ -25,15 +25,15 @@ from torch import nn
 
 
 def _called(monkeypatch):
-    """Names of the patterns that are asked from the core's cache."""
+    """Names of the patterns that the cache makes."""
     seen = []
-    original = patterns.PatternCache.get
+    original = patterns.PatternCache.make
 
-    def get(self, name, *args, **options):
+    def make(self, name, *args, **options):
         seen.append(name)
         return original(self, name, *args, **options)
 
-    monkeypatch.setattr(patterns.PatternCache, "get", get)
+    monkeypatch.setattr(patterns.PatternCache, "make", make)
     patterns.cache.clear()
     return seen
 

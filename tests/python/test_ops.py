@@ -276,3 +276,66 @@ def test_freed_graph_and_changed_inputs_are_noticed():
     x.add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         out.backward()
+
+
+# ---- patterns behind their tensors
+
+
+def fresh(**options):
+    return patterns.make("random", 96, block=16, density=0.5, **options)
+
+
+def gradients(p):
+    q, k, v = qkv(seqlen_q=96, seqlen_k=96)
+    torch.manual_seed(0)
+    return torch.autograd.grad(tessera.block_sparse_attention(q, k, v, p).square().sum(), (q, k, v))
+
+
+def test_the_transposed_form_is_made_once_a_pattern():
+    """By the first backward, wherever the tensors go in between: the pattern behind them has it from then on."""
+
+    def behind(p):
+        return ops.pattern_bytes(*p.op_args)
+
+    transposed = 8 * (6 + 1) + 12 * fresh().num_blocks  # of 6 columns: offsets, rows and entries
+    p = fresh()
+    before = behind(p)
+    gradients(p)
+    assert behind(p) >= before + transposed
+    q, k, v = qkv(seqlen_q=96, seqlen_k=96)
+    compiled = torch.compile(
+        lambda q, p: tessera.block_sparse_attention(q, k, v, p).sum(), fullgraph=True, backend="aot_eager"
+    )
+    p = fresh(seed=1)
+    before = behind(p)
+    torch.autograd.grad(compiled(q, p), q)
+    assert behind(p) >= before + transposed
+    again = BlockPattern(*p.op_args[:2], seqlen_q=96, seqlen_k=96, block=16, q_offset=0)  # from its tensors
+    assert behind(again) == behind(p) and again == p
+
+
+def test_tensors_that_were_written_into_are_read_again():
+    """Nothing of a pattern that was checked once is trusted: what the tensors say now counts, and is checked."""
+    p, other = fresh(seed=2), fresh(seed=3)
+    assert p.num_blocks == other.num_blocks and p != other
+    q, k, v = qkv(seqlen_q=96, seqlen_k=96, grad=False)
+    tessera.block_sparse_attention(q, k, v, p)
+    p.indices.copy_(other.indices)
+    want = tessera.block_sparse_attention(q, k, v, other)
+    assert torch.equal(tessera.block_sparse_attention(q, k, v, p), want)
+    for t, value, name in ((p.indices, 10**9, "indices"), (p.indices, -1, "indices"), (p.indptr, 10**9, "indptr")):
+        kept = t.clone()
+        t[-1] = value
+        with pytest.raises(ValueError, match=f"^{name}: got "):
+            tessera.block_sparse_attention(q, k, v, p)
+        t.numpy()[:] = kept.numpy()  # of which torch's version counter knows nothing
+        assert torch.equal(tessera.block_sparse_attention(q, k, v, p), want)
+    partial = BlockPattern.from_token_mask(torch.rand(96, 96) < 0.5, block=16)
+    partial.bitmaps.fill_(-1)
+    dense = tessera.block_sparse_attention(q, k, v, patterns.dense(96, block=16))
+    assert torch.equal(tessera.block_sparse_attention(q, k, v, partial), dense)
+    partial.bitmap_index.fill_(10**6)
+    with pytest.raises(ValueError, match="^bitmap_index: got 1000000"):
+        tessera.block_sparse_attention(q, k, v, partial)
+    with pytest.raises(ValueError, match="^pattern_shape: got 6 numbers"):
+        ops.infer(q, k, v, *other.op_args[:4], other.op_args[4][:6])

@@ -11,7 +11,8 @@ import textwrap
 import pytest
 import tessera
 import torch._dynamo
-from tessera import BlockPattern, patterns
+from tessera import BlockPattern, SparsePatternGenerator, patterns
+from tessera._source import pattern_for
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,6 +97,37 @@ def test_a_pattern_made_inside_the_graph(backend):
         torch.testing.assert_close(compiled(q), f(q))
         (expected,) = torch.autograd.grad(f(q).square().sum(), q)
         torch.testing.assert_close(torch.autograd.grad(compiled(q).square().sum(), q)[0], expected)
+
+
+def test_named_patterns_of_all_askers_are_one_operator_in_graphs():
+    """Functions, configs, modules and the guides' generators: the graph has one node, and no tensors of a pattern."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    config = tessera.PatternConfig("dilated_sparse", density=0.5, block_size=16)
+    generator = SparsePatternGenerator(config)
+    for make in (
+        lambda n: patterns.dilated_sparse(n, block=16, density=0.5),
+        lambda n: config.pattern(n),
+        lambda n: patterns.cache.get("dilated_sparse", n, n, block=16, density=0.5),
+        lambda n: pattern_for(config, n, n),
+        lambda n: pattern_for(generator, n, n),
+        lambda n: pattern_for(None, n, n),
+    ):
+        torch._dynamo.reset(), seen.clear()
+        q = torch.randn(1, 64, 2, 8)
+        got = torch.compile(
+            lambda q, make=make: tessera.block_sparse_attention(q, q, q, make(q.shape[1])),
+            fullgraph=True,
+            backend=backend,
+        )(q)
+        torch.testing.assert_close(got, tessera.block_sparse_attention(q, q, q, make(64)))
+        (calls,) = seen
+        ours = [call.removesuffix(".default") for call in calls if "tessera" in call]
+        assert ours == ["tessera.named_pattern", "tessera.forward"]
 
 
 def test_compiled_dropout_is_reproducible():
