@@ -1,4 +1,4 @@
-"""Generates text with a small model of random weights, token by token over a KV cache, and checks every step against the
+"""Generates text with a small model of random weights, token by token over a KV cache, and checks each step against the
 model's own pass over the whole text. Two prompts of different lengths in one batch.
 
     python examples/python/decode.py
@@ -80,7 +80,8 @@ def main(steps=40):
         whole = tessera.patterns.dilated_sparse(LONGEST, density=0.25, block=BLOCK, causal=True)
         rows = whole.for_queries(0, len(text) - 1)
         one_pass = model(
-            torch.tensor([text[:-1]]), [lambda q, k, v: tessera.block_sparse_attention(q, k, v, rows)] * LAYERS
+            torch.tensor([text[:-1]]),
+            [lambda q, k, v, rows=rows: tessera.block_sparse_attention(q, k, v, rows)] * LAYERS,
         )
         worst = max(worst, float((one_pass[0, -1] - last[b]).abs().max()))
     kept = caches[0].lengths.tolist()
