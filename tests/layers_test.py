@@ -77,7 +77,7 @@ PYTHON_ALLOWED = {
         *("modules", "monitoring", "patterns"),
     },
     "interop": {"_pattern"},
-    "integrations": {"_pattern", "functional", "patterns"},
+    "integrations": {"_pattern", "functional", "interop", "patterns"},
 }
 # Other people's Python packages: nowhere but here.
 PYTHON_LIBRARIES = {

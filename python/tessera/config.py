@@ -297,13 +297,7 @@ class PatternConfig:
 
     def definition(self, request: Request) -> Spec:
         """What defines the pattern that it makes of a request."""
-        # One tuple: modules ask at every call.
-        t: Spec = self.__dict__["_template"]
-        return Spec._make((
-            t.kind, request.seqlen_q, request.seqlen_k, t.block_q, t.block_k,
-            request.heads if self.heads_differ else 1, request.causal or t.kind == "causal", t.density, t.budget,
-            request.q_offset, request.seqlen_total, *t[11:],
-        ))  # fmt: skip
+        return patterns.filled(self.__dict__["_template"], request, request.heads if self.heads_differ else 1)
 
     def pattern_for(self, request: Request) -> BlockPattern:
         """The pattern of a request, from the process's cache where enable_caching is set."""

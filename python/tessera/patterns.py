@@ -137,6 +137,26 @@ def spec(
     return Spec(name, seqlen_q, seqlen_k, *check_block(block), **checked)
 
 
+def filled(template: Spec, request: Request, heads: int) -> Spec:
+    """The definition of a request's pattern, all else as in the template. One tuple: modules ask at every call."""
+    t = template
+    return Spec._make((
+        t.kind, request.seqlen_q, request.seqlen_k, t.block_q, t.block_k, heads, request.causal or t.kind == "causal",
+        t.density, t.budget, request.q_offset, request.seqlen_total, *t[11:],
+    ))  # fmt: skip
+
+
+class Named:
+    """A source: the pattern of one name with its options, for any lengths; made once a process."""
+
+    def __init__(self, name: str, *, block: int | Sequence[int] = 128, **options: Any) -> None:
+        self.template = spec(name, 0, 0, block=block, **options)
+
+    def pattern_for(self, request: Request) -> BlockPattern:
+        """The pattern of a request, from :data:`cache`."""
+        return cache.find(filled(self.template, request, self.template.heads))
+
+
 class Rows(TypedDict, total=False):
     """Where the queries stand, and how a density is shared out; see the top of this module."""
 

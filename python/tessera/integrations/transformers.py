@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from .. import patterns
 from .._pattern import BlockPattern, check_int
 from ..functional import block_sparse_attention
+from ..interop.flex import pattern_of_pairs
+from ..patterns import Request
 from ._versions import check_version
 
 Window = tuple[int | None, int | None]  # tokens that a query sees before and after it; None: no limit
@@ -131,7 +133,9 @@ class _Choice:
             raise TypeError(f"dense_layers: got {type(dense_layers).__name__}; allowed: a collection of layer_idx")
         self.dense_layers = frozenset(check_int("dense_layers", i, 0) for i in dense_layers)
         self.block: Any = 128 if block is None else block
-        self.make: Callable[[int, bool], BlockPattern] | None = None
+        self.function: Callable[[int, bool], BlockPattern] | None = None
+        self.named: patterns.Named | None = None
+        self.total: int | None = None
         for option in ("seqlen_q", "seqlen_k", "causal", "cached"):
             if option in options:
                 raise TypeError(f"{option}: got {options[option]!r}; allowed: nothing, each call decides it")
@@ -145,7 +149,7 @@ class _Choice:
         if callable(pattern):
             if options:
                 raise TypeError(f"{next(iter(options))}: got it beside a function; allowed: with the name of a pattern")
-            self.make = pattern
+            self.function = pattern
         elif not isinstance(pattern, str):
             raise TypeError(
                 f"pattern: got {type(pattern).__name__}; allowed: the name of a pattern, a PatternConfig, or a "
@@ -156,23 +160,30 @@ class _Choice:
         elif pattern not in ("dense", "causal") or options:
             if pattern == "causal":
                 raise TypeError(f"{next(iter(options))}: got it with the pattern causal; allowed: none of its options")
-            name: str = pattern
             total = options.pop("seqlen_total", None)
-            if total is not None:
-                total = check_int("seqlen_total", total, 1)
+            self.total = None if total is None else check_int("seqlen_total", total, 1)
             options.setdefault("budget", "proportional" if total is None else "even")
-
-            def make(seqlen: int, causal: bool) -> BlockPattern:
-                rows: Any = {"q_offset": 0, "seqlen_total": max(total, seqlen)} if total and causal else {}
-                return patterns.cache.get(name, seqlen, seqlen, block=self.block, causal=causal, **options, **rows)
-
-            self.make = make
-            make(256, True)  # wrong options are told now
+            self.named = patterns.Named(pattern, block=self.block, **options)
+            self.pattern_for(Request(256, 256, True))  # wrong options are told now
         else:
             patterns.dense(256, block=self.block)
 
+    def pattern_for(self, request: Request) -> BlockPattern:
+        """The pattern of a whole sequence."""
+        if self.named is not None:
+            if self.total and request.causal:
+                request = request._replace(q_offset=0, seqlen_total=max(self.total, request.seqlen_q))
+            return self.named.pattern_for(request)
+        assert self.function is not None
+        made: Any = self.function(request.seqlen_q, request.causal)
+        if not isinstance(made, BlockPattern):
+            raise TypeError(f"pattern: got {type(made).__name__} from the function; allowed: tessera.BlockPattern")
+        if made.shape != request[:2]:
+            raise ValueError(f"pattern: got lengths {made.shape} from the function; allowed: {request[:2]}")
+        return made
+
     def sparse(self, module: nn.Module) -> bool:
-        if self.make is None:
+        if self.named is None and self.function is None:
             return False
         if not self.dense_layers:
             return True
@@ -265,7 +276,6 @@ class AttentionPlan(BlockMask):
         return patterns.cache.get("dense", self.q_length, self.keys, block=choice.block, causal=aligned)
 
     def _sparse(self, choice: _Choice, causal: bool) -> BlockPattern:
-        assert choice.make is not None
         start, end = self.q_offset, self.keys
         if self.kv_offset or start + self.q_length != end:
             raise ValueError(
@@ -273,23 +283,15 @@ class AttentionPlan(BlockMask):
                 f"{self.kv_offset + end}; allowed with a sparse pattern: queries that are the last of the keys"
             )
         if start == 0:
-            made = self._check(choice.make(end, causal), end)
+            made = choice.pattern_for(Request(end, end, causal))
             return made if self.mask_function is None else made & self.pairs(made.block)
         # Rows of the pattern over all positions; the last one may not be full yet.
         block_q = choice.block[0] if isinstance(choice.block, (tuple, list)) else choice.block
         if self.mask_function is not None:
             raise ValueError("mask: got neither causal nor a window, with a cache; allowed: a dense pattern")
         rounded = -(-end // block_q) * block_q
-        rows = self._check(choice.make(rounded, causal), rounded).for_queries(start, end)
+        rows = choice.pattern_for(Request(rounded, rounded, causal)).for_queries(start, end)
         return rows if rows.seqlen_k == end else rows.with_keys(end)
-
-    @staticmethod
-    def _check(made: Any, seqlen: int) -> BlockPattern:
-        if not isinstance(made, BlockPattern):
-            raise TypeError(f"pattern: got {type(made).__name__} from the function; allowed: tessera.BlockPattern")
-        if made.shape != (seqlen, seqlen):
-            raise ValueError(f"pattern: got lengths {made.shape} from the function; allowed: {(seqlen, seqlen)}")
-        return made
 
 
 # A mask that is no formula, without a sparse pattern that says a size; as big as the default of patterns.
@@ -391,44 +393,12 @@ def _captured(function: Any, name: str) -> Any:
 def _ask(plan: AttentionPlan, block: tuple[int, int]) -> BlockPattern:
     mask_function = plan.mask_function
     assert mask_function is not None
-    size, words = block[0], -(-block[1] // 64)
-    rows = -(-plan.q_length // size)
-    parts = []
-    for row in range(rows):
-        first, count = plan.q_offset + row * size, min(size, plan.q_length - row * size)
 
-        def pair(b: Tensor, h: Tensor, q: Tensor, k: Tensor, first: int = first) -> Tensor:
-            return mask_function(b, h, q + first, k + plan.kv_offset)
+    def pair(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask_function(b, h, q + plan.q_offset, k + plan.kv_offset)
 
-        pairs = create_mask(pair, plan.batch_size, 1, count, plan.kv_length, device=plan.device)
-        parts.append(BlockPattern.from_token_mask(pairs, block=block))
-    # Rows lie one below the other: the entries of each batch, row after row.
-    indptr = torch.zeros(plan.batch_size, rows, dtype=torch.int64)
-    indices, index, bitmaps = [], [], []
-    for row, p in enumerate(parts):
-        indptr[:, row] = p.indptr.diff()
-    for b in range(plan.batch_size):
-        for p in parts:
-            indices.append(p.indices[p.indptr[b] : p.indptr[b + 1]])
-    for p in parts:
-        bitmaps.append(torch.zeros(0, size, words, dtype=torch.int64) if p.bitmaps is None else p.bitmaps)
-    starts = torch.tensor([0, *(t.shape[0] for t in bitmaps)]).cumsum(0)
-    for b in range(plan.batch_size):
-        for row, p in enumerate(parts):
-            mine = slice(int(p.indptr[b]), int(p.indptr[b + 1]))
-            full = torch.full((mine.stop - mine.start,), -1)
-            own = full if p.bitmap_index is None else p.bitmap_index[mine].long()
-            index.append(torch.where(own >= 0, own + starts[row], own))
-    none = torch.zeros(0, dtype=torch.int64)
-    return BlockPattern(
-        torch.cat([torch.zeros(1, dtype=torch.int64), indptr.flatten().cumsum(0)]),
-        torch.cat(indices).int() if indices else none.int(),
-        seqlen_q=plan.q_length,
-        seqlen_k=plan.kv_length,
-        block=block,
-        batches=plan.batch_size,
-        bitmap_index=torch.cat(index).int() if index else none.int(),
-        bitmaps=torch.cat(bitmaps) if bitmaps else torch.zeros(0, size, words, dtype=torch.int64),
+    return pattern_of_pairs(
+        pair, batches=plan.batch_size, seqlen_q=plan.q_length, seqlen_k=plan.kv_length, block=block, device=plan.device
     )
 
 
