@@ -17,15 +17,18 @@ decoding. Padding on the left counts as positions.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import logging
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask
+import torch.utils._pytree as pytree
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +50,7 @@ def register(
     density: float | None = None,
     block: int | tuple[int, int] | None = None,
     dense_layers: Collection[int] = (),
+    layers: Mapping[int, str | Any | Callable[..., BlockPattern]] | None = None,
     **options: Any,
 ) -> None:
     """Makes ``attn_implementation=name`` mean Tessera, in all models; attention and its masks. May be called again,
@@ -54,28 +58,38 @@ def register(
 
     Args:
         pattern: the name of a pattern of :mod:`tessera.patterns`; a ``PatternConfig``; or a function
-            ``(seqlen, causal) -> BlockPattern`` of ``(seqlen, seqlen)``, called once a forward pass. While a cache
-            grows, causal lengths are rounded up to whole blocks.
+            ``(seqlen, causal) -> BlockPattern`` of ``(seqlen, seqlen)``, called once a forward pass, or
+            ``(seqlen, causal, layer_idx)``, called once for each layer of it. While a cache grows, causal lengths are
+            rounded up to whole blocks.
         density, options: of the named pattern. A density is shared out in proportion to each row (``budget``): then a
             token sees the same blocks in prefill, in its chunks and in decoding, whatever the length; with
             ``seqlen_total``, the length that the model is used at, evenly: the same number of blocks for every token.
         block: of the named pattern (default 128); with a function, that of its patterns.
         dense_layers: ``layer_idx`` of layers that stay dense.
+        layers: patterns of single layers in place of ``pattern``, by ``layer_idx``: a name (with the options here;
+            "dense" with none), a ``PatternConfig`` or a function.
+
+    With a sparse pattern, a line of the logger ``tessera`` says after the first pass of a model which layers became
+    sparse and why others did not.
 
     Raises:
-        ImportError: transformers is missing or older than 5. ValueError, TypeError: the pattern cannot be made. Later,
-        ValueError: a model is made with this name that would not call it.
+        ImportError: transformers is missing or older than 5. ValueError, TypeError: the pattern cannot be made; the
+        name is somebody else's ("sdpa", "eager", ...). Later, ValueError: a model is made with this name that would not
+        call it, or not as it has to be called.
     """
     import transformers
 
     check_version("transformers", transformers.__version__)
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"name: got {name!r}; allowed: what attn_implementation shall say, a str")
-    choice = _Choice(pattern, density, block, dense_layers, options)
+    _check_name(name)
+    choice = _Choice(pattern, density, block, dense_layers, dict(options))
+    choice.name = name
+    choice.set_layers(layers, density, block, options)
 
     @torch.compiler.disable(reason="tessera: patterns and masks of a model follow values; called between graphs")
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        return _attend(choice, module, query, key, value, mask, **kwargs)
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        return _attend(choice, module, query, key, value, attention_mask, **kwargs)
 
     transformers.AttentionInterface.register(name, attention)
     transformers.AttentionMaskInterface.register(name, _make_mask_eagerly)
@@ -83,7 +97,33 @@ def register(
     _refuse_models_that_would_not_call()
 
 
+def unregister(name: str = "tessera") -> None:
+    """Takes a name back. ValueError: it is not one that :func:`register` gave. A model that still says it raises when
+    it is called."""
+    import transformers
+
+    if name not in _names:
+        raise ValueError(f"name: got {name!r}; allowed: {', '.join(map(repr, sorted(_names))) or 'none is registered'}")
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        interface._global_mapping.pop(name, None)
+    _names.discard(name)
+
+
 _names: set[str] = set()
+# Configurations of models that look into their masks: these get real ones.
+_look_into_masks: set[type] = set()
+
+
+def _check_name(name: Any) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r}; allowed: what attn_implementation shall say, a str")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):  # "/", "|", "@" and ":" mean kernels of a hub
+        raise ValueError(f"name: got {name!r}; allowed: letters, digits, '_', '.' and '-'")
+    taken = {"eager", *AttentionInterface._global_mapping, *AttentionMaskInterface._global_mapping} - _names
+    if name in taken:
+        raise ValueError(f"name: got {name!r}, which transformers or another package has; allowed: one that is free")
 
 
 def _refuse_models_that_would_not_call() -> None:
@@ -97,32 +137,58 @@ def _refuse_models_that_would_not_call() -> None:
 
     @functools.wraps(ask)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> Any:
-        if requested_attention in _names and not _looks_up(type(self)):
-            raise ValueError(
-                f"attn_implementation: got {requested_attention!r} for {type(self).__name__}, whose attention does not "
-                'go through AttentionInterface; allowed: "eager", or for parts of a model that take it a dict such as '
-                f"{{'text_config': {requested_attention!r}}}"
-            )
+        if requested_attention in _names:
+            if why := _would_not_call(type(self)):
+                raise ValueError(
+                    f"attn_implementation: got {requested_attention!r} for {type(self).__name__}, {why}; allowed: "
+                    '"eager", or for parts of a model that take it a dict such as '
+                    f"{{'text_config': {requested_attention!r}}}"
+                )
+            if any(_LOOKS_INTO_MASKS.search(source) for source in _sources(type(self))):
+                _look_into_masks.add(type(self.config))
         return ask(self, requested_attention, *args, **kwargs)
 
     PreTrainedModel.get_correct_attn_implementation = checked
 
 
-def _looks_up(model: type) -> bool:
-    """Whether the file of a model, or of a model that it is derived from, looks attention up, if it has attention of
-    its own. One that cannot be read counts as if it did."""
+# A model that asks for a BlockMask, to leave its own masking out where it is one.
+_LOOKS_INTO_MASKS = re.compile(r"isinstance\(\w*mask\w*, \(?[\w., ]*BlockMask")
+# A class for each implementation, looked up in a table of the model's own.
+_OWN_TABLE = re.compile(r"_CLASSES\[\s*(?:self\.)?(?:config\._)?attn_implementation\b")
+
+
+def _sources(model: type) -> list[str]:
+    """The files of a model and of the models that it is derived from."""
     from transformers import PreTrainedModel
 
-    own = False
+    found = []
     for ancestor in model.__mro__[: model.__mro__.index(PreTrainedModel)]:
         try:
-            source = inspect.getsource(sys.modules[ancestor.__module__])
+            found.append(inspect.getsource(sys.modules[ancestor.__module__]))
         except (KeyError, OSError, TypeError):
-            return True
+            found.append("AttentionInterface")  # cannot be read: counts as if it looked attention up
+    return found
+
+
+def _would_not_call(model: type) -> str | None:
+    """Why a model would not call what is registered, or not as it would have to; None: it does."""
+    from transformers import PreTrainedModel
+
+    for ancestor in model.__mro__[: model.__mro__.index(PreTrainedModel)]:
+        if "_supports_attention_backend" in vars(ancestor):
+            if vars(ancestor)["_supports_attention_backend"] is False:
+                return "which says that it takes no registered attention (_supports_attention_backend is False)"
+            break
+    if not any(getattr(model, f"_supports_{name}", True) for name in ("sdpa", "flash_attn", "flex_attn")):
+        return "which says that it takes no attention but its own"
+    own = False
+    for source in _sources(model):
+        if _OWN_TABLE.search(source):
+            return "which has a table of its own for attention"
         if "ALL_ATTENTION_FUNCTIONS" in source or "AttentionInterface" in source:
-            return True
+            return None
         own = own or re.search(r"^class \w*Attention\w*\(nn\.Module\):", source, re.MULTILINE) is not None
-    return not own
+    return "whose attention does not go through AttentionInterface" if own else None
 
 
 class _Choice:
@@ -136,6 +202,10 @@ class _Choice:
         self.function: Callable[[int, bool], BlockPattern] | None = None
         self.named: patterns.Named | None = None
         self.total: int | None = None
+        self.name = ""
+        self.layers: dict[int, _Choice] = {}  # of layers that have one of their own
+        self.by_layer = False  # `function` takes layer_idx as well
+        self.noted: dict[tuple[int, int | None], str] | None = {}
         for option in ("seqlen_q", "seqlen_k", "causal", "cached"):
             if option in options:
                 raise TypeError(f"{option}: got {options[option]!r}; allowed: nothing, each call decides it")
@@ -150,6 +220,7 @@ class _Choice:
             if options:
                 raise TypeError(f"{next(iter(options))}: got it beside a function; allowed: with the name of a pattern")
             self.function = pattern
+            self.by_layer = _takes_layer(pattern)
         elif not isinstance(pattern, str):
             raise TypeError(
                 f"pattern: got {type(pattern).__name__}; allowed: the name of a pattern, a PatternConfig, or a "
@@ -182,6 +253,37 @@ class _Choice:
             raise ValueError(f"pattern: got lengths {made.shape} from the function; allowed: {request[:2]}")
         return made
 
+    def set_layers(self, layers: Any, density: float | None, block: Any, options: dict) -> None:
+        if layers is None:
+            return
+        if not isinstance(layers, Mapping):
+            raise TypeError(f"layers: got {type(layers).__name__}; allowed: a dict from layer_idx to patterns")
+        for index, pattern in layers.items():
+            index = check_int("layers", index, 0)
+            named = isinstance(pattern, str) and pattern not in ("dense", "causal")
+            try:
+                sized = block if isinstance(pattern, str) or callable(pattern) else None  # a config has its own
+                of_name = (density, options) if named else (None, {})
+                self.layers[index] = _Choice(pattern, of_name[0], sized, (), dict(of_name[1]))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layers[{index}]: {error}") from None
+
+    def of(self, module: nn.Module) -> _Choice:
+        """That of the layer."""
+        index = getattr(module, "layer_idx", None)
+        if self.by_layer or self.layers:
+            if index is None:
+                name = "layers" if self.layers else "pattern"
+                raise ValueError(
+                    f"{name}: got {type(module).__name__}, which has no layer_idx; allowed: one for all layers"
+                )
+            if index not in self.layers and self.by_layer:
+                own = self.layers[index] = copy.copy(self)
+                function: Any = self.function
+                own.function = lambda seqlen, causal: function(seqlen, causal, index)
+                own.by_layer, own.layers = False, {}
+        return self.layers.get(index, self) if index is not None else self
+
     def sparse(self, module: nn.Module) -> bool:
         if self.named is None and self.function is None:
             return False
@@ -192,15 +294,44 @@ class _Choice:
             raise ValueError(f"dense_layers: got {type(module).__name__}, which has no layer_idx; allowed: ()")
         return index not in self.dense_layers
 
+    def note(self, module: nn.Module, sparse: bool, local: bool) -> None:
+        """Says once, when a layer comes for the second time, what each layer became."""
+        if self.noted is None or self.named is None and self.function is None and not self.layers:
+            return
+        index = getattr(module, "layer_idx", None)
+        if (id(module), index) not in self.noted:
+            why = "sparse" if sparse else "a window of its own" if local else "dense, as registered"
+            self.noted[id(module), index] = why
+            return
+        found: dict[str, list[str]] = {}
+        for (_, at), why in self.noted.items():
+            found.setdefault(why, []).append("?" if at is None else str(at))
+        self.noted = None
+        parts = [f"{why}: layer{'s' * (len(layers) > 1)} {', '.join(layers)}" for why, layers in found.items()]
+        of = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+        logging.getLogger("tessera").warning("%s in %s: %s", self.name, of, "; ".join(parts))
+
+
+def _takes_layer(function: Callable) -> bool:
+    try:
+        given = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in given) == 3
+
 
 class AttentionPlan(BlockMask):
     """What the mask of a forward pass says, in place of a mask of ``q_length x kv_length``. One object serves all
     layers, and keeps what it made for them.
 
-    It is a ``BlockMask`` in name only: transformers hands objects of that type through untouched.
+    It is a ``BlockMask`` in name only: transformers hands objects of that type through untouched. A model that computes
+    with it meets a tensor: the additive mask of that size, made when it is first asked for.
     """
 
-    def __init__(self, batch_size: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int) -> None:
+    def __init__(
+        self, batch_size: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int, dtype: Any = torch.float32
+    ) -> None:
+        self.dtype: torch.dtype = dtype
         self.batch_size, self.q_length = batch_size, q_length
         self.kv_length = kv_length  # keys that the cache hands over, of which those past the queries are cut off
         self.q_offset, self.kv_offset = q_offset, kv_offset  # positions of the first query and key
@@ -213,6 +344,7 @@ class AttentionPlan(BlockMask):
         self.key_lengths: Tensor | None = None
         self.key_bias: Tensor | None = None  # fp32 [B, 1, 1, kv_length]: 0, or -inf for padding
         self._made: dict[Any, BlockPattern] = {}
+        self._tensor: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,6 +366,44 @@ class AttentionPlan(BlockMask):
     def contiguous(self) -> AttentionPlan:
         """What generate() asks masks of compilable caches for."""
         return self
+
+    def tensor(self) -> Tensor:
+        """The additive mask ``[B, 1, q_length, kv_length]`` in ``dtype``: 0, or the least number where a pair is not
+        admitted; as models that look into their masks expect it."""
+        if self._tensor is None:
+            q = torch.arange(self.q_length)[:, None] + self.q_offset
+            k = torch.arange(self.kv_length)[None] + self.kv_offset
+            if self.mask_function is not None:
+                kept = create_mask(
+                    lambda b, h, i, j: self.mask_function(b, h, i + self.q_offset, j + self.kv_offset),
+                    self.batch_size, 1, self.q_length, self.kv_length, device=self.device,
+                )  # fmt: skip
+            else:
+                kept = k <= q if self.causal else torch.ones(q.shape[0], k.shape[1], dtype=torch.bool)
+                left, right = self.window
+                kept = kept if left is None else kept & (k >= q - left)
+                kept = kept if right is None else kept & (k <= q + right)
+                kept = kept.expand(self.batch_size, 1, -1, -1)
+            if self.key_lengths is not None:
+                kept = kept & (torch.arange(self.kv_length) < self.key_lengths[:, None])[:, None, None, :]
+            if self.key_bias is not None:
+                kept = kept & (self.key_bias == 0)
+            least = torch.finfo(self.dtype).min
+            self._tensor = torch.zeros(kept.shape, dtype=self.dtype, device=kept.device).masked_fill_(~kept, least)
+        return self._tensor
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, cls.tensor, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"AttentionPlan has no attribute {name!r}")
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensor()[index]
 
     def set_padding(self, kept: Tensor) -> None:
         """kept: bool ``[B, kv_length]``."""
@@ -294,6 +464,19 @@ class AttentionPlan(BlockMask):
         return rows if rows.seqlen_k == end else rows.with_keys(end)
 
 
+def _operator(name: str) -> Any:
+    return lambda self, *others: getattr(self.tensor(), name)(
+        *pytree.tree_map_only(AttentionPlan, lambda p: p.tensor(), others)
+    )
+
+
+for (
+    _name
+) in "add radd sub rsub mul rmul truediv rtruediv and rand or ror xor rxor invert neg eq ne lt le gt ge len".split():
+    setattr(AttentionPlan, f"__{_name}__", _operator(f"__{_name}__"))
+setattr(AttentionPlan, "__hash__", object.__hash__)  # noqa: B010  (== makes tensors)
+
+
 # A mask that is no formula, without a sparse pattern that says a size; as big as the default of patterns.
 _MASK_BLOCK = (128, 128)
 
@@ -309,8 +492,10 @@ def make_mask(
     local_size: int | None = None,
     device: torch.device | str = "cpu",
     cache_position: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    config: Any = None,
     **kwargs: Any,
-) -> AttentionPlan:
+) -> AttentionPlan | Tensor:
     """What transformers calls to make a mask (``AttentionMaskInterface``). Causal and window masks become numbers,
     padding key lengths or a bias of one row; any other mask_function is asked row of blocks by row of blocks, and kept
     as bitmaps of partial blocks. Nothing of q_length x kv_length is made. The first versions of transformers 5 say
@@ -320,7 +505,7 @@ def make_mask(
     mask_function = masking_utils.causal_mask_function if mask_function is None else mask_function
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
-    plan = AttentionPlan(batch_size, q_length, kv_length, int(q_offset), int(kv_offset))
+    plan = AttentionPlan(batch_size, q_length, kv_length, int(q_offset), int(kv_offset), dtype)
     plan.local = local_size is not None
     try:
         known = _read(_without_packing(mask_function))
@@ -334,7 +519,7 @@ def make_mask(
     if attention_mask is not None:  # as long as what was seen so far: keys beyond it are padding
         kept = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         plan.set_padding(F.pad(kept, (0, kv_length - kept.shape[1])))
-    return plan
+    return plan.tensor() if type(config) in _look_into_masks else plan
 
 
 def _read(mask_function: Callable) -> tuple[bool, Window] | None:
@@ -402,6 +587,16 @@ def _ask(plan: AttentionPlan, block: tuple[int, int]) -> BlockPattern:
     )
 
 
+# What models hand to attention beside what it computes with: known to change nothing, here as with sdpa. (Where packed
+# sequences are said by cu_seq_lens, the mask says them too, or the model cuts them apart.)
+_HARMLESS = {
+    "output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q",
+    "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "seq_idx", "use_cache", "cache_position",
+    "deterministic", "return_dict", "logits_to_keep", "decoder_input_ids", "labels", "token_type_ids",
+    "mm_token_type_ids",
+}  # fmt: skip
+
+
 def _attend(
     choice: _Choice,
     module: nn.Module,
@@ -422,15 +617,21 @@ def _attend(
     ``[B, Sq, H, Dv]``."""
     if kwargs.get("output_attentions"):
         raise ValueError('output_attentions: got True; allowed: False (weights need attn_implementation="eager")')
-    for name in ("cache", "head_mask"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: got {type(kwargs[name]).__name__}; allowed: None with this attention")
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in _HARMLESS:
+            raise ValueError(
+                f"{name}: got {type(given).__name__} from {type(module).__name__}; allowed: None with this attention, "
+                "which would leave it out"
+            )
+    query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
     plan, bias = _plan_of(mask, module, query, key, is_causal, sliding_window)
     if position_bias is not None:
         if position_bias.shape[-1] > plan.keys:
             position_bias = position_bias[..., : plan.keys]
         bias = position_bias if bias is None else bias + position_bias
-    pattern = plan.pattern(choice, module)
+    own = choice.of(module)
+    pattern = plan.pattern(own, module)
+    choice.note(module, own.sparse(module) and not plan.local, plan.local)
     if plan.keys != key.shape[2]:
         key, value = key[:, :, : plan.keys], value[:, :, : plan.keys]
     out = block_sparse_attention(
@@ -456,6 +657,10 @@ def _plan_of(
     mask: Any, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None, sliding_window: int | None
 ) -> tuple[AttentionPlan, Tensor | None]:
     """The plan of a call and its additive bias, also where a model or caller brings a mask of its own, or none."""
+    if isinstance(mask, AttentionPlan) and (
+        mask.kv_length == 1 != key.shape[2] or mask.q_length == 1 != query.shape[2]
+    ):
+        mask = mask.tensor()  # of one query or key, for all of them: cross-attention, generation by an encoder
     if isinstance(mask, AttentionPlan):
         if mask.q_length != query.shape[2] or mask.kv_length != key.shape[2]:
             raise ValueError(
@@ -474,9 +679,13 @@ def _plan_of(
         if not plan.causal:
             plan.q_offset = 0
         return plan, None
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
+    if not isinstance(mask, Tensor) or not 1 <= mask.dim() <= 4:
         what = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: got {what}; allowed: [B, H, Sq, Sk], or what transformers made for tessera")
+        raise ValueError(
+            f"attention_mask: got {what}; allowed: a tensor that broadcasts to [B, H, Sq, Sk], or what transformers "
+            "made for tessera"
+        )
+    mask = mask[(None,) * (4 - mask.dim())]
     # A mask of the caller's says everything, causality included.
     plan.causal, plan.opaque = False, True
     mask = mask[..., : key.shape[2]]
