@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import os
 from collections.abc import Iterable, Sequence
@@ -77,6 +78,12 @@ def check_int(name: str, value: Any, minimum: int | None = None) -> int:
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: got {value}; allowed: {minimum} or more")
     return value
+
+
+def suggestion(value: Any, known: Iterable[str]) -> str:
+    """What an error adds where a name is nearly one that is known."""
+    near = difflib.get_close_matches(value, list(known), 1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -616,3 +623,7 @@ pytree.register_pytree_node(
         p.op_args[4],
     ),
 )
+
+
+# What torch.load(weights_only=True) may make: only values, checked as they come.
+torch.serialization.add_safe_globals([BlockPattern, _unpickle])

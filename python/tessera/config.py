@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
+
 from . import patterns
-from ._pattern import BlockPattern, check_int
+from ._pattern import BlockPattern, check_int, suggestion
 from .patterns import Request, Spec
 
 # What each kind of pattern takes beside lengths, block size, heads and causality (include/tessera/patterns.h).
@@ -179,7 +181,7 @@ class PatternConfig:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pattern_type":
             if value not in _OPTIONS:
-                reject(name, value, ", ".join(_OPTIONS))
+                reject(name, value, ", ".join(_OPTIONS) + suggestion(value, _OPTIONS))
         elif name == "sparsity_ratio":
             value = check_density(value, name)
             _warn_above_half(value)
@@ -201,7 +203,10 @@ class PatternConfig:
         elif name == "enable_caching":
             value = bool(value)
         elif name not in ("density", "sparsity"):
-            raise AttributeError(f"PatternConfig has no field {name!r}; it has {', '.join(self.field_names())}")
+            raise AttributeError(
+                f"PatternConfig has no field {name!r}; it has {', '.join(self.field_names())}"
+                + suggestion(name, self.field_names())
+            )
         before = dict(self.__dict__)
         object.__setattr__(self, name, value)
         if "max_sparsity" in self.__dict__ and "sparsity_ratio" in self.__dict__:
@@ -341,7 +346,9 @@ class PatternConfig:
         known = {*cls.field_names(), "density", "sparsity"}
         for name in merged:
             if name not in known:
-                reject("sparse_config", name, f"the fields {', '.join(sorted(known))}", TypeError)
+                reject(
+                    "sparse_config", name, f"the fields {', '.join(sorted(known))}{suggestion(name, known)}", TypeError
+                )
         return cls(**merged)
 
 
@@ -351,3 +358,6 @@ def _silently_set_ratio(config: PatternConfig, ratio: float) -> None:
 
 # density and sparsity are properties: __setattr__ above hands them on to object.__setattr__, which calls the setters.
 SparsePatternConfig = PatternConfig
+
+# What torch.load(weights_only=True) may make.
+torch.serialization.add_safe_globals([PatternConfig])

@@ -282,7 +282,17 @@ def block_sparse_attention(
     if swap := layout != "bshd" and _check_layout(layout):
         q, k, v = _to_bshd("q", q), _to_bshd("k", k), _to_bshd("v", v)
     op = _forward if _compiling() or _wants_grad(q, k, v, options) else _infer
-    out, lse = op(q, k, v, *pattern.op_args, **options)
+    try:
+        out, lse = op(q, k, v, *pattern.op_args, **options)
+    except ValueError as error:
+        if (
+            not (q.is_nested or k.is_nested)
+            and q.dim() == k.dim() == 4
+            and pattern.shape == (q.shape[2], k.shape[2]) != (q.shape[1], k.shape[1])
+        ):
+            other = "bshd" if swap else "bhsd"
+            raise ValueError(f'{error}; q looks like the other layout: layout="{other}"?') from None
+        raise
     if swap:
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out

@@ -28,7 +28,7 @@ from torch.library import get_ctx, impl, register_fake
 import torch
 from torch import Tensor
 
-from ._pattern import BlockPattern, check_block, check_bool, check_int, field_kinds
+from ._pattern import BlockPattern, check_block, check_bool, check_int, field_kinds, suggestion
 
 _t = torch.ops.tessera
 NAMES = (
@@ -125,7 +125,7 @@ def spec(
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}; allowed: one of {', '.join(NAMES)}")
     if name not in NAMES:
-        raise ValueError(f"name: got {name!r}; allowed: {', '.join(NAMES)}")
+        raise ValueError(f"name: got {name!r}; allowed: {', '.join(NAMES)}{suggestion(name, NAMES)}")
     if unknown := options.keys() - _OPTIONS.keys():
         raise TypeError(f"{min(unknown)}: got an option that no pattern has; allowed: those of {name}")
     seqlen_q = check_int("seqlen_q", seqlen_q)
@@ -464,3 +464,7 @@ def _named_pattern_fake(*arguments: Any) -> tuple[Any, ...]:
     return empty(rows + 1), empty(entries), empty(0), bitmaps, [
         seqlen_q, seqlen_k, block_q, block_k, heads, 1, flags | (0 if at is None else 2), at or 0, skip
     ]  # fmt: skip
+
+
+# What torch.load(weights_only=True) may make: what configurations hold.
+torch.serialization.add_safe_globals([Spec, Named])

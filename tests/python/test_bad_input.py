@@ -248,3 +248,24 @@ def test_integers_are_checked_in_their_own_width():
     for number in (2**32, -(2**32), 2**62):
         with pytest.raises(ValueError, match=f"indices: got {number}"):
             tessera.BlockPattern(torch.tensor([0, 1]), torch.tensor([number]), seqlen_q=16, seqlen_k=16, block=16)
+
+
+def test_errors_suggest():
+    q = torch.randn(1, 512, 4, 16)
+    pattern = patterns.causal(512)
+    with pytest.raises(ValueError, match='512 x 512.*; q looks like the other layout: layout="bhsd"\\?'):
+        tessera.block_sparse_attention(*[q.transpose(1, 2)] * 3, pattern)
+    with pytest.raises(ValueError, match='; q looks like the other layout: layout="bshd"\\?'):
+        tessera.block_sparse_attention(q, q, q, pattern, layout="bhsd")
+    with pytest.raises(ValueError, match="512 x 512.*allowed: Sq x Sk = 511 x 511$"):
+        tessera.block_sparse_attention(*[q[:, :511]] * 3, pattern)
+    for call in (lambda: patterns.make("local_windw", 64), lambda: tessera.PatternConfig("local_windw"),
+                 lambda: tessera.BlockSparseAttention("local_windw")):  # fmt: skip
+        with pytest.raises(ValueError, match="got 'local_windw'; allowed: .*; did you mean 'local_window'"):
+            call()
+    with pytest.raises(TypeError, match="did you mean 'block_size'"):
+        tessera.MultiheadAttention(32, 2, pattern={"pattern_type": "strided", "blok_size": 16})
+    with pytest.raises(AttributeError, match="did you mean 'stride'"):
+        tessera.PatternConfig("strided").strde = 3
+    with pytest.raises(ValueError, match="hierarchical$"):
+        patterns.make("xyzzy", 64)

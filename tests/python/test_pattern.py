@@ -203,3 +203,13 @@ def test_mistakes_name_the_argument(make, error, words):
 def test_a_million_tokens_take_milliseconds():
     p = tessera.patterns.dilated_sparse(1 << 20, block=128, density=0.005, causal=True)
     assert p.rows == 8192 and p.num_blocks == pytest.approx(0.005 * 8192 * 8193 / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_torch_load(tmp_path, weights_only):
+    masked = BlockPattern.from_token_mask(torch.rand(2, 40, 40) < 0.5, block=16).with_causality()
+    config = tessera.PatternConfig("strided", density=0.3)
+    torch.save({"a": patterns.bigbird(256, density=0.3, causal=True), "b": masked, "c": config}, tmp_path / "x.pt")
+    loaded = torch.load(tmp_path / "x.pt", weights_only=weights_only)
+    assert loaded["a"] == patterns.bigbird(256, density=0.3, causal=True) and loaded["b"] == masked
+    assert loaded["c"] == config

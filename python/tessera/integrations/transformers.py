@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import patterns
-from .._pattern import BlockPattern, check_int
+from .._pattern import BlockPattern, check_int, suggestion
 from ..functional import block_sparse_attention
 from ..interop.flex import pattern_of_pairs
 from ..patterns import Request
@@ -227,7 +227,8 @@ class _Choice:
                 "function (seqlen, causal) -> BlockPattern"
             )
         elif pattern not in patterns.NAMES:
-            raise ValueError(f"pattern: got {pattern!r}; allowed: {', '.join(patterns.NAMES)}")
+            near = suggestion(pattern, patterns.NAMES)
+            raise ValueError(f"pattern: got {pattern!r}; allowed: {', '.join(patterns.NAMES)}{near}")
         elif pattern not in ("dense", "causal") or options:
             if pattern == "causal":
                 raise TypeError(f"{next(iter(options))}: got it with the pattern causal; allowed: none of its options")
