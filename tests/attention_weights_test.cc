@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "attention_inputs.h"
-#include "call/scores.h"
+#include "call/rows.h"
 #include "check/cases.h"
 
 namespace tessera {

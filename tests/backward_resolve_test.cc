@@ -372,8 +372,8 @@ TEST(ResolveBackwardVarlen, EachSequenceHasItsRows) {
   EXPECT_EQ(p[1].forward.seqlen_q, 3);
   const auto at = [](const Numbers& n, int64_t i) { return const_cast<char*>(n.memory.data()) + i * 4; };
   EXPECT_EQ(p[1].dout.data, at(c.dout, 2 * 2 * 3));
-  EXPECT_EQ(p[1].dlse, at(c.dlse, 2));
-  EXPECT_EQ(p[1].forward.lse, at(c.lse, 2));
+  EXPECT_EQ(p[1].dlse.data, at(c.dlse, 2));
+  EXPECT_EQ(p[1].forward.lse.data, at(c.lse, 2));
   EXPECT_EQ(p[1].dq.data, at(c.dq, 2 * 2 * 4));
   EXPECT_EQ(p[1].dk.data, at(c.dk, 4 * 4));
   EXPECT_EQ(p[1].dv.data, at(c.dv, 4 * 3));

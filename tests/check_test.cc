@@ -80,7 +80,7 @@ TEST(Cases, ToleranceSeesSmallMistakes) {
     std::vector<double> out(n);
     p.out = {reinterpret_cast<char*>(out.data()), n, 32, 32};
     p.out_dtype = DType::f64;
-    p.lse = nullptr;
+    p.lse.data = nullptr;
     reference_attention(p, executor, out_bound);
     return out;
   };

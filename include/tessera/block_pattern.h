@@ -68,6 +68,7 @@ struct BlockPatternView {
   int64_t col_id(int64_t b, int64_t h, int64_t j) const {
     return ((shape.batches == 1 ? 0 : b) * shape.heads + (shape.heads == 1 ? 0 : h)) * shape.cols() + j;
   }
+  int64_t key_begin(int64_t entry) const { return int64_t{indices[entry]} * shape.block_k; }  // of its block
   // Bitmap of an entry, [block_q, bitmap_words], or nullptr when the block is full.
   const uint64_t* bitmap(int64_t entry) const {
     if (bitmap_index == nullptr || bitmap_index[entry] < 0) return nullptr;

@@ -6,6 +6,9 @@
 #include <limits>
 
 #include "analysis/tile.h"
+#include "call/pair_mask.h"
+#include "call/rows.h"
+#include "call/scores.h"
 #include "core/work.h"
 #include "tessera/error.h"
 
@@ -29,40 +32,6 @@ ForwardArgs forward_args(const AnalysisInput& input, const BlockPattern& pattern
   args.pattern = pattern;
   args.options = input.options;
   return args;
-}
-
-// n elements of a contiguous row of any floating dtype, as float.
-void load_row(const char* data, DType dtype, int64_t n, float* to, int64_t to_stride) {
-  switch (dtype) {
-    case DType::f32:
-      for (int64_t d = 0; d < n; ++d) to[d * to_stride] = reinterpret_cast<const float*>(data)[d];
-      return;
-    case DType::bf16:
-      for (int64_t d = 0; d < n; ++d) to[d * to_stride] = to_float(reinterpret_cast<const bfloat16*>(data)[d]);
-      return;
-    case DType::f16:
-      for (int64_t d = 0; d < n; ++d) to[d * to_stride] = to_float(reinterpret_cast<const float16*>(data)[d]);
-      return;
-    default:
-      for (int64_t d = 0; d < n; ++d) to[d * to_stride] = static_cast<float>(load_as_double(data, dtype, d));
-  }
-}
-
-bool adjusts_scores(const Problem& p) { return p.softcap > 0 || p.alibi != nullptr || p.attn_bias != nullptr; }
-
-// The biases of a score, in the order that attention.h gives: softcap, then what is added.
-double adjusted(const Problem& p, const MaskGeometry& mask, int64_t b, int64_t h, int64_t q, int64_t k, double score) {
-  if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
-  if (p.alibi != nullptr) {
-    const double slope = p.alibi[b * p.alibi_batch + h * p.alibi_head];
-    score -= slope * static_cast<double>(std::abs(q - k + mask.diagonal));
-  }
-  if (p.attn_bias != nullptr) {
-    const int64_t* stride = p.attn_bias_stride;
-    const int64_t index = b * stride[0] + h * stride[1] + q * stride[2] + k * stride[3];
-    score += load_as_double(p.attn_bias, p.attn_bias_dtype, index);
-  }
-  return score;
 }
 
 // Everything one thread needs, allocated before the threads start, as workers must not throw.
@@ -127,7 +96,7 @@ class RowScanner {
     const int64_t d = problem_.head_dim;
     for (int64_t r = 0; r < rows(); ++r) {
       float* q = q_.data() + r * d;
-      load_row(problem_.q.at(b_, tokens_[r], h_, size_of(problem_.dtype)), problem_.dtype, d, q, 1);
+      load_row(problem_.q.at(b_, tokens_[r], h_, size_of(problem_.dtype)), problem_.dtype, d, q);
       for (int64_t x = 0; x < d; ++x) q[x] *= static_cast<float>(problem_.scale);
     }
     std::fill(max_.begin(), max_.end(), -std::numeric_limits<float>::infinity());
@@ -158,7 +127,7 @@ class RowScanner {
     std::fill(values_.begin(), values_.end(), 0.0f);
     for (int64_t k = admitted.begin; k < admitted.end; ++k) {
       load_row(problem_.v.at(b_, k, h, size), problem_.dtype, problem_.head_dim_v,
-               values_.data() + (k - first) * value_dim_, 1);
+               values_.data() + (k - first) * value_dim_);
     }
   }
 
@@ -181,7 +150,7 @@ class RowScanner {
     }
     load_tile(j, admitted);
     multiply(q_.data(), keys_.data(), scores_.data(), rows(), problem_.head_dim, plan_.grid.block_k);
-    if (adjusts_scores(problem_)) adjust_tile(first);
+    if (ScoreTerms::any(problem_)) adjust_tile(first);
     if (!softmax_numerators(scores_.data(), rows(), plan_.grid.block_k, begin_.data(), end_.data(), max_.data(),
                             rescale_.data(), sum_.data())) {
       return false;
@@ -202,9 +171,10 @@ class RowScanner {
 
   void adjust_tile(int64_t first) {
     for (int64_t r = 0; r < rows(); ++r) {
+      const RowScores<double> scores(problem_, b_, h_, tokens_[r]);
       float* row = scores_.data() + r * plan_.grid.block_k;
       for (int32_t c = begin_[r]; c < end_[r]; ++c) {
-        row[c] = static_cast<float>(adjusted(problem_, mask_, b_, h_, tokens_[r], first + c, row[c]));
+        row[c] = static_cast<float>(scores.of_scaled(row[c], kNoEntry, first + c));
       }
     }
   }
@@ -229,15 +199,15 @@ class RowScanner {
       if (plan_.outputs) add_to(sparse(p), product_.data(), row_values());
       return;
     }
+    const PairMask mask(pattern, mask_, problem_.seqlen_k, b_);
+    std::fill(masked_.begin(), masked_.end(), 0.0f);
     for (int64_t r = 0; r < rows(); ++r) {
-      const uint64_t* bits = pattern.bitmap_row(entry, tokens_[r]);
       double sum = 0;
-      for (int64_t c = 0; c < plan_.grid.block_k; ++c) {
-        const bool admits = bits[c / 64] >> (c % 64) & 1;
-        const float x = admits ? scores_[r * plan_.grid.block_k + c] : 0.0f;
-        masked_[r * plan_.grid.block_k + c] = x;
-        sum += x;
-      }
+      mask.for_each_key(entry, tokens_[r], [&](int64_t k) {
+        const int64_t at = r * plan_.grid.block_k + k - j * plan_.grid.block_k;
+        masked_[at] = scores_[at];
+        sum += scores_[at];
+      });
       share(p)[r] += sum;
     }
     if (!plan_.outputs) return;
@@ -297,8 +267,8 @@ class RowScanner {
 
   // Denominator of a row over the keys whose numerators sum to `sum`; the sink's logit joins where a key is seen.
   double denominator(int64_t r, double sum) const {
-    if (problem_.sinks == nullptr || sum == 0) return sum;
-    return sum + std::exp(double{problem_.sinks[h_ * problem_.sinks_head]} - double{max_[r]});
+    if (!problem_.sinks || sum == 0) return sum;
+    return sum + std::exp(double{*problem_.sinks.at(0, h_)} - double{max_[r]});
   }
 
   // Adds each pattern's squared error of row r to kept_ and returns the squared norm of the dense row.

@@ -1,12 +1,11 @@
 // Dilated attention, forward: partial results of all (w, r) in one call, then their join.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "attention/device.h"
+#include "attention/row_join.h"
 #include "call/checks.h"
 #include "call/dilated_plan.h"
-#include "call/scores.h"
 #include "core/buffer.h"
 #include "core/work.h"
 
@@ -23,97 +22,37 @@ struct Partial {
   bool in_place = false;  // out is the caller's
 };
 
-// out = sum of exp(lse_g - lse) out_g over the groups g that cover a row, in their order; 0 where none does.
-// T is double for fp64, else float.
+// The join over the groups that cover a row, in their order. T is double for fp64, else float.
 template <class T>
-class Join {
- public:
-  Join(const Problem& whole, const DilatedPlan& plan, const std::vector<Partial>& partials)
-      : whole_(whole), plan_(plan), partials_(partials) {}
-
-  void run(Executor& executor) const {
-    const int64_t chunks = (whole_.seqlen_q + kTokensPerUnit - 1) / kTokensPerUnit;
-    const size_t groups = plan_.groups().size();
-    parallel_for(
-        executor, whole_.batch * chunks, [&](int) { return Scratch(2 * whole_.head_dim_v, groups); },
-        [&](Scratch& scratch, int64_t unit) {
-          const int64_t b = unit / chunks, begin = unit % chunks * kTokensPerUnit;
-          for (int64_t s = begin; s < std::min(whole_.seqlen_q, begin + kTokensPerUnit); ++s) {
-            for (size_t g = 0; g < groups; ++g) scratch.places[g] = plan_.groups()[g].place(s);
-            for (int64_t h = 0; h < whole_.heads; ++h) join_row(b, s, h, scratch);
-          }
-        });
-  }
-
- private:
-  struct Term {
-    const char* out;
-    T lse;
+void join(const Problem& whole, const DilatedPlan& plan, const std::vector<Partial>& partials, Executor& executor) {
+  struct Worker {
+    RowJoin<T> row;
+    std::vector<DilatedGroup::Place> places;  // of a token in each group
   };
-  struct Scratch {
-    Scratch(int64_t elements, size_t groups) : rows(elements), places(groups), terms(groups) {}
-    std::vector<T> rows;                      // [2, Dv]
-    std::vector<DilatedGroup::Place> places;  // of the token in each group
-    std::vector<Term> terms;
-  };
-
-  void join_row(int64_t b, int64_t s, int64_t h, Scratch& scratch) const {
-    const size_t size = size_of(whole_.dtype);
-    const int64_t dim = whole_.head_dim_v;
-    char* to = whole_.out.at(b, s, h, size);
-    size_t n = 0;
-    T max = -std::numeric_limits<T>::infinity();
-    for (size_t g = 0; g < plan_.groups().size(); ++g) {
-      const DilatedGroup& group = plan_.groups()[g];
-      if (scratch.places[g].offset != h % group.rate) continue;  // not covered
-      const int64_t row = (h * whole_.batch + b) * group.segments * group.rows + scratch.places[g].index;
-      const T lse = partials_[g].lse.as<const T>()[row];
-      if (lse == -std::numeric_limits<T>::infinity()) continue;  // saw no key: its out is not read
-      if (lse > max || std::isnan(lse)) max = lse;               // NaN stays NaN
-      const char* out =
-          partials_[g].in_place ? to : partials_[g].out.as<char>() + row * dim * static_cast<int64_t>(size);
-      scratch.terms[n++] = {out, lse};
+  const int64_t chunks = (whole.seqlen_q + kTokensPerUnit - 1) / kTokensPerUnit;
+  const int64_t row_bytes = whole.head_dim_v * static_cast<int64_t>(size_of(whole.dtype));
+  const auto join_row = [&](Worker& worker, int64_t b, int64_t s, int64_t h) {
+    char* to = whole.out.at(b, s, h, size_of(whole.dtype));
+    for (size_t g = 0; g < partials.size(); ++g) {
+      const DilatedGroup& group = plan.groups()[g];
+      if (worker.places[g].offset != h % group.rate) continue;  // not covered
+      const int64_t at = (h * whole.batch + b) * group.segments * group.rows + worker.places[g].index;
+      const char* out = partials[g].in_place ? to : partials[g].out.as<char>() + at * row_bytes;
+      worker.row.add(out, whole.dtype, partials[g].lse.as<const T>()[at]);
     }
-    T* sum = scratch.rows.data();
-    T* row = sum + dim;
-    if (n == 0) std::fill(sum, sum + dim, T{0});
-    T lse = max;
-    if (n == 1) {
-      load_row(scratch.terms[0].out, whole_.dtype, dim, sum);
-    } else if (n > 1) {
-      T weights = 0;
-      for (size_t i = 0; i < n; ++i) weights += std::exp(scratch.terms[i].lse - max);
-      lse = max + std::log(weights);
-      for (size_t i = 0; i < n; ++i) {
-        const T weight = std::exp(scratch.terms[i].lse - max) / weights;
-        load_row(scratch.terms[i].out, whole_.dtype, dim, i == 0 ? sum : row);
-        if (i == 0) {
-          for (int64_t c = 0; c < dim; ++c) sum[c] *= weight;
-        } else {
-          for (int64_t c = 0; c < dim; ++c) sum[c] += weight * row[c];
+    whole.store_lse(b, h, s, worker.row.finish(to, whole.dtype));
+  };
+  parallel_for(
+      executor, whole.batch * chunks, [&](int) { return Worker{RowJoin<T>(whole.head_dim_v), {}}; },
+      [&](Worker& worker, int64_t unit) {
+        const int64_t b = unit / chunks, begin = unit % chunks * kTokensPerUnit;
+        for (int64_t s = begin; s < std::min(whole.seqlen_q, begin + kTokensPerUnit); ++s) {
+          worker.places.clear();
+          for (const DilatedGroup& group : plan.groups()) worker.places.push_back(group.place(s));
+          for (int64_t h = 0; h < whole.heads; ++h) join_row(worker, b, s, h);
         }
-      }
-    }
-    if (n != 1 || scratch.terms[0].out != to) store(to, sum);
-    if (whole_.lse) {
-      const int64_t place = b * whole_.lse_batch + h * whole_.lse_head + s * whole_.lse_seq;
-      store_from_double(whole_.lse, whole_.lse_dtype, place, lse);
-    }
-  }
-
-  void store(char* to, const T* row) const {
-    const int64_t dim = whole_.head_dim_v;
-    if (whole_.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32)) {
-      std::copy(row, row + dim, reinterpret_cast<T*>(to));
-    } else {
-      for (int64_t c = 0; c < dim; ++c) store_from_double(to, whole_.dtype, c, row[c]);
-    }
-  }
-
-  const Problem& whole_;
-  const DilatedPlan& plan_;
-  const std::vector<Partial>& partials_;
-};
+      });
+}
 
 // A single group wrote its rows of out and lse itself: the others are 0 and -inf.
 void clear_uncovered(const Problem& whole, const DilatedGroup& group, Executor& executor) {
@@ -123,9 +62,7 @@ void clear_uncovered(const Problem& whole, const DilatedGroup& group, Executor& 
     for (int64_t s = 0; s < whole.seqlen_q; ++s) {
       if (group.place(s).offset == h % group.rate) continue;
       std::fill_n(whole.out.at(b, s, h, size_of(whole.dtype)), bytes, 0);  // zero bits are 0 in every dtype
-      if (whole.lse == nullptr) continue;
-      const int64_t place = b * whole.lse_batch + h * whole.lse_head + s * whole.lse_seq;
-      store_from_double(whole.lse, whole.lse_dtype, place, -std::numeric_limits<double>::infinity());
+      whole.store_lse(b, h, s, -std::numeric_limits<double>::infinity());
     }
   });
 }
@@ -177,9 +114,9 @@ ForwardInfo dilated_forward(const DilatedForwardArgs& args, Executor& executor) 
   if (groups.size() == 1) {
     if (groups[0].rate > 1) clear_uncovered(whole, groups[0], executor);
   } else if (whole.dtype == DType::f64) {
-    Join<double>(whole, plan, partials).run(executor);
+    join<double>(whole, plan, partials, executor);
   } else {
-    Join<float>(whole, plan, partials).run(executor);
+    join<float>(whole, plan, partials, executor);
   }
   info.scratch_bytes += bytes;
   return info;

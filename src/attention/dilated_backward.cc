@@ -7,7 +7,7 @@
 #include "call/checks.h"
 #include "call/dilated_bias.h"
 #include "call/dilated_plan.h"
-#include "call/scores.h"
+#include "call/rows.h"
 #include "core/buffer.h"
 #include "core/work.h"
 
@@ -46,7 +46,7 @@ void for_each_row(const Gradients& gradients, int64_t batch, int64_t seqlen, Exe
 bool all_evenly_spaced(const BackwardProblem& whole, const Gradients& gradients) {
   const int64_t n = whole.forward.seqlen_q;
   bool all = evenly_spaced(whole.forward) && evenly_spaced(whole.dout.batch, whole.dout.seq, n);
-  if (whole.dlse) all = all && evenly_spaced(whole.dlse_batch, whole.dlse_seq, n);
+  if (whole.dlse.data) all = all && evenly_spaced(whole.dlse.batch, whole.dlse.seq, n);
   for (const Gradient& g : gradients) {
     if (g.result.data) all = all && evenly_spaced(g.sum.batch, g.sum.seq, n);
   }
@@ -181,8 +181,7 @@ BackwardInfo run(const DilatedBackwardArgs& args, const BackwardProblem& whole, 
     for_each_row(gradients, f.batch, f.seqlen_q, executor,
                  [&](const Gradient& g, int64_t b, int64_t s, int64_t h, double* row) {
                    load_row(g.sum.at(b, s, h, size_of(dtype)), dtype, g.dim, row);
-                   char* to = g.result.at(b, s, h, size_of(whole.gradient_dtype));
-                   for (int64_t c = 0; c < g.dim; ++c) store_from_double(to, whole.gradient_dtype, c, row[c]);
+                   store_row(row, g.dim, g.result.at(b, s, h, size_of(whole.gradient_dtype)), whole.gradient_dtype);
                  });
   }
   bias.store();

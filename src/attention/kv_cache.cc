@@ -9,7 +9,7 @@
 
 #include "attention/device.h"
 #include "call/checks.h"
-#include "call/scores.h"
+#include "call/rows.h"
 #include "core/growing_memory.h"
 #include "core/work.h"
 #include "pattern/geometry.h"

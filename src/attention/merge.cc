@@ -1,13 +1,11 @@
-// Joins partial results by their log-sum-exp: with lse = log(e^lse_a + e^lse_b), out = e^(lse_a - lse) out_a +
-// e^(lse_b - lse) out_b (the final step of FlashDecoding; Dao et al. 2023).
+// merge(): two partial results become one.
 #include <fmt/format.h>
 
-#include <cmath>
-#include <limits>
-#include <vector>
+#include <algorithm>
+#include <utility>
 
+#include "attention/row_join.h"
 #include "call/overlap.h"
-#include "call/scores.h"
 #include "core/work.h"
 #include "tessera/error.h"
 
@@ -54,56 +52,28 @@ char* row(const TensorView& t, int64_t b, int64_t s, int64_t h) {
   return static_cast<char*>(const_cast<void*>(t.data)) + offset3(t, b, s, h) * static_cast<int64_t>(size_of(t.dtype));
 }
 
-// Weights of two partial sums and the joint lse. A side at -inf weighs nothing.
-template <class T>
-struct Join {
-  T a = 0, b = 0, lse = -std::numeric_limits<T>::infinity();
-
-  Join(T lse_a, T lse_b) {
-    const T max = lse_a > lse_b || std::isnan(lse_a) ? lse_a : lse_b;  // NaN on either side stays NaN
-    if (max == lse) return;
-    a = std::exp(lse_a - max);
-    b = std::exp(lse_b - max);
-    const T sum = a + b;
-    lse = max + std::log(sum);
-    a /= sum;
-    b /= sum;
-  }
-};
-
 // T is float unless a tensor is fp64.
 template <class T>
 void merge_rows(const TensorView& out_a, const TensorView& lse_a, const TensorView& out_b, const TensorView& lse_b,
                 const MutableTensorView& out, const MutableTensorView& lse, Executor& executor) {
-  const int64_t seqlen = out.sizes[1], heads = out.sizes[2], dim = out.sizes[3];
+  const int64_t seqlen = out.sizes[1], heads = out.sizes[2];
   constexpr int64_t kRowsPerUnit = 64;  // a few tens of microseconds of work
   const int64_t chunks = (seqlen + kRowsPerUnit - 1) / kRowsPerUnit;
-  const auto unit_work = [&](std::vector<T>& buffer, int64_t unit) {
-    T* x = buffer.data();
-    T* y = x + dim;
-    const int64_t b = unit / chunks, begin = unit % chunks * kRowsPerUnit;
-    for (int64_t s = begin; s < std::min(seqlen, begin + kRowsPerUnit); ++s) {
-      for (int64_t h = 0; h < heads; ++h) {
-        const Join<T> join(static_cast<T>(load_as_double(lse_a.data, lse_a.dtype, offset3(lse_a, b, h, s))),
-                           static_cast<T>(load_as_double(lse_b.data, lse_b.dtype, offset3(lse_b, b, h, s))));
-        // A side without weight is not read: it may hold anything.
-        if (join.a != 0) load_row(row(out_a, b, s, h), out_a.dtype, dim, x);
-        else std::fill(x, x + dim, T{0});
-        if (join.b != 0) load_row(row(out_b, b, s, h), out_b.dtype, dim, y);
-        else std::fill(y, y + dim, T{0});
-        for (int64_t i = 0; i < dim; ++i) x[i] = join.a * x[i] + join.b * y[i];
-        char* to = row(out, b, s, h);
-        switch (out.dtype) {
-          case DType::f64: std::copy(x, x + dim, reinterpret_cast<double*>(to)); break;
-          case DType::f32: std::copy(x, x + dim, reinterpret_cast<float*>(to)); break;
-          default:
-            for (int64_t i = 0; i < dim; ++i) store_from_double(to, out.dtype, i, x[i]);
-        }
-        store_from_double(lse.data, lse.dtype, offset3(lse, b, h, s), join.lse);
-      }
-    }
+  const auto number = [](const TensorView& t, int64_t b, int64_t h, int64_t s) {
+    return static_cast<T>(load_as_double(t.data, t.dtype, offset3(t, b, h, s)));
   };
-  parallel_for(executor, out.sizes[0] * chunks, [&](int) { return std::vector<T>(2 * dim); }, unit_work);
+  parallel_for(
+      executor, out.sizes[0] * chunks, [&](int) { return RowJoin<T>(out.sizes[3]); },
+      [&](RowJoin<T>& join, int64_t unit) {
+        const int64_t b = unit / chunks, begin = unit % chunks * kRowsPerUnit;
+        for (int64_t s = begin; s < std::min(seqlen, begin + kRowsPerUnit); ++s) {
+          for (int64_t h = 0; h < heads; ++h) {
+            join.add(row(out_a, b, s, h), out_a.dtype, number(lse_a, b, h, s));
+            join.add(row(out_b, b, s, h), out_b.dtype, number(lse_b, b, h, s));
+            store_from_double(lse.data, lse.dtype, offset3(lse, b, h, s), join.finish(row(out, b, s, h), out.dtype));
+          }
+        }
+      });
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "call/pair_mask.h"
+#include "call/rows.h"
 #include "call/scores.h"
 #include "core/work.h"
 #include "tessera/error.h"
@@ -34,7 +36,7 @@ class WeightRows {
     const int64_t row = p_.pattern.row_id(b, h, i), begin = s.query_begin(i), end = s.query_end(i);
     const int64_t blocks = p_.pattern.indptr[row + 1] - p_.pattern.indptr[row];
     const int64_t block_size = static_cast<int64_t>(s.block_q) * s.block_k;
-    const MaskGeometry mask = p_.mask(b);
+    const PairMask mask(p_, b);
     for (int64_t q = begin; q < end; ++q) {
       load_row(p_.q.at(b, q, h, size_of(p_.dtype)), p_.dtype, p_.head_dim, &q_[(q - begin) * p_.head_dim]);
     }
@@ -48,7 +50,7 @@ class WeightRows {
       for (int64_t q = begin; q < end; ++q) {
         const RowScores<T> scores(p_, b, h, q);
         dot_products(&q_[(q - begin) * p_.head_dim]);
-        for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) {
+        mask.for_each_key(entry, q, [&](int64_t k) {
           const int64_t slot = k - column * s.block_k;
           const float score = in_float(scores.score(dots_[slot], entry, k));
           // NaN wins the maximum, and makes the row NaN.
@@ -62,13 +64,13 @@ class WeightRows {
 
  private:
   // k_ becomes [D][block_k], with rows that no query of the block admits left at 0: they are not read.
-  void load_keys(int64_t b, int64_t h, int64_t begin, int64_t end, int64_t entry, const MaskGeometry& mask) {
+  void load_keys(int64_t b, int64_t h, int64_t begin, int64_t end, int64_t entry, const PairMask& mask) {
     const int64_t block_k = p_.pattern.shape.block_k, column = p_.pattern.indices[entry];
     std::fill(used_.begin(), used_.end(), 0);
     std::fill(k_.begin(), k_.end(), T{0});
     const char* keys = p_.k_block(b, column, h / p_.group());
     for (int64_t q = begin; q < end; ++q) {
-      for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) { used_[k - column * block_k] = 1; });
+      mask.for_each_key(entry, q, [&](int64_t k) { used_[k - column * block_k] = 1; });
     }
     for (int64_t slot = 0; slot < block_k; ++slot) {
       if (!used_[slot]) continue;
@@ -100,7 +102,7 @@ class WeightRows {
       const bool sees_a_key = max != -std::numeric_limits<T>::infinity();
       T sum = 0;
       if (sees_a_key && p_.sinks) {
-        const T sink = static_cast<T>(p_.sinks[h * p_.sinks_head]);
+        const T sink = static_cast<T>(*p_.sinks.at(0, h));
         if (!(sink <= max)) max = sink;
         sum = std::exp(sink - max);
       }

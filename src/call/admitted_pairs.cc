@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "call/problem.h"
+#include "call/pair_mask.h"
 #include "core/checked.h"
 #include "tessera/error.h"
 
@@ -20,34 +20,20 @@ int64_t admitted_pairs(const BlockPattern& pattern, const AttentionOptions& opti
   const int64_t distinct_heads = s.heads > 1 ? heads : std::min<int64_t>(heads, 1);
   int64_t pairs = 0;
   for (int64_t b = 0; b < distinct_batches; ++b) {
-    const MaskGeometry mask = p.mask(b);
+    const PairMask mask(p, b);
     for (int64_t h = 0; h < distinct_heads; ++h) {
       for (int64_t i = 0; i < s.rows(); ++i) {
         const int64_t q_begin = s.query_begin(i), q_end = s.query_end(i);
         const int64_t row = p.pattern.row_id(b, h, i);
         for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
-          const int64_t k_begin = static_cast<int64_t>(p.pattern.indices[e]) * s.block_k;
-          const int64_t k_end = std::min(s.seqlen_k, k_begin + s.block_k);
-          const TileKind kind = mask.classify(q_begin, q_end, k_begin, k_end);
-          const uint64_t* bits = p.pattern.bitmap(e);
-          if (kind == TileKind::empty) continue;
-          if (kind == TileKind::full && bits == nullptr) {
-            pairs += (q_end - q_begin) * (k_end - k_begin);
+          const Interval keys = mask.keys(e, q_begin, q_end);
+          if (keys.empty()) continue;
+          if (mask.full(e, q_begin, q_end, keys)) {
+            pairs += (q_end - q_begin) * keys.size();
             continue;
           }
           for (int64_t q = q_begin; q < q_end; ++q) {
-            const Interval keys = mask.keys_of(q, s.seqlen_k);
-            const int64_t begin = std::max(keys.begin, k_begin) - k_begin, end = std::min(keys.end, k_end) - k_begin;
-            if (bits == nullptr || end <= begin) {
-              pairs += std::max<int64_t>(0, end - begin);
-              continue;
-            }
-            const uint64_t* words = p.pattern.bitmap_row(e, q);
-            for (int64_t w = begin / 64; w <= (end - 1) / 64; ++w) {
-              const int64_t low = std::max<int64_t>(0, begin - w * 64), high = std::min<int64_t>(64, end - w * 64);
-              const uint64_t inside = (~uint64_t{0} >> (64 - (high - low))) << low;
-              pairs += std::popcount(words[w] & inside);
-            }
+            mask.for_each_word(e, q, [&](int64_t, uint64_t word) { pairs += std::popcount(word); });
           }
         }
       }

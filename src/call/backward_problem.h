@@ -12,10 +12,9 @@ namespace tessera {
 struct BackwardProblem {
   // out and lse of `forward` are inputs here: what the forward call gave.
   Problem forward;
-  TransposedView transposed;   // of the pattern
-  Strided dout;                // [B, Sq, H, Dv], forward.dtype
-  const char* dlse = nullptr;  // [B, H, Sq] in forward.lse_dtype, or nullptr
-  int64_t dlse_batch = 0, dlse_head = 0, dlse_seq = 0;
+  TransposedView transposed;          // of the pattern
+  Strided dout;                       // [B, Sq, H, Dv], forward.dtype
+  Strided dlse;                       // [B, H, Sq] in forward.lse_dtype; data nullptr: none
   DType gradient_dtype = DType::f32;  // of dq, dk, dv
   Strided dq, dk, dv;                 // data nullptr: not wanted
   bool accumulate = false;            // add to them; gradient_dtype is then f32 (f64 inputs: f64)
@@ -33,9 +32,9 @@ struct BackwardProblem {
   bool wants_dscores() const { return dq.data != nullptr || dk.data != nullptr || dblock_bias != nullptr; }
   bool wants_columns() const { return wants_dscores() || dv.data != nullptr; }
 
-  float lse(int64_t b, int64_t h, int64_t q) const {  // of fp32 problems
-    return reinterpret_cast<const float*>(
-        forward.lse)[b * forward.lse_batch + h * forward.lse_head + q * forward.lse_seq];
+  double load_dlse(int64_t b, int64_t h, int64_t q) const {  // 0 where it is not given
+    if (dlse.data == nullptr) return 0;
+    return load_as_double(dlse.at(b, q, h, size_of(forward.lse_dtype)), forward.lse_dtype, 0);
   }
 };
 

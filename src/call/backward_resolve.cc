@@ -37,11 +37,8 @@ void resolve_inputs(const BackwardArgs& args, Purpose purpose, BackwardProblem& 
     check_rows("out", args.out);
     f.out = strided(args.out);
     check_row_numbers("lse", args.lse, f, fp64_rows);
-    f.lse = static_cast<char*>(const_cast<void*>(args.lse.data));
+    f.lse = strided_numbers(args.lse);
     f.lse_dtype = args.lse.dtype;
-    f.lse_batch = args.lse.strides[0];
-    f.lse_head = args.lse.strides[1];
-    f.lse_seq = args.lse.strides[2];
   }
   f.out_dtype = f.dtype;
   check_rows("dout", args.dout);
@@ -50,10 +47,7 @@ void resolve_inputs(const BackwardArgs& args, Purpose purpose, BackwardProblem& 
     check_row_numbers("dlse", args.dlse, f, fp64_rows);
     if (reference) f.lse_dtype = args.dlse.dtype;
     check_dtype("dlse", args.dlse, f.lse_dtype, ", the dtype of lse");
-    p.dlse = static_cast<const char*>(args.dlse.data);
-    p.dlse_batch = args.dlse.strides[0];
-    p.dlse_head = args.dlse.strides[1];
-    p.dlse_seq = args.dlse.strides[2];
+    p.dlse = strided_numbers(args.dlse);
   }
 }
 

@@ -44,6 +44,11 @@ inline Strided strided(const TensorView& t) {
   return {static_cast<char*>(const_cast<void*>(t.data)), stride(0), stride(1), stride(2)};
 }
 
+// A checked [B, H, S] view of numbers, one a row.
+inline Strided strided_numbers(const TensorView& t) {
+  return {static_cast<char*>(const_cast<void*>(t.data)), t.strides[0], t.strides[2], t.strides[1]};
+}
+
 // resolve() and resolve_backward() of calls that have no pattern of the whole: packed sequences as one of all their
 // rows, a sequence that dilated attention cuts up. Neither block_bias nor a page table may be given.
 Problem resolve_without_pattern(const ForwardArgs& args, Purpose purpose);

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "call/dilated_plan.h"
-#include "call/scores.h"
+#include "call/pair_mask.h"
 #include "pattern/bitmap_table.h"
 #include "pattern/geometry.h"
 
@@ -18,21 +18,18 @@ using Blocks = std::map<std::pair<int64_t, int64_t>, std::vector<uint64_t>>;  //
 void add_pairs(const DilatedPlan& plan, const DilatedPart& part, int64_t h, const PatternShape& shape, Blocks& blocks) {
   const DilatedGroup& group = plan.groups()[part.group];
   const Problem p = plan.problem(part);
-  const PatternShape& inside = p.pattern.shape;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const MaskGeometry mask = p.mask(b);
+    const PairMask mask(p, b);
     const int64_t first = (part.segment + b) * group.segment + part.offset;
     for (int64_t i = 0; i < p.seqlen_q; ++i) {
-      const int64_t q = first + i * group.rate, row = p.pattern.row_id(b, h, inside.row_of(i));
-      for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
-        for_each_admitted_key(p, mask, i, e, [&](int64_t j) {
-          const int64_t k = first + j * group.rate;
-          std::vector<uint64_t>& bits = blocks[{q / shape.block_q, k / shape.block_k}];
-          if (bits.empty()) bits.resize(shape.block_q * shape.bitmap_words());
-          const int64_t slot = k % shape.block_k;
-          bits[q % shape.block_q * shape.bitmap_words() + slot / 64] |= uint64_t{1} << (slot % 64);
-        });
-      }
+      const int64_t q = first + i * group.rate;
+      mask.for_each_pair(h, i, [&](int64_t, int64_t j) {
+        const int64_t k = first + j * group.rate;
+        std::vector<uint64_t>& bits = blocks[{q / shape.block_q, k / shape.block_k}];
+        if (bits.empty()) bits.resize(shape.block_q * shape.bitmap_words());
+        const int64_t slot = k % shape.block_k;
+        bits[q % shape.block_q * shape.bitmap_words() + slot / 64] |= uint64_t{1} << (slot % 64);
+      });
     }
   }
 }

@@ -98,16 +98,13 @@ bool evenly_spaced(const Problem& p) {
     if (!evenly_spaced(t->batch, t->seq, n)) return false;
   }
   const int64_t* bias = p.attn_bias_stride;
-  return (p.lse == nullptr || evenly_spaced(p.lse_batch, p.lse_seq, n)) &&
-         evenly_spaced(bias[0], bias[2] + bias[3], n) && p.alibi_batch == 0;
+  return (p.lse.data == nullptr || evenly_spaced(p.lse.batch, p.lse.seq, n)) &&
+         evenly_spaced(bias[0], bias[2] + bias[3], n) && p.alibi.batch == 0;
 }
 
 void set_lse(Problem& p, const Strided& lse, DType dtype) {
-  p.lse = lse.data;
+  p.lse = lse;
   p.lse_dtype = dtype;
-  p.lse_batch = lse.batch;
-  p.lse_seq = lse.seq;
-  p.lse_head = lse.head;
 }
 
 Dropout dropout_of(const Dropout& dropout, int64_t group) {
@@ -131,14 +128,6 @@ DilatedPlan::DilatedPlan(const Problem& whole, const Dilation& dilation, const A
     g.segments = ceil_div(n, g.segment);
     g.rows = ceil_div(g.segment, g.rate);
     groups_.push_back(g);
-    slopes_.emplace_back();
-    if (whole.alibi) {
-      const int64_t batches = whole.alibi_batch ? whole.batch : 1;
-      for (int64_t k = 0; k < batches * whole.heads; ++k) {
-        const float slope = whole.alibi[k / whole.heads * whole.alibi_batch + k % whole.heads * whole.alibi_head];
-        slopes_.back().push_back(slope * static_cast<float>(g.rate));
-      }
-    }
     add_group(static_cast<int64_t>(i), merge);
   }
 }
@@ -287,17 +276,15 @@ Problem DilatedPlan::problem(const DilatedPart& part) const {
   p.k = rows(part, whole_.k, size_of(p.dtype), true);
   p.v = rows(part, whole_.v, size_of(p.dtype), true);
   p.out = rows(part, whole_.out, size_of(p.out_dtype));
-  const Strided lse{whole_.lse, whole_.lse_batch, whole_.lse_seq, whole_.lse_head};
-  set_lse(p, rows(part, lse, size_of(p.lse_dtype)), p.lse_dtype);
+  p.lse = rows(part, whole_.lse, size_of(p.lse_dtype));
   p.pattern = part.pattern.view();
   // Distances between rows are rate tokens.
   if (p.window_left < MaskGeometry::kUnlimited) p.window_left /= g.rate;
   if (p.window_right < MaskGeometry::kUnlimited) p.window_right /= g.rate;
   p.key_lengths = part.key_lengths;
-  if (p.alibi) {
-    p.alibi = slopes_[part.group].data() + (whole_.alibi_batch ? part.batch * whole_.heads : 0) + part.head;
-    p.alibi_batch = whole_.alibi_batch && part.segments == 1 ? whole_.heads : 0;
-    p.alibi_head = part.head_step;
+  p.row_distance = g.rate;
+  for (HeadNumbers* n : p.head_numbers()) {
+    *n = {n->at(part.batch, part.head), batch_stride(part, n->batch, 0), part.head_step * n->head};
   }
   if (p.attn_bias) {
     const int64_t* from = whole_.attn_bias_stride;
@@ -321,14 +308,7 @@ BackwardProblem DilatedPlan::problem(const DilatedPart& part, const BackwardProb
   p.forward = problem(part);
   p.transposed = part.pattern.transposed();
   p.dout = rows(part, whole.dout, size_of(whole.forward.dtype));
-  if (whole.dlse) {
-    const Strided dlse{const_cast<char*>(whole.dlse), whole.dlse_batch, whole.dlse_seq, whole.dlse_head};
-    const Strided of_part = rows(part, dlse, size_of(whole.forward.lse_dtype));
-    p.dlse = of_part.data;
-    p.dlse_batch = of_part.batch;
-    p.dlse_seq = of_part.seq;
-    p.dlse_head = of_part.head;
-  }
+  p.dlse = rows(part, whole.dlse, size_of(whole.forward.lse_dtype));
   p.dq = rows(part, whole.dq, size_of(whole.gradient_dtype));
   p.dk = rows(part, whole.dk, size_of(whole.gradient_dtype), true);
   p.dv = rows(part, whole.dv, size_of(whole.gradient_dtype), true);

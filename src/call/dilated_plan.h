@@ -87,7 +87,6 @@ class DilatedPlan {
   std::map<int64_t, BlockPattern> patterns_;               // by rows
   std::map<std::array<int64_t, 4>, BlockPattern> picked_;  // by rows and heads, where heads have patterns of their own
   std::deque<std::vector<int64_t>> key_lengths_;           // of parts
-  std::vector<std::vector<float>> slopes_;                 // of groups: times rate
 };
 
 // Error for what dilated attention has no meaning for.

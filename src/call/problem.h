@@ -2,6 +2,7 @@
 // place that validates), consumed by every backend and by the fp64 reference.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -21,14 +22,22 @@ struct Strided {
   }
 };
 
+// A number for each (b, h) in fp32; data nullptr: not given.
+struct HeadNumbers {
+  const float* data = nullptr;
+  int64_t batch = 0, head = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  const float* at(int64_t b, int64_t h) const { return data == nullptr ? nullptr : data + b * batch + h * head; }
+};
+
 struct Problem {
   DType dtype = DType::f32;  // of q, k, v
   DType out_dtype = DType::f32;
   int64_t batch = 0, heads = 0, kv_heads = 0, seqlen_q = 0, seqlen_k = 0, head_dim = 0, head_dim_v = 0;
   Strided q, k, v, out;  // k, v with pages: `batch` is the stride of a page, `seq` of a slot
-  char* lse = nullptr;   // [B, H, Sq] or nullptr
+  Strided lse;           // [B, H, Sq]; data nullptr: not wanted
   DType lse_dtype = DType::f32;
-  int64_t lse_batch = 0, lse_head = 0, lse_seq = 0;
   const int32_t* page_table = nullptr;  // [B, pages_per_batch] or nullptr
   // Copies of what indexes memory: what was checked is what is used, whatever another thread writes meanwhile.
   std::shared_ptr<const std::vector<int32_t>> pages;
@@ -44,19 +53,20 @@ struct Problem {
   int64_t q_offset = 0, k_offset = 0;
   const int64_t* key_lengths = nullptr;  // [B] or nullptr
   bool align_to_key_lengths = false;
-  const float* alibi = nullptr;  // slope of (b, h): alibi[b * alibi_batch + h * alibi_head]
-  int64_t alibi_batch = 0, alibi_head = 0;
+  HeadNumbers alibi;                  // slopes, for distances in tokens
+  int64_t row_distance = 1;           // tokens from a row of q or k to the next
   const float* block_bias = nullptr;  // of entry e: block_bias[b * bias_batch + h * bias_head + e * bias_entry]
   int64_t bias_batch = 0, bias_head = 0, bias_entry = 0;
   const char* attn_bias = nullptr;  // element (b, h, q, k) by attn_bias_stride
   DType attn_bias_dtype = DType::f32;
   int64_t attn_bias_stride[4] = {0, 0, 0, 0};
-  const float* sinks = nullptr;  // of head h: sinks[h * sinks_head]
-  int64_t sinks_head = 0;
+  HeadNumbers sinks;
   Dropout dropout;
   int64_t batch_base = 0;  // number of batch 0 for dropout: a packed sequence is a problem of its own
   // Dropout stream of (b, h) where heads and batches are picked from larger tensors; stream_head 0: not so.
   int64_t stream_first = 0, stream_batch = 0, stream_head = 0;
+
+  std::array<HeadNumbers*, 2> head_numbers() { return {&alibi, &sinks}; }
 
   int64_t group() const { return heads / kv_heads; }  // query heads per kv head
 
@@ -80,6 +90,13 @@ struct Problem {
   uint64_t dropout_stream(int64_t b, int64_t h) const {
     if (stream_head == 0) return static_cast<uint64_t>((batch_base + b) * heads + h);
     return static_cast<uint64_t>(stream_first + b * stream_batch + h * stream_head);
+  }
+
+  double load_lse(int64_t b, int64_t h, int64_t q) const {
+    return load_as_double(lse.at(b, q, h, size_of(lse_dtype)), lse_dtype, 0);
+  }
+  void store_lse(int64_t b, int64_t h, int64_t q, double x) const {
+    if (lse.data != nullptr) store_from_double(lse.at(b, q, h, size_of(lse_dtype)), lse_dtype, 0, x);
   }
 
   // First key of block column j, for kv head h: rows follow at k.seq / v.seq.

@@ -125,6 +125,11 @@ void resolve_numbers(const AttentionOptions& o, Problem& p) {
   p.dropout = o.dropout;
 }
 
+// A checked [H] or [B, H] view.
+HeadNumbers head_numbers(const TensorView& t) {
+  return {static_cast<const float*>(t.data), t.rank == 2 ? broadcast_stride(t, 0) : 0, broadcast_stride(t, t.rank - 1)};
+}
+
 void resolve_biases(const AttentionOptions& o, Problem& p) {
   if (const TensorView& t = o.alibi_slopes; t.defined()) {
     check_dtype("alibi_slopes", t, DType::f32, "");
@@ -132,10 +137,8 @@ void resolve_biases(const AttentionOptions& o, Problem& p) {
       check_shape("alibi_slopes", t, {p.heads}, false, "[H]");
     } else {
       check_shape("alibi_slopes", t, {p.batch, p.heads}, false, "[H] or [B, H]");
-      p.alibi_batch = broadcast_stride(t, 0);
     }
-    p.alibi_head = broadcast_stride(t, t.rank - 1);
-    p.alibi = static_cast<const float*>(t.data);
+    p.alibi = head_numbers(t);
   }
   if (const TensorView& t = o.block_bias; t.defined()) {
     check_dtype("block_bias", t, DType::f32, "");
@@ -160,8 +163,7 @@ void resolve_biases(const AttentionOptions& o, Problem& p) {
   if (const TensorView& t = o.sinks; t.defined()) {
     check_dtype("sinks", t, DType::f32, "");
     check_shape("sinks", t, {p.heads}, false, "[H]");
-    p.sinks = static_cast<const float*>(t.data);
-    p.sinks_head = broadcast_stride(t, 0);
+    p.sinks = head_numbers(t);
   }
 }
 
@@ -180,11 +182,8 @@ void resolve_outputs(const ForwardArgs& args, Purpose purpose, Problem& p) {
     if (!fp64_lse) check_dtype("lse", lse, DType::f32, "");
     check_output("lse", lse);
     check_disjoint("lse", lse, "out", out);
-    p.lse = static_cast<char*>(args.lse.data);
+    p.lse = strided_numbers(lse);
     p.lse_dtype = lse.dtype;
-    p.lse_batch = lse.strides[0];
-    p.lse_head = lse.strides[1];
-    p.lse_seq = lse.strides[2];
   }
   const AttentionOptions& o = args.options;
   const PageTable table = args.page_table.value_or(PageTable{});

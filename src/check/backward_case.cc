@@ -3,7 +3,7 @@
 #include <cmath>
 #include <limits>
 
-#include "call/scores.h"
+#include "call/pair_mask.h"
 #include "check/cases.h"
 
 namespace tessera::check {
@@ -11,12 +11,9 @@ namespace tessera::check {
 namespace {
 
 // Some key of the row has a weight above 0: admitted, and not -inf by its bias.
-bool sees_a_key(const Problem& p, const MaskGeometry& mask, int64_t b, int64_t h, int64_t q) {
+bool sees_a_key(const Problem& p, const PairMask& mask, int64_t b, int64_t h, int64_t q) {
   bool any = false;
-  const int64_t row = p.pattern.row_id(b, h, p.pattern.shape.row_of(q));
-  for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1] && !any; ++e) {
-    for_each_admitted_key(p, mask, q, e, [&](int64_t k) { any = any || admits_by_bias(p, b, h, q, k); });
-  }
+  mask.for_each_pair(h, q, [&](int64_t, int64_t k) { any = any || admits_by_bias(p, b, h, q, k); });
   return any;
 }
 
@@ -108,7 +105,7 @@ void Case::fill_backward() {
   for (const BackwardProblem& bp : backward_problems_) {
     const Problem& p = bp.forward;
     for (int64_t b = 0; b < p.batch; ++b) {
-      const MaskGeometry mask = p.mask(b);
+      const PairMask mask(p, b);
       for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t q = 0; q < p.seqlen_q; ++q) {
           if (!sees_a_key(p, mask, b, h, q)) continue;
@@ -117,10 +114,7 @@ void Case::fill_backward() {
             const double x = random_.normal();
             store_from_double(row, p.dtype, i, denormal ? x * (p.dtype == DType::f16 ? 0x1p-18 : 0x1p-130) : x);
           }
-          if (bp.dlse) {
-            store_from_double(const_cast<char*>(bp.dlse), DType::f32,
-                              b * bp.dlse_batch + h * bp.dlse_head + q * bp.dlse_seq, random_.normal());
-          }
+          if (bp.dlse.data) store_from_double(bp.dlse.at(b, q, h, sizeof(float)), DType::f32, 0, random_.normal());
           seen.push_back({&bp, b, q, h});
         }
       }

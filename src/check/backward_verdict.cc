@@ -5,7 +5,8 @@
 #include <limits>
 #include <optional>
 
-#include "call/scores.h"
+#include "call/pair_mask.h"
+#include "call/rows.h"
 #include "check/verdict.h"
 #include "reference/backward.h"
 
@@ -50,15 +51,12 @@ class Part {
   // Which elements some pair takes part in.
   void touch() {
     for (int64_t b = 0; b < p_.batch; ++b) {
-      const MaskGeometry mask = p_.mask(b);
+      const PairMask mask(p_, b);
       for (int64_t h = 0; h < p_.heads; ++h) {
         for (int64_t q = 0; q < p_.seqlen_q; ++q) {
-          const int64_t row = p_.pattern.row_id(b, h, p_.pattern.shape.row_of(q));
-          for (int64_t e = p_.pattern.indptr[row]; e < p_.pattern.indptr[row + 1]; ++e) {
-            for_each_admitted_key(p_, mask, q, e, [&](int64_t k) {
-              if (admits_by_bias(p_, b, h, q, k)) touch_pair(b, h, q, k, e);
-            });
-          }
+          mask.for_each_pair(h, q, [&](int64_t entry, int64_t k) {
+            if (admits_by_bias(p_, b, h, q, k)) touch_pair(b, h, q, k, entry);
+          });
         }
       }
     }

@@ -6,7 +6,7 @@
 #include <limits>
 #include <numeric>
 
-#include "call/scores.h"
+#include "call/pair_mask.h"
 
 namespace tessera::check {
 
@@ -296,14 +296,14 @@ void Case::fill_inputs() {
     const int64_t block_k = p.pattern.shape.block_k;
     std::vector<char> seen(p.batch * p.kv_heads * p.seqlen_k, 0);
     for (int64_t b = 0; b < p.batch; ++b) {
-      const MaskGeometry mask = p.mask(b);
+      const PairMask mask(p, b);
       for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t q = 0; q < p.seqlen_q; ++q) {
           const int64_t row = p.pattern.row_id(b, h, p.pattern.shape.row_of(q));
           bool any = false;
           for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
             bool used = false;
-            for_each_admitted_key(p, mask, q, e, [&](int64_t k) {
+            mask.for_each_key(e, q, [&](int64_t k) {
               used = any = true;
               seen[(b * p.kv_heads + h / p.group()) * p.seqlen_k + k] = 1;
               if (!bias) return;

@@ -163,8 +163,7 @@ class Case {
   std::map<int64_t, BlockPattern> segment_patterns_;  // by rows
   std::vector<Segment> segments_;
   std::vector<Problem> segment_problems_;
-  std::deque<int64_t> segment_keys_;  // what key_lengths and alibi of segment_problems_ point to
-  std::deque<float> segment_slopes_;
+  std::deque<int64_t> segment_keys_;  // what key_lengths of segment_problems_ point to
 
   Tensor dout_, dlse_;
   std::array<Tensor, kGradients> gradients_;

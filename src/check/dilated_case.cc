@@ -13,11 +13,6 @@ Strided rows_of(const Strided& t, const Segment& s, int64_t head, DType dtype) {
   return {t.at(s.batch, s.first, head, size_of(dtype)), 0, s.rate * t.seq, 0};
 }
 
-// [B, H, S] numbers as [B, S, H].
-Strided numbers(const TensorView& t) {
-  return {static_cast<char*>(const_cast<void*>(t.data)), t.strides[0], t.strides[2], t.strides[1]};
-}
-
 }  // namespace
 
 void Case::make_dilated() {
@@ -90,11 +85,8 @@ void Case::make_segments() {
         while (keys < p.seqlen_k && s.first + keys * rate < key_lengths_[b]) ++keys;
         p.key_lengths = &segment_keys_.emplace_back(keys);
       }
-      if (whole.alibi) {
-        const float slope = whole.alibi[b * whole.alibi_batch + h * whole.alibi_head];
-        p.alibi = &segment_slopes_.emplace_back(slope * static_cast<float>(rate));
-        p.alibi_batch = p.alibi_head = 0;
-      }
+      for (HeadNumbers* numbers : p.head_numbers()) *numbers = {numbers->at(b, h)};
+      p.row_distance = rate;
       if (whole.attn_bias) {
         const int64_t* stride = whole.attn_bias_stride;
         p.attn_bias += (b * stride[0] + h * stride[1] + s.first * (stride[2] + stride[3])) *
@@ -134,9 +126,7 @@ void Case::make_dilated_backward() {
     p.forward.lse_dtype = DType::f32;
     p.dout = rows_of(strided(dout_.view), segments_[i], segments_[i].head, config_.dtype);
     if (dlse_.view.defined()) {
-      const Strided dlse = rows_of(numbers(dlse_.view), segments_[i], segments_[i].head, DType::f32);
-      p.dlse = dlse.data;
-      p.dlse_seq = dlse.seq;
+      p.dlse = rows_of(strided_numbers(dlse_.view), segments_[i], segments_[i].head, DType::f32);
     }
     backward_problems_.push_back(p);
   }

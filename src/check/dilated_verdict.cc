@@ -1,5 +1,5 @@
 // What the gradients of a dilated case should be.
-#include "call/scores.h"
+#include "call/pair_mask.h"
 #include "check/verdict.h"
 
 namespace tessera::check {
@@ -48,24 +48,21 @@ void touch(const Case& test, GradientTruth& truth) {
   for (size_t n = 0; n < test.segments().size(); ++n) {
     const Segment& s = test.segments()[n];
     const Problem& p = test.segment_problems()[n];
-    const MaskGeometry mask = p.mask(0);
+    const PairMask mask(p, 0);
     const auto mark = [&](int g, int64_t i, int64_t heads, int64_t head) {
       std::vector<char>& touched = truth.values[g].touched;
       if (!touched.empty()) touched[(s.batch * c.seqlen_q + s.first + i * s.rate) * heads + head] = 1;
     };
     for (int64_t q = 0; q < p.seqlen_q; ++q) {
-      const int64_t row = p.pattern.row_id(0, 0, p.pattern.shape.row_of(q));
-      for (int64_t e = p.pattern.indptr[row]; e < p.pattern.indptr[row + 1]; ++e) {
-        for_each_admitted_key(p, mask, q, e, [&](int64_t k) {
-          if (!admits_by_bias(p, 0, 0, q, k)) return;
-          mark(kDq, q, c.heads, s.head);
-          mark(kDk, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
-          mark(kDv, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
-          if (bias_touched.empty()) return;
-          bias_touched[s.batch * bias[0] + s.head * bias[1] + (s.first + q * s.rate) * bias[2] +
-                       (s.first + k * s.rate) * bias[3]] = 1;
-        });
-      }
+      mask.for_each_pair(0, q, [&](int64_t, int64_t k) {
+        if (!admits_by_bias(p, 0, 0, q, k)) return;
+        mark(kDq, q, c.heads, s.head);
+        mark(kDk, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
+        mark(kDv, k, c.kv_heads, s.head / (c.heads / c.kv_heads));
+        if (bias_touched.empty()) return;
+        bias_touched[s.batch * bias[0] + s.head * bias[1] + (s.first + q * s.rate) * bias[2] +
+                     (s.first + k * s.rate) * bias[3]] = 1;
+      });
     }
   }
 }

@@ -1,5 +1,7 @@
 #include <limits>
 
+#include "call/pair_mask.h"
+#include "call/rows.h"
 #include "call/scores.h"
 #include "check/cases.h"
 
@@ -17,7 +19,7 @@ void plain_attention(const Problem& p, double* out, double* lse) {
   std::vector<char> loaded;
   std::vector<int64_t> seen;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const MaskGeometry mask = p.mask(b);
+    const PairMask mask(p, b);
     for (int64_t h = 0; h < p.heads; ++h) {
       keys.assign(p.seqlen_k * p.head_dim, 0);
       values.assign(p.seqlen_k * p.head_dim_v, 0);
@@ -28,41 +30,32 @@ void plain_attention(const Problem& p, double* out, double* lse) {
         weights.clear();
         seen.clear();
         double max = -kInfinity;
-        const int64_t row = p.pattern.row_id(b, h, p.pattern.shape.row_of(q));
-        for (int64_t entry = p.pattern.indptr[row]; entry < p.pattern.indptr[row + 1]; ++entry) {
-          for_each_admitted_key(p, mask, q, entry, [&](int64_t k) {
-            double* key = &keys[k * p.head_dim];
-            if (!loaded[k]) {
-              const int64_t column = k / block_k, offset = k % block_k * element, kv_head = h / p.group();
-              load_row(p.k_block(b, column, kv_head) + offset * p.k.seq, p.dtype, p.head_dim, key);
-              load_row(p.v_block(b, column, kv_head) + offset * p.v.seq, p.dtype, p.head_dim_v,
-                       &values[k * p.head_dim_v]);
-              loaded[k] = 1;
-            }
-            double dot = 0;
-            for (int64_t i = 0; i < p.head_dim; ++i) dot += query[i] * key[i];
-            const double score = scores.score(dot, entry, k, round);
-            if (!(score <= max)) max = score;
-            weights.push_back(score);
-            seen.push_back(k);
-          });
-        }
+        mask.for_each_pair(h, q, [&](int64_t entry, int64_t k) {
+          double* key = &keys[k * p.head_dim];
+          if (!loaded[k]) {
+            const int64_t column = k / block_k, offset = k % block_k * element, kv_head = h / p.group();
+            load_row(p.k_block(b, column, kv_head) + offset * p.k.seq, p.dtype, p.head_dim, key);
+            load_row(p.v_block(b, column, kv_head) + offset * p.v.seq, p.dtype, p.head_dim_v,
+                     &values[k * p.head_dim_v]);
+            loaded[k] = 1;
+          }
+          double dot = 0;
+          for (int64_t i = 0; i < p.head_dim; ++i) dot += query[i] * key[i];
+          const double score = scores.score(dot, entry, k, round);
+          if (!(score <= max)) max = score;
+          weights.push_back(score);
+          seen.push_back(k);
+        });
         double* to = out + ((b * p.seqlen_q + q) * p.heads + h) * p.head_dim_v;
         std::fill(to, to + p.head_dim_v, 0.0);
         double* to_lse = lse ? lse + (b * p.heads + h) * p.seqlen_q + q : nullptr;
         if (to_lse) *to_lse = -kInfinity;
         if (max == -kInfinity) continue;
-        double sum = p.sinks ? std::exp(p.sinks[h * p.sinks_head] - max) : 0;
+        double sum = p.sinks ? std::exp(*p.sinks.at(0, h) - max) : 0;
         for (double& w : weights) sum += w = std::exp(w - max);
         if (to_lse) *to_lse = max + std::log(sum);
         for (size_t n = 0; n < seen.size(); ++n) {
-          double w = weights[n] / sum;
-          if (p.dropout.p > 0) {
-            const uint32_t random =
-                dropout_random(p.dropout, p.dropout_stream(b, h), p.dropout_q(q), p.dropout_k(seen[n]));
-            w = random < drop_threshold(p.dropout.p) ? 0 : w / (1 - p.dropout.p);
-          }
-          w = round(w);
+          const double w = round(weights[n] / sum * keep_factor(p, b, h, q, seen[n]));
           for (int64_t i = 0; i < p.head_dim_v; ++i) to[i] += w * values[seen[n] * p.head_dim_v + i];
         }
         for (int64_t i = 0; i < p.head_dim_v; ++i) to[i] = round(to[i]);

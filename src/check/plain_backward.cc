@@ -2,6 +2,8 @@
 #include <cmath>
 #include <limits>
 
+#include "call/pair_mask.h"
+#include "call/rows.h"
 #include "call/scores.h"
 #include "check/cases.h"
 
@@ -33,7 +35,7 @@ class Plain {
 
   void run() {
     for (int64_t b = 0; b < p_.batch; ++b) {
-      const MaskGeometry mask = p_.mask(b);
+      const PairMask mask(p_, b);
       for (int64_t h = 0; h < p_.heads; ++h) {
         keys_.assign(p_.seqlen_k * p_.head_dim, 0);
         values_.assign(p_.seqlen_k * p_.head_dim_v, 0);
@@ -67,50 +69,37 @@ class Plain {
   }
 
   // The scores of a row, in pairs_; returns their maximum.
-  double weigh(const MaskGeometry& mask, int64_t b, int64_t h, int64_t q) {
+  double weigh(const PairMask& mask, int64_t b, int64_t h, int64_t q) {
     const int64_t element = static_cast<int64_t>(size_of(p_.dtype)), block_k = p_.pattern.shape.block_k;
     const RowScores<double> scores(p_, b, h, q);
     const auto rounding = [&](double x) { return round(x); };
     pairs_.clear();
     double max = -kInfinity;
-    const int64_t row = p_.pattern.row_id(b, h, p_.pattern.shape.row_of(q));
-    for (int64_t entry = p_.pattern.indptr[row]; entry < p_.pattern.indptr[row + 1]; ++entry) {
-      for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) {
-        if (pairs_.empty()) load_row(p_.q.at(b, q, h, element), p_.dtype, p_.head_dim, query_.data());
-        double* key = &keys_[k * p_.head_dim];
-        if (!loaded_[k]) {
-          const int64_t column = k / block_k, offset = k % block_k * element, kv_head = h / p_.group();
-          load_row(p_.k_block(b, column, kv_head) + offset * p_.k.seq, p_.dtype, p_.head_dim, key);
-          load_row(p_.v_block(b, column, kv_head) + offset * p_.v.seq, p_.dtype, p_.head_dim_v,
-                   &values_[k * p_.head_dim_v]);
-          loaded_[k] = 1;
-        }
-        double dot = 0;
-        for (int64_t i = 0; i < p_.head_dim; ++i) dot += query_[i] * key[i];
-        Pair pair{k, entry, scores.score(dot, entry, k, rounding), 1, 1};
-        if (p_.softcap > 0) {
-          const double t = round(std::tanh(round(p_.scale * dot) / p_.softcap));
-          pair.softcap = round(1 - round(t * t));
-        }
-        if (p_.dropout.p > 0) {
-          const uint32_t random = dropout_random(p_.dropout, p_.dropout_stream(b, h), p_.dropout_q(q), p_.dropout_k(k));
-          pair.keep = random < drop_threshold(p_.dropout.p) ? 0 : 1 / (1 - p_.dropout.p);
-        }
-        if (!(pair.weight <= max)) max = pair.weight;
-        pairs_.push_back(pair);
-      });
-    }
+    mask.for_each_pair(h, q, [&](int64_t entry, int64_t k) {
+      if (pairs_.empty()) load_row(p_.q.at(b, q, h, element), p_.dtype, p_.head_dim, query_.data());
+      double* key = &keys_[k * p_.head_dim];
+      if (!loaded_[k]) {
+        const int64_t column = k / block_k, offset = k % block_k * element, kv_head = h / p_.group();
+        load_row(p_.k_block(b, column, kv_head) + offset * p_.k.seq, p_.dtype, p_.head_dim, key);
+        load_row(p_.v_block(b, column, kv_head) + offset * p_.v.seq, p_.dtype, p_.head_dim_v,
+                 &values_[k * p_.head_dim_v]);
+        loaded_[k] = 1;
+      }
+      double dot = 0;
+      for (int64_t i = 0; i < p_.head_dim; ++i) dot += query_[i] * key[i];
+      const double t = round(scores.tanh_of_scaled(round(p_.scale * dot)));
+      const Pair pair{k, entry, scores.score(dot, entry, k, rounding), keep_factor(p_, b, h, q, k),
+                      round(1 - round(t * t))};
+      if (!(pair.weight <= max)) max = pair.weight;
+      pairs_.push_back(pair);
+    });
     return max;
   }
 
   void differentiate(int64_t b, int64_t h, int64_t q, double max) {
     const int64_t d = p_.head_dim, dv = p_.head_dim_v;
     load_row(bp_.dout.at(b, q, h, size_of(p_.dtype)), p_.dtype, dv, dout_.data());
-    double dlse = 0;
-    if (bp_.dlse) {
-      dlse = load_as_double(bp_.dlse, p_.lse_dtype, b * bp_.dlse_batch + h * bp_.dlse_head + q * bp_.dlse_seq);
-    }
-    const double sink = p_.sinks ? std::exp(p_.sinks[h * p_.sinks_head] - max) : 0;
+    const double sink = p_.sinks ? std::exp(*p_.sinks.at(0, h) - max) : 0;
     double sum = sink;
     for (Pair& pair : pairs_) sum += pair.weight = std::exp(pair.weight - max);
     std::fill(out_.begin(), out_.end(), 0.0);
@@ -123,7 +112,7 @@ class Plain {
     }
     double delta = 0;
     for (int64_t i = 0; i < dv; ++i) delta += dout_[i] * round(out_[i]);
-    delta = round(delta) - dlse;
+    delta = round(delta) - bp_.load_dlse(b, h, q);
     if (to_.dsinks) to_.dsinks[h] -= round(sink / sum) * delta;
     std::fill(dquery_.begin(), dquery_.end(), 0.0);
     for (const Pair& pair : pairs_) {

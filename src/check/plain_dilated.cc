@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "call/scores.h"
+#include "call/rows.h"
 #include "check/cases.h"
 
 namespace tessera::check {
@@ -107,12 +107,11 @@ class Chain {
         all += given[c] * joined_[row * dv + c];
         store_from_double(dout.data(), whole_.dtype, i * dv + c, w * given[c]);
       }
-      const double from_lse = p.dlse ? load_as_double(p.dlse, DType::f32, i * p.dlse_seq) : 0;
+      const double from_lse = p.load_dlse(0, 0, i);
       dlse[i] = w * (round(partial) - round(all) + from_lse);
     }
     p.dout = {dout.data(), 0, dv, 0};
-    p.dlse = reinterpret_cast<const char*>(dlse.data());
-    p.dlse_seq = 1;
+    p.dlse = {reinterpret_cast<char*>(dlse.data()), 0, 1, 0};
     p.forward.lse_dtype = DType::f64;
     std::vector<double> dq(to.dq ? rows * d : 0), dk(to.dk ? rows * d : 0), dvalues(to.dv ? rows * dv : 0);
     const auto data = [](std::vector<double>& x) { return x.empty() ? nullptr : x.data(); };

@@ -64,10 +64,7 @@ Truth::Truth(const Problem& problem, Executor& executor) {
   p.out_dtype = p.lse_dtype = DType::f64;
   p.out = {reinterpret_cast<char*>(out.data()), p.seqlen_q * p.heads * p.head_dim_v, p.heads * p.head_dim_v,
            p.head_dim_v};
-  p.lse = reinterpret_cast<char*>(lse.data());
-  p.lse_batch = p.heads * p.seqlen_q;
-  p.lse_head = p.seqlen_q;
-  p.lse_seq = 1;
+  p.lse = {reinterpret_cast<char*>(lse.data()), p.heads * p.seqlen_q, 1, p.seqlen_q};
   reference_attention(p, executor, out_bound.data(), lse_bound.data());
   if (problem.dtype == DType::f32 || out.size() < kFewElements) return;
   std::vector<double> plain(out.size());
@@ -129,7 +126,7 @@ void compare(const Problem& p, const Truth& truth, Verdict& verdict) {
                {b, q, h, i});
         }
         const size_t at = (b * p.heads + h) * p.seqlen_q + q;
-        const double got = load_as_double(p.lse, p.lse_dtype, b * p.lse_batch + h * p.lse_head + q * p.lse_seq);
+        const double got = p.load_lse(b, h, q);
         take(verdict, got, truth.lse[at], truth.lse_bound[at], "lse", {b, q, h, 0});
         // -inf says that the row sees no key: backward leaves it out then.
         if (got == -kInfinity && truth.lse[at] != -kInfinity) {

@@ -343,21 +343,6 @@ class ColumnKernel {
   float* rows_ = nullptr;  // [kLanes + 2][row]: some of dK or dV, zeros, one to be rounded
 };
 
-// Does query q of block row i see a key of this pattern? lse cannot tell where it is joined over more than that.
-inline bool SeesKey(const Problem& p, const MaskGeometry& mask, const RowOfBlocks& row, int64_t q) {
-  const PatternShape& s = p.pattern.shape;
-  const Interval keys = mask.keys_of(q, p.seqlen_k);
-  for (int64_t e = row.first; e < row.end; ++e) {
-    const int64_t begin = int64_t{p.pattern.indices[e]} * s.block_k;
-    const int64_t first = std::max(keys.begin, begin), end = std::min(keys.end, begin + s.block_k);
-    const uint64_t* bitmap = p.pattern.bitmap_row(e, q);
-    for (int64_t k = first - begin; k < end - begin; ++k) {
-      if (bitmap == nullptr || (bitmap[k / 64] >> (k % 64) & 1)) return true;
-    }
-  }
-  return false;
-}
-
 // lse in log2 units and delta of block row i of (b, h). Returns -sum of (weight of the sink) * delta.
 template <class T>
 double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
@@ -366,11 +351,11 @@ double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
   const Floats d;
   const int64_t begin = p.pattern.shape.query_begin(i), end = p.pattern.shape.query_end(i), dims = p.head_dim_v;
   const RowOfBlocks& row = state.rows[state.row_index(b, h, i)];
-  const MaskGeometry mask = p.mask(b);
+  const PairMask mask(p, b);
   double sink_sum = 0;
   for (int64_t q = begin; q < end; ++q) {
     const int64_t at = state.query_index(b, h, q);
-    const float lse = g.lse(b, h, q);
+    const float lse = static_cast<float>(p.load_lse(b, h, q));
     if (lse == kNegInf) {
       state.lse2[at] = -kNegInf;
       state.delta[at] = 0;
@@ -383,14 +368,14 @@ double PrepareRow(const BackwardState& state, int64_t b, int64_t h, int64_t i) {
     for (; c + kLanes <= dims; c += kLanes) sum = hn::MulAdd(LoadFloats(out + c), LoadFloats(dout + c), sum);
     float delta = hn::GetLane(hn::SumOfLanes(d, sum));
     for (; c < dims; ++c) delta += ToFloat(out[c]) * ToFloat(dout[c]);
-    if (g.dlse != nullptr) {
-      delta -= reinterpret_cast<const float*>(g.dlse)[b * g.dlse_batch + h * g.dlse_head + q * g.dlse_seq];
-    }
+    delta -= static_cast<float>(g.load_dlse(b, h, q));
     state.lse2[at] = static_cast<float>(lse * kLog2eDouble);
     state.delta[at] = delta;
-    if (g.dsinks != nullptr && SeesKey(p, mask, row, q)) {
-      sink_sum -= std::exp(static_cast<double>(p.sinks[h * p.sinks_head]) - lse) * delta;
-    }
+    if (g.dsinks == nullptr) continue;
+    // lse cannot tell whether the row sees a key of this pattern where it is joined over more than that.
+    bool sees_key = false;
+    for (int64_t e = row.first; e < row.end && !sees_key; ++e) sees_key = mask.any(e, q);
+    if (sees_key) sink_sum -= std::exp(static_cast<double>(*p.sinks.at(b, h)) - lse) * delta;
   }
   if (g.dq.data != nullptr && row.first == row.end && !g.accumulate) {
     const int64_t size = static_cast<int64_t>(size_of(g.gradient_dtype));

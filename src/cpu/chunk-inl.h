@@ -45,12 +45,11 @@ struct Chunk {
 // Cuts the kept blocks of a row into chunks.
 class ChunkReader {
  public:
-  ChunkReader(const Problem& p, int64_t b, int64_t h, int64_t row, const MaskGeometry& mask)
-      : p_(p),
-        mask_(mask),
+  ChunkReader(const Problem& p, int64_t b, int64_t h, int64_t row, const PairMask& mask)
+      : mask_(mask),
         q_begin_(p.pattern.shape.query_begin(row)),
         q_end_(p.pattern.shape.query_end(row)),
-        special_(ModifiesScores(p) || p.dropout.p > 0) {
+        special_(ScoreTerms::any(p) || p.dropout.p > 0) {
     const int64_t id = p.pattern.row_id(b, h, row);
     entry_ = p.pattern.indptr[id];
     end_ = p.pattern.indptr[id + 1];
@@ -83,13 +82,9 @@ class ChunkReader {
   // Makes entry_ the next one that has keys to see.
   void Open() {
     for (; entry_ < end_; ++entry_) {
-      const int64_t begin = int64_t{p_.pattern.indices[entry_]} * p_.pattern.shape.block_k;
-      const int64_t end = std::min(begin + p_.pattern.shape.block_k, p_.seqlen_k);
-      keys_ = {std::max(begin, mask_.keys_of(q_begin_, p_.seqlen_k).begin),
-               std::min(end, mask_.keys_of(q_end_ - 1, p_.seqlen_k).end)};
+      keys_ = mask_.keys(entry_, q_begin_, q_end_);
       if (keys_.empty()) continue;
-      masked_ = p_.pattern.bitmap(entry_) != nullptr ||
-                mask_.classify(q_begin_, q_end_, keys_.begin, keys_.end) != TileKind::full;
+      masked_ = !mask_.full(entry_, q_begin_, q_end_, keys_);
       return;
     }
   }
@@ -104,8 +99,7 @@ class ChunkReader {
     Open();
   }
 
-  const Problem& p_;
-  const MaskGeometry& mask_;
+  const PairMask& mask_;
   const int64_t q_begin_, q_end_;
   const bool special_;  // every segment alone
   int64_t entry_ = 0, end_ = 0;

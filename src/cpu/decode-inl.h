@@ -47,7 +47,7 @@ class DecodeKernel {
   }
 
   DecodeKernel(const Problem& p, const DecodeUnit& unit, const DecodePartial& partial, Scratch& scratch)
-      : p_(p), unit_(unit), partial_(partial), mask_(p.mask(unit.batch)) {
+      : p_(p), unit_(unit), partial_(partial), mask_(p, unit.batch) {
     rows_ = (unit.head_end - unit.head_begin) * p.seqlen_q;
     kv_rows_ = std::min(p.group(), unit.head_end - unit.head_begin) * p.seqlen_q;
     kv_begin_ = unit.head_begin / p.group();
@@ -66,7 +66,7 @@ class DecodeKernel {
     k_rows_ = scratch.take<T>(kTile * d_);
     v_rows_ = scratch.take<T>(kTile * dv_);
     factor_ = kNativeDot ? static_cast<float>(p.scale * kLog2eDouble) : 1.0f;
-    modifies_ = ModifiesScores(p) || factor_ == 0.0f;  // -inf * 0 must not arise
+    modifies_ = ScoreTerms::any(p) || factor_ == 0.0f;  // -inf * 0 must not arise
     // Rows of two-byte numbers are computed too fast for the hardware to keep ahead (Zen 5: 1.50 -> 1.15 ms a step of
     // 16,384 keys, 8 kv heads, D = 128 in bf16); fp32 rows it fetches best by itself (2.9; told to: 3.6).
     follows_k_ = sizeof(T) == 4 && p.k.seq == p.head_dim;
@@ -119,27 +119,18 @@ class DecodeKernel {
       }
     }
     std::fill_n(out_, rows_ * dv_, 0.0f);
-    std::fill_n(partial_.max, rows_, kNoScore);
-    std::fill_n(partial_.sum, rows_, 0.0f);
-    std::fill_n(partial_.used, rows_, 0.0f);
+    std::fill_n(partial_.state, rows_, RowState{kNoScore, 0.0f, 0.0f});
   }
 
-  // Keys of an entry that some query row admits.
-  Interval Keys(const MaskGeometry& mask, int64_t entry) const {
-    const int64_t begin = int64_t{p_.pattern.indices[entry]} * p_.pattern.shape.block_k;
-    const int64_t end = std::min(begin + p_.pattern.shape.block_k, p_.seqlen_k);
-    return {std::max(begin, mask.keys_of(0, p_.seqlen_k).begin),
-            std::min(end, mask.keys_of(p_.seqlen_q - 1, p_.seqlen_k).end)};
-  }
-  Tile First(const DecodeUnit& unit, const MaskGeometry& mask, int64_t entry) const {
+  Tile First(const DecodeUnit& unit, const PairMask& mask, int64_t entry) const {
     for (; entry < unit.entry_end; ++entry) {
-      const Interval keys = Keys(mask, entry);
+      const Interval keys = mask.keys(entry, 0, p_.seqlen_q);
       if (!keys.empty()) return {entry, keys.begin, std::min<int64_t>(kTile, keys.size())};
     }
     return {};
   }
   Tile After(const Tile& t) const {
-    const int64_t k = t.k + t.keys, end = Keys(mask_, t.entry).end;
+    const int64_t k = t.k + t.keys, end = mask_.keys(t.entry, 0, p_.seqlen_q).end;
     if (k < end) return {t.entry, k, std::min<int64_t>(kTile, end - k)};
     return First(unit_, mask_, t.entry + 1);
   }
@@ -158,7 +149,7 @@ class DecodeKernel {
   }
   Ahead FirstOf(const DecodeUnit* next) const {
     if (next == nullptr) return {};
-    const Tile tile = First(*next, p_.mask(next->batch), next->entry_begin);
+    const Tile tile = First(*next, PairMask(p_, next->batch), next->entry_begin);
     return tile.keys > 0 ? Fetch(p_.k, *next, tile) : Ahead();
   }
 
@@ -239,16 +230,10 @@ class DecodeKernel {
     }
   }
 
-  bool Masked(const Tile& tile) const {
-    return p_.pattern.bitmap(tile.entry) != nullptr ||
-           mask_.classify(0, p_.seqlen_q, tile.k, tile.k + tile.keys) != TileKind::full;
-  }
-  bool Admits(const Tile& tile, int64_t q, int64_t j) const {
-    if (!mask_.admits(q, tile.k + j)) return false;
-    const uint64_t* bitmap = p_.pattern.bitmap_row(tile.entry, q);
-    if (bitmap == nullptr) return true;
-    const int64_t key = tile.k + j - int64_t{p_.pattern.indices[tile.entry]} * p_.pattern.shape.block_k;
-    return (bitmap[key / 64] >> (key % 64)) & 1;
+  bool Masked(const Tile& tile) const { return !mask_.full(tile.entry, 0, p_.seqlen_q, {tile.k, tile.k + tile.keys}); }
+  // Keys of a tile that a query row admits, as bits.
+  uint64_t Admitted(const Tile& tile, int64_t row) const {
+    return mask_.bits(tile.entry, row % p_.seqlen_q, tile.k, tile.keys);
   }
 
   // All that happens to scores before the softmax: softcap and biases, masks, and -inf behind the last key.
@@ -256,47 +241,45 @@ class DecodeKernel {
     float* s = scores_ + tile.slot;
     if (modifies_) ModifyTile(tile, s);
     if (Masked(tile)) {
-      for (int64_t j = 0; j < tile.keys; ++j) {
-        for (int64_t r = 0; r < rows_; ++r) {
-          if (!Admits(tile, r % p_.seqlen_q, j)) s[j * row_slots_ + r] = kNegInf;
+      for (int64_t r = 0; r < rows_; ++r) {
+        const uint64_t admitted = Admitted(tile, r);
+        for (int64_t j = 0; j < tile.keys; ++j) {
+          if (!(admitted >> j & 1)) s[j * row_slots_ + r] = kNegInf;
         }
       }
     }
     std::fill(s + tile.keys * row_slots_, s + Slots(tile), kNegInf);
   }
 
-  // scores * factor_ (log2 units): softcap, then biases. ModifyScores for rows of few lanes.
+  // ModifyScores where lanes are rows of several heads, and keys of them where rows are few.
   void ModifyTile(const Tile& tile, float* s) {
     const Floats d;
-    const int64_t slots = Slots(tile), b = unit_.batch;
-    const Vec factor = hn::Set(d, factor_);
-    const Vec to_cap = hn::Set(d, p_.softcap > 0 ? static_cast<float>(factor_ * kLn2 / p_.softcap) : 0.0f);
-    const Vec cap = hn::Set(d, static_cast<float>(p_.softcap) * kLog2e);
-    for (int64_t i = 0; i < slots; i += kLanes) {
-      const Vec x = hn::Load(d, s + i);
-      hn::Store(p_.softcap > 0 ? hn::Mul(cap, Tanh(hn::Mul(x, to_cap))) : hn::Mul(x, factor), d, s + i);
+    const auto terms_of = [&](int64_t row) {
+      return ScoreTerms(p_, unit_.batch, unit_.head_begin + row / p_.seqlen_q);
+    };
+    LaneScores lanes(terms_of(0), tile.entry, factor_);
+    float *slope = lanes_, *shift = lanes_ + width_, *distance = lanes_ + 2 * width_;  // of the first width_ slots
+    for (int64_t lane = 0; lane < width_; ++lane) {
+      const int64_t row = std::min(lane % row_slots_, rows_ - 1);
+      const ScoreTerms terms = terms_of(row);
+      slope[lane] = LaneScores::Slope(terms);
+      shift[lane] = BiasInLog2(terms.shift(tile.entry));
+      distance[lane] = static_cast<float>(row % p_.seqlen_q + terms.diagonal - tile.k - lane / row_slots_);
     }
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t h = unit_.head_begin + r / p_.seqlen_q, q = r % p_.seqlen_q;
-      float* row = s + r;
-      if (p_.block_bias) {
-        const float shift =
-            BiasInLog2(p_.block_bias[b * p_.bias_batch + h * p_.bias_head + tile.entry * p_.bias_entry]);
-        for (int64_t j = 0; j < tile.keys; ++j) row[j * row_slots_] += shift;
+    Vec derivative;
+    for (int64_t key = 0; key * row_slots_ < Slots(tile); key += width_ / row_slots_) {
+      for (int64_t lane = 0; lane < width_; lane += kLanes) {
+        float* x = s + key * row_slots_ + lane;
+        lanes.slope = hn::Load(d, slope + lane);
+        lanes.shift = hn::Load(d, shift + lane);
+        const Vec gap = hn::Sub(hn::Load(d, distance + lane), hn::Set(d, static_cast<float>(key)));
+        hn::Store(lanes.Score(hn::Load(d, x), gap, derivative), d, x);
       }
-      if (p_.alibi) {
-        const float slope = -kLog2e * p_.alibi[b * p_.alibi_batch + h * p_.alibi_head];
-        const int64_t distance = q + p_.diagonal(b) - tile.k;
-        for (int64_t j = 0; j < tile.keys; ++j) {
-          row[j * row_slots_] += slope * std::abs(static_cast<float>(distance - j));
-        }
-      }
-      if (p_.attn_bias) {
-        const int64_t* stride = p_.attn_bias_stride;
-        const int64_t base = b * stride[0] + h * stride[1] + q * stride[2] + tile.k * stride[3];
-        for (int64_t j = 0; j < tile.keys; ++j) {
-          row[j * row_slots_] += BiasInLog2(load_as_double(p_.attn_bias, p_.attn_bias_dtype, base + j * stride[3]));
-        }
+    }
+    for (int64_t row = 0; row < rows_ && terms_of(0).has_bias; ++row) {
+      const ScoreTerms terms = terms_of(row);
+      for (int64_t j = 0; j < tile.keys; ++j) {
+        s[j * row_slots_ + row] += BiasInLog2(terms.bias(row % p_.seqlen_q, tile.k + j));
       }
     }
   }
@@ -312,7 +295,7 @@ class DecodeKernel {
       Raise(r, top * factor);
     }
     for (int64_t lane = 0; lane < width_; ++lane) {
-      reference[lane] = lane % row_slots_ < rows_ ? partial_.max[lane % row_slots_] : 0.0f;
+      reference[lane] = lane % row_slots_ < rows_ ? partial_.state[lane % row_slots_].reference : 0.0f;
     }
     if constexpr (kNativeDot) {
 #if TESSERA_BF16_DOT
@@ -325,20 +308,15 @@ class DecodeKernel {
     for (int64_t lane = 0; lane < width_; ++lane) {
       const int64_t row = lane % row_slots_;
       if (row >= rows_) continue;
-      partial_.sum[row] += sum[lane];
-      partial_.used[row] += used[lane];
+      partial_.state[row].sum += sum[lane];
+      partial_.state[row].used += used[lane];
     }
   }
   void Raise(int64_t row, float max) {
-    float& reference = partial_.max[row];
-    if (!(max > reference + kRescaleThreshold)) return;
+    RowState& state = partial_.state[row];
+    if (!(max > state.reference + kRescaleThreshold)) return;
     const Floats d;
-    const float now = std::ceil(max);
-    const float alpha = hn::GetLane(Exp2(hn::Set(d, reference - now)));
-    reference = now;
-    partial_.sum[row] *= alpha;
-    partial_.used[row] *= alpha;
-    const Vec a = hn::Set(d, alpha);
+    const Vec a = hn::Set(d, state.cover(std::ceil(max)));
     float* out = out_ + row * dv_;
     for (int64_t c = 0; c < dv_; c += kLanes) hn::Store(hn::Mul(hn::Load(d, out + c), a), d, out + c);
   }
@@ -398,8 +376,9 @@ class DecodeKernel {
   void AddValuesMasked(const Tile& tile, int64_t kv, const T* v) {
     for (int64_t row = kv * kv_rows_; row < (kv + 1) * kv_rows_; ++row) {
       float* out = out_ + row * dv_;
+      const uint64_t admitted = Admitted(tile, row);
       for (int64_t j = 0; j < tile.keys; ++j) {
-        if (!Admits(tile, row % p_.seqlen_q, j)) continue;
+        if (!(admitted >> j & 1)) continue;
         const float w = ToFloat(WeightAt(tile, j, row));
         for (int64_t c = 0; c < p_.head_dim_v; ++c) out[c] += w * ToFloat(v[j * p_.v.seq + c]);
       }
@@ -409,7 +388,7 @@ class DecodeKernel {
   const Problem& p_;
   const DecodeUnit& unit_;
   const DecodePartial& partial_;
-  const MaskGeometry mask_;
+  const PairMask mask_;
   int64_t rows_ = 0;     // query rows of the unit: (kv head, head of the group, query)
   int64_t kv_rows_ = 0;  // of one kv head
   int64_t kv_begin_ = 0, kv_heads_ = 0;

@@ -16,9 +16,9 @@
 #include <type_traits>
 
 #include "cpu/chunk-inl.h"
+#include "cpu/kernel_table.h"
 #include "cpu/modify-inl.h"
 #include "cpu/panel-inl.h"
-#include "cpu/row_end.h"
 #include "cpu/scratch.h"
 #include "cpu/tile-inl.h"
 
@@ -52,7 +52,7 @@ class RowKernel {
   }
 
   RowKernel(const Problem& p, const RowUnit& unit, Scratch& scratch)
-      : p_(p), b_(unit.b), h_(unit.h), mask_(p.mask(unit.b)), row_(unit.row), stager_(p, unit.b, unit.h, scratch) {
+      : p_(p), b_(unit.b), h_(unit.h), mask_(p, unit.b), row_(unit.row), stager_(p, unit.b, unit.h, scratch) {
     const PatternShape& shape = p.pattern.shape;
     q_begin_ = shape.query_begin(row_);
     q_end_ = shape.query_end(row_);
@@ -98,7 +98,7 @@ class RowKernel {
     const PatternShape& shape = p_.pattern.shape;
     const int64_t q = shape.query_begin(next->row);
     list.Add(p_.q.at(next->b, q, next->h, size), p_.q.seq * size, p_.head_dim * size, shape.query_end(next->row) - q);
-    const MaskGeometry mask = p_.mask(next->b);
+    const PairMask mask(p_, next->b);
     ChunkReader reader(p_, next->b, next->h, next->row, mask);
     const Segment first = reader.First();
     if (first.keys == 0) return list;
@@ -146,13 +146,12 @@ class RowKernel {
         continue;
       }
       // One segment; each panel clips it to the keys that its own queries may admit.
-      const int64_t first = mask_.keys_of(panel.q, p_.seqlen_k).begin;
-      const int64_t last = mask_.keys_of(panel.q + panel.rows - 1, p_.seqlen_k).end;
+      const Interval keys = mask_.keys(segment.entry, panel.q, panel.q + panel.rows);
       Segment clip = segment;
       // bf16 values are staged in pairs of keys: clipping cuts none of them (the key beside it is masked then).
-      clip.k = std::max(segment.k, segment.k + ((first - segment.k) & ~int64_t{1}));
+      clip.k = std::max(segment.k, segment.k + ((keys.begin - segment.k) & ~int64_t{1}));
       const int64_t skipped = clip.k - segment.k;
-      clip.keys = std::min(segment.k + segment.keys, last) - clip.k;
+      clip.keys = std::min(segment.k + segment.keys, keys.end) - clip.k;
       if (clip.keys <= 0) continue;
       clip.keys = std::min(segment.keys - skipped, (clip.keys + 1) & ~int64_t{1});
       Staged part = staged;
@@ -208,17 +207,15 @@ class RowKernel {
   bool ModifiedWeights(Panel& panel, const Segment& segment, bool masked, float* max) {
     const int64_t keys = segment.keys;
     const PanelPlace place{b_, h_, panel.q, segment.k, panel.rows, keys, segment.entry};
-    const PatternShape& shape = p_.pattern.shape;
     float factor = factor_;
     // A scale of 0 goes in before the masks do: 0 * -inf is no weight.
-    if (ModifiesScores(p_) || factor == 0) {
+    if (ScoreTerms::any(p_) || factor == 0) {
       ModifyScores<NV>(p_, place, factor, scores_);
       factor = 1.0f;
     }
     uint64_t bits[kChunk];
     if (masked) {
-      MaskBits(mask_, p_.pattern.bitmap_row(segment.entry, panel.q), shape.bitmap_words(),
-               segment.k - int64_t{p_.pattern.indices[segment.entry]} * shape.block_k, place, bits);
+      mask_.bits_by_key(segment.entry, panel.q, panel.rows, segment.k, keys, bits);
       MaskPanel<NV>(bits, keys, kNegInf, scores_);
     }
     ColumnMax<NV>(scores_, keys, max);
@@ -292,14 +289,14 @@ class RowKernel {
   // Writes lse of a query and returns what its out must be multiplied by: 1 / denominator.
   float Finish(const Panel& panel, int64_t r) const {
     if (r >= panel.rows) return 0.0f;
-    const RowEnd end = EndOfRow(p_, h_, panel.reference[r], panel.sum[r], panel.used[r]);
-    StoreLse(p_, b_, h_, panel.q + r, end.lse);
+    const auto end = RowState{panel.reference[r], panel.sum[r], panel.used[r]}.finish(p_.sinks.at(b_, h_));
+    p_.store_lse(b_, h_, panel.q + r, end.lse);
     return end.factor;
   }
 
   const Problem& p_;
   const int64_t b_, h_;
-  const MaskGeometry mask_;
+  const PairMask mask_;
   const int64_t row_;
   int64_t q_begin_ = 0, q_end_ = 0;
   int64_t steps_ = 0;  // elements of a q or k row as the product reads it

@@ -5,16 +5,17 @@
 #include <cstdint>
 
 #include "call/problem.h"
+#include "call/softmax_state.h"
 #include "cpu/backward_state.h"
 
 namespace tessera::cpu {
 
-// Output of a decode unit over part of the keys: unnormalised, relative to its own maximum.
+using RowState = SoftmaxState<float, PowersOf2>;
+
+// Output of a decode unit over part of the keys: unnormalised, relative to its own reference.
 struct DecodePartial {
-  float* out = nullptr;   // [rows, Dv]
-  float* max = nullptr;   // [rows] in log2 units
-  float* sum = nullptr;   // [rows]
-  float* used = nullptr;  // [rows] sum of the weights as V met them (see EndOfRow)
+  float* out = nullptr;       // [rows, Dv]
+  RowState* state = nullptr;  // [rows]
 };
 
 // A decode unit: the query rows of heads [head_begin, head_end) (all of one kv head, or of several that share a

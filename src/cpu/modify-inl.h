@@ -7,8 +7,9 @@
 #define TESSERA_CPU_MODIFY_INL_H_
 #endif
 
+#include "call/pair_mask.h"
 #include "call/philox.h"
-#include "call/problem.h"
+#include "call/scores.h"
 #include "cpu/softmax-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -22,67 +23,62 @@ struct PanelPlace {
   int64_t entry = 0;
 };
 
-inline bool ModifiesScores(const Problem& p) {
-  return p.softcap > 0 || p.alibi != nullptr || p.block_bias != nullptr || p.attn_bias != nullptr;
-}
+// The terms of call/scores.h for a vector of pairs, in log2 units; `factor` takes products there. What belongs to a
+// pair alone (ScoreTerms::bias) its user adds.
+struct LaneScores {
+  LaneScores(const ScoreTerms& t, int64_t entry, float product_factor)
+      : capped(t.softcap > 0), sloped(t.has_slope), shifted(t.has_shift) {
+    const Floats d;
+    factor = hn::Set(d, product_factor);
+    to_cap = hn::Set(d, capped ? static_cast<float>(product_factor * kLn2 / t.softcap) : 0.0f);
+    cap = hn::Set(d, static_cast<float>(t.softcap) * kLog2e);
+    slope = hn::Set(d, Slope(t));
+    shift = hn::Set(d, BiasInLog2(t.shift(entry)));
+  }
+  static float Slope(const ScoreTerms& t) { return kLog2e * static_cast<float>(t.slope); }
 
-// scores [keys][W] * factor (log2 units) -> softcap, then biases; the result is in log2 units.
+  // `derivative`: of the score by the scaled product.
+  HWY_INLINE Vec Score(Vec product, Vec distance, Vec& derivative) const {
+    const Vec one = hn::Set(Floats(), 1.0f);
+    Vec x;
+    if (capped) {
+      const Vec t = Tanh(hn::Mul(product, to_cap));
+      x = hn::Mul(t, cap);
+      derivative = hn::NegMulAdd(t, t, one);
+    } else {
+      x = hn::Mul(product, factor);
+      derivative = one;
+    }
+    if (shifted) x = hn::Add(x, shift);
+    if (sloped) x = hn::MulAdd(slope, hn::Abs(distance), x);
+    return x;
+  }
+
+  bool capped, sloped, shifted;
+  Vec factor, to_cap, cap;
+  Vec slope, shift;  // of one head, or of each lane's
+};
+
+// scores [keys][W] * factor (log2 units) become scores with all their terms.
 template <int NV>
 HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float factor, float* scores) {
   const Floats d;
   constexpr int W = NV * kLanes;
-  const float cap = static_cast<float>(p.softcap);
-  const Vec to_cap = hn::Set(d, p.softcap > 0 ? static_cast<float>(factor * kLn2 / p.softcap) : 0.0f);
-  const Vec capped = hn::Set(d, cap * kLog2e);
-  const float slope = p.alibi ? -kLog2e * p.alibi[place.b * p.alibi_batch + place.h * p.alibi_head] : 0.0f;
-  const float shift =
-      p.block_bias
-          ? BiasInLog2(p.block_bias[place.b * p.bias_batch + place.h * p.bias_head + place.entry * p.bias_entry])
-          : 0.0f;
-  const int64_t first_distance = place.q + p.diagonal(place.b) - place.k;
+  const ScoreTerms terms(p, place.b, place.h);
+  const LaneScores lanes(terms, place.entry, factor);
+  const int64_t first_distance = place.q + terms.diagonal - place.k;
+  Vec derivative;
   for (int64_t i = 0; i < place.keys; ++i) {
     const Vec distance = hn::Add(hn::Iota(d, 0), hn::Set(d, static_cast<float>(first_distance - i)));
     for (int v = 0; v < NV; ++v) {
       float* s = scores + i * W + v * kLanes;
-      Vec x = hn::Load(d, s);
-      x = p.softcap > 0 ? hn::Mul(capped, Tanh(hn::Mul(x, to_cap))) : hn::Mul(x, hn::Set(d, factor));
-      if (p.block_bias) x = hn::Add(x, hn::Set(d, shift));
-      if (p.alibi) {
-        const Vec gap = hn::Abs(hn::Add(distance, hn::Set(d, static_cast<float>(v * kLanes))));
-        x = hn::MulAdd(hn::Set(d, slope), gap, x);
-      }
-      hn::Store(x, d, s);
+      const Vec gap = hn::Add(distance, hn::Set(d, static_cast<float>(v * kLanes)));
+      hn::Store(lanes.Score(hn::Load(d, s), gap, derivative), d, s);
     }
   }
-  if (!p.attn_bias) return;
-  const int64_t* stride = p.attn_bias_stride;
-  const int64_t base = place.b * stride[0] + place.h * stride[1] + place.k * stride[3];
+  if (!terms.has_bias) return;
   for (int64_t r = 0; r < place.rows; ++r) {
-    const int64_t row = base + (place.q + r) * stride[2];
-    for (int64_t i = 0; i < place.keys; ++i) {
-      scores[i * W + r] += BiasInLog2(load_as_double(p.attn_bias, p.attn_bias_dtype, row + i * stride[3]));
-    }
-  }
-}
-
-// Admitted queries of each key of the place, as bits (bit r: query place.q + r): the mask's interval and the bitmap.
-// `bitmap`: its row of query place.q, or nullptr.
-inline void MaskBits(const MaskGeometry& mask, const uint64_t* bitmap, int block_words, int64_t key_in_block,
-                     const PanelPlace& place, uint64_t* bits) {
-  for (int64_t i = 0; i < place.keys; ++i) {
-    const Interval in = mask.queries_of(place.k + i, place.q, place.q + place.rows);
-    bits[i] = 0;
-    if (in.empty()) continue;
-    const uint64_t upto = in.end - place.q == 64 ? ~uint64_t{0} : (uint64_t{1} << (in.end - place.q)) - 1;
-    bits[i] = upto & ~((uint64_t{1} << (in.begin - place.q)) - 1);
-  }
-  if (bitmap == nullptr) return;
-  for (int64_t i = 0; i < place.keys; ++i) {
-    const int64_t key = key_in_block + i;
-    const uint64_t* word = bitmap + key / 64;
-    uint64_t column = 0;
-    for (int64_t r = 0; r < place.rows; ++r) column |= ((word[r * block_words] >> (key % 64)) & 1) << r;
-    bits[i] &= column;
+    for (int64_t i = 0; i < place.keys; ++i) scores[i * W + r] += BiasInLog2(terms.bias(place.q + r, place.k + i));
   }
 }
 

@@ -90,9 +90,9 @@ class BlockPair {
   void LoadKeys(int64_t b, int64_t kv_head, int64_t j) {
     b_ = b;
     kv_head_ = kv_head;
-    mask_ = p_.mask(b);
+    mask_ = PairMask(p_, b);
     k_begin_ = j * block_k_;
-    keys_ = std::clamp<int64_t>(std::min(p_.seqlen_k, mask_.key_limit) - k_begin_, 0, block_k_);
+    keys_ = std::clamp<int64_t>(std::min(p_.seqlen_k, mask_.geometry().key_limit) - k_begin_, 0, block_k_);
     panels_ = 0;
     for (int64_t c = 0; c < keys_; c += kMaxPanel) {
       panel_[panels_++] = {c, static_cast<int>((std::min<int64_t>(keys_ - c, kMaxPanel) + kLanes - 1) / kLanes)};
@@ -144,13 +144,12 @@ class BlockPair {
   // Does the pair at `entry` need the long way: masks, modifiers, dropout? Call after both loads.
   void Open(int64_t entry) {
     entry_ = entry;
-    const bool masked = p_.pattern.bitmap(entry) != nullptr ||
-                        mask_.classify(q_begin_, q_begin_ + queries_, k_begin_, k_begin_ + keys_) != TileKind::full ||
-                        keys_ % kLanes != 0;
-    modified_ = ModifiesScores(p_) || p_.dropout.p > 0;
+    const bool masked =
+        !mask_.full(entry, q_begin_, q_begin_ + queries_, {k_begin_, k_begin_ + keys_}) || keys_ % kLanes != 0;
+    modified_ = ScoreTerms::any(p_) || p_.dropout.p > 0;
     special_ = masked || modified_;
     // A weight of 0 must not meet NaN or Inf: then the products leave masked pairs out one by one.
-    hostile_ = (masked || p_.attn_bias != nullptr || p_.block_bias != nullptr) && AnyHostile();
+    hostile_ = (masked || ScoreTerms::may_hide_keys(p_)) && AnyHostile();
     bias_sum_ = hn::Zero(Floats());
   }
 
@@ -164,11 +163,10 @@ class BlockPair {
       c.key_end = keys_;
       return c;
     }
-    const int64_t low = mask_.keys_of(q_begin_ + c.begin, p_.seqlen_k).begin - k_begin_;
-    const int64_t high = std::min(mask_.keys_of(q_begin_ + c.end - 1, p_.seqlen_k).end - k_begin_, keys_);
-    if (low >= high) return c;
-    c.key_begin = std::max<int64_t>(0, low) / kMaxPanel * kMaxPanel;
-    c.key_end = std::min<int64_t>(hwy::RoundUpTo(high, kMaxPanel), keys_);
+    const Interval keys = mask_.keys(entry_, q_begin_ + c.begin, q_begin_ + c.end);
+    if (keys.empty()) return c;
+    c.key_begin = (keys.begin - k_begin_) / kMaxPanel * kMaxPanel;
+    c.key_end = std::min<int64_t>(hwy::RoundUpTo(keys.end - k_begin_, kMaxPanel), keys_);
     return c;
   }
 
@@ -265,9 +263,9 @@ class BlockPair {
 
   bool Plain(const ChunkRange& chunk, const KeyPanel& panel) const {
     if (!special_) return true;
-    return p_.pattern.bitmap(entry_) == nullptr && panel.first + panel.width() <= keys_ &&
-           mask_.classify(q_begin_ + chunk.begin, q_begin_ + chunk.end, k_begin_ + panel.first,
-                          k_begin_ + panel.first + panel.width()) == TileKind::full;
+    const int64_t k = k_begin_ + panel.first;
+    return panel.first + panel.width() <= keys_ &&
+           mask_.full(entry_, q_begin_ + chunk.begin, q_begin_ + chunk.end, {k, k + panel.width()});
   }
 
   bool AnyHostile() {
@@ -310,20 +308,6 @@ class BlockPair {
   }
 #endif
 
-  // Keys of the panel that query q admits, as bits: the mask's interval and the bitmap.
-  uint64_t AdmittedBits(int64_t q, const KeyPanel& panel) const {
-    const Interval keys = mask_.keys_of(q, p_.seqlen_k);
-    const int64_t first = k_begin_ + panel.first;
-    const int64_t low = std::clamp<int64_t>(keys.begin - first, 0, panel.width());
-    const int64_t high = std::clamp<int64_t>(keys.end - first, 0, panel.width());
-    if (low >= high) return 0;
-    uint64_t bits = (high == 64 ? ~uint64_t{0} : (uint64_t{1} << high) - 1) & ~((uint64_t{1} << low) - 1);
-    if (const uint64_t* words = p_.pattern.bitmap_row(entry_, q)) {
-      bits &= words[panel.first / 64] >> (panel.first % 64);
-    }
-    return bits;
-  }
-
   // The long way for a cell: products in weights_ and dscores_ become P and dscores there, row by row.
   void Modify(const ChunkRange& chunk, const KeyPanel& panel, Dscores wanted) {
     const ScoreModifier modifier(p_, b_, h_, entry_, factor_);
@@ -332,13 +316,13 @@ class BlockPair {
     HWY_ALIGN float keep[kMaxPanel];
     for (int64_t r = 0; r < chunk.rows(); ++r) {
       const int64_t q = q_begin_ + chunk.begin + r, k = k_begin_ + panel.first;
-      const uint64_t admitted = AdmittedBits(q, panel);
-      if (p_.attn_bias) modifier.LoadBias(q, k, std::min(width, keys_ - panel.first), width, extra);
+      const bool biased = modifier.LoadBias(q, k, std::min(width, keys_ - panel.first), width, extra);
       if (p_.dropout.p > 0) modifier.LoadKeep(q, k, width, keep);
-      const RowPlace place{q, k, width, admitted, lse2_[chunk.begin + r], delta_[chunk.begin + r]};
+      const RowPlace place{
+          q, k, width, mask_.bits(entry_, q, k, width), lse2_[chunk.begin + r], delta_[chunk.begin + r]};
       const uint64_t seen =
-          modifier.Row(place, extra, keep, wanted == Dscores::of_scores, weights_ + r * block_k_ + panel.first,
-                       dscores_ + r * block_k_ + panel.first, bias_sum_);
+          modifier.Row(place, biased ? extra : nullptr, keep, wanted == Dscores::of_scores,
+                       weights_ + r * block_k_ + panel.first, dscores_ + r * block_k_ + panel.first, bias_sum_);
       admitted_[r * kMaxPanels + panel.first / kMaxPanel] = seen;
     }
   }
@@ -351,7 +335,7 @@ class BlockPair {
   float q_scale_ = 1, factor_ = 1;
   int64_t b_ = 0, h_ = 0, kv_head_ = 0, entry_ = 0;
   int64_t q_begin_ = 0, queries_ = 0, k_begin_ = 0, keys_ = 0;
-  MaskGeometry mask_;
+  PairMask mask_;
   KeyPanel panel_[kMaxPanels];
   int panels_ = 0;
   bool special_ = false, modified_ = false, hostile_ = false;

@@ -106,23 +106,13 @@ struct RowPlace {
 class ScoreModifier {
  public:
   ScoreModifier(const Problem& p, int64_t b, int64_t h, int64_t entry, float factor)
-      : p_(p), b_(b), h_(h), factor_(factor), diagonal_(p.diagonal(b)) {
-    if (p.softcap > 0) {
-      to_cap_ = static_cast<float>(factor * kLn2 / p.softcap);
-      capped_ = static_cast<float>(p.softcap) * kLog2e;
-    }
-    if (p.alibi) slope_ = -kLog2e * p.alibi[b * p.alibi_batch + h * p.alibi_head];
-    if (p.block_bias) shift_ = BiasInLog2(p.block_bias[b * p.bias_batch + h * p.bias_head + entry * p.bias_entry]);
-  }
+      : p_(p), b_(b), h_(h), terms_(p, b, h), lanes_(terms_, entry, factor) {}
 
-  // attn_bias of query q and `keys` keys from k on, in log2 units; 0 up to width.
-  void LoadBias(int64_t q, int64_t k, int64_t keys, int64_t width, float* to) const {
-    const int64_t* stride = p_.attn_bias_stride;
-    const int64_t base = b_ * stride[0] + h_ * stride[1] + q * stride[2] + k * stride[3];
-    for (int64_t i = 0; i < keys; ++i) {
-      to[i] = BiasInLog2(load_as_double(p_.attn_bias, p_.attn_bias_dtype, base + i * stride[3]));
-    }
+  // Biases of query q and `keys` keys from k on, in log2 units; 0 up to width. False: there are none.
+  bool LoadBias(int64_t q, int64_t k, int64_t keys, int64_t width, float* to) const {
+    for (int64_t i = 0; i < keys && terms_.has_bias; ++i) to[i] = BiasInLog2(terms_.bias(q, k + i));
     std::fill(to + keys, to + width, 0.0f);
+    return terms_.has_bias;
   }
 
   // What dropout multiplies the weights of `width` keys with: 0 or 1 / (1 - p). The numbers of dropout_random.
@@ -148,26 +138,19 @@ class ScoreModifier {
   }
 
   // Products in `weights` and `dscores` become P (after dropout) and dscores; their sum before softcap joins bias_sum.
+  // `bias`: or nullptr.
   // Returns the admitted keys; one with a bias of -inf is none.
   uint64_t Row(const RowPlace& place, const float* bias, const float* keep, bool through_softcap, float* weights,
                float* dscores, Vec& bias_sum) const {
     const Floats d;
     const Vec one = hn::Set(d, 1.0f), minus_inf = hn::Set(d, kNegInf);
     const Vec lse2 = hn::Set(d, place.lse2), lse = WeightBias(lse2), mean = hn::Set(d, place.delta);
-    const Vec gap = hn::Add(hn::Iota(d, 0), hn::Set(d, static_cast<float>(place.k - place.q - diagonal_)));
+    const Vec gap = hn::Add(hn::Iota(d, 0), hn::Set(d, static_cast<float>(place.k - place.q - terms_.diagonal)));
     uint64_t seen = 0;
     for (int64_t i = 0; i < place.width; i += kLanes) {
-      Vec x = hn::Load(d, weights + i), derivative = one;
-      if (p_.softcap > 0) {
-        const Vec t = Tanh(hn::Mul(x, hn::Set(d, to_cap_)));
-        x = hn::Mul(t, hn::Set(d, capped_));
-        derivative = hn::NegMulAdd(t, t, one);
-      } else {
-        x = hn::Mul(x, hn::Set(d, factor_));
-      }
-      if (p_.block_bias) x = hn::Add(x, hn::Set(d, shift_));
-      if (p_.alibi) x = hn::MulAdd(hn::Set(d, slope_), hn::Abs(hn::Add(gap, hn::Set(d, static_cast<float>(i)))), x);
-      if (p_.attn_bias) x = hn::Add(x, hn::Load(d, bias + i));
+      Vec derivative;
+      Vec x = lanes_.Score(hn::Load(d, weights + i), hn::Add(gap, hn::Set(d, static_cast<float>(i))), derivative);
+      if (bias != nullptr) x = hn::Add(x, hn::Load(d, bias + i));
       // Not Ne: that is false for NaN on AVX, and a NaN score must spread.
       const auto absent = hn::Eq(x, minus_inf);
       const auto admitted = hn::AndNot(absent, MaskOfBits(static_cast<uint32_t>(place.admitted >> i)));
@@ -194,9 +177,8 @@ class ScoreModifier {
  private:
   const Problem& p_;
   const int64_t b_, h_;
-  const float factor_;
-  const int64_t diagonal_;
-  float to_cap_ = 0, capped_ = 0, slope_ = 0, shift_ = 0;
+  const ScoreTerms terms_;
+  const LaneScores lanes_;
 };
 
 }  // namespace tessera::cpu::TESSERA_KERNELS

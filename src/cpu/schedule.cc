@@ -13,7 +13,6 @@
 #include "core/buffer.h"
 #include "core/work.h"
 #include "cpu/isa.h"
-#include "cpu/row_end.h"
 #include "cpu/scratch.h"
 
 namespace tessera::cpu {
@@ -98,10 +97,12 @@ class DecodeUnits {
     waiting_ = std::make_unique<std::atomic<int64_t>[]>(ranges_.size());
     for (size_t i = 0; i < ranges_.size(); ++i) waiting_[i] = ranges_[i].unit_end - ranges_[i].unit_begin;
     rows_ = together * p.seqlen_q;
-    partials_ = Buffer(static_cast<size_t>(units()) * unit_floats() * sizeof(float), "partial results of decode");
+    const size_t rows = static_cast<size_t>(units() * rows_);
+    partials_ = Buffer(rows * static_cast<size_t>(p.head_dim_v) * sizeof(float), "partial results of decode");
+    states_ = Buffer(rows * sizeof(RowState), "partial results of decode");
   }
   int64_t units() const { return static_cast<int64_t>(units_.size()); }
-  size_t bytes() const { return partials_.size(); }
+  size_t bytes() const { return partials_.size() + states_.size(); }
 
   // Whoever finishes the last unit of some heads joins them: the order in which partials join is that of the keys.
   void run(int64_t unit, bool follows, const KernelTable& kernels, std::byte* scratch) const {
@@ -129,12 +130,8 @@ class DecodeUnits {
         std::max<int64_t>(1, kv_heads * (p_.head_dim + p_.head_dim_v) * static_cast<int64_t>(size_of(p_.dtype)));
     return std::max(kDecodeLeastKeys, std::min(kDecodeBytes / key_bytes, p_.seqlen_k * sets / kDecodeUnits));
   }
-  int64_t unit_floats() const { return rows_ * (p_.head_dim_v + 3); }
-
   DecodePartial partial(int64_t unit) const {
-    float* at = partials_.as<float>() + unit * unit_floats();
-    float* state = at + rows_ * p_.head_dim_v;
-    return {at, state, state + rows_, state + 2 * rows_};
+    return {partials_.as<float>() + unit * rows_ * p_.head_dim_v, states_.as<RowState>() + unit * rows_};
   }
 
   // Joins the partials of each row in the order of keys and writes out and lse.
@@ -144,25 +141,20 @@ class DecodeUnits {
   }
   void join_row(const HeadRange& range, int64_t r, std::vector<double>& out) const {
     const int64_t h = range.head_begin + r / p_.seqlen_q, q = r % p_.seqlen_q, dims = p_.head_dim_v;
-    float top = std::numeric_limits<float>::lowest();
-    for (int64_t u = range.unit_begin; u < range.unit_end; ++u) {
-      if (partial(u).sum[r] != 0.0f) top = std::max(top, partial(u).max[r]);
-    }
-    double sum = 0, used = 0;
+    SoftmaxState<double, PowersOf2> joined;
+    for (int64_t u = range.unit_begin; u < range.unit_end; ++u) joined.cover(partial(u).state[r].reference);
     std::fill(out.begin(), out.end(), 0.0);
     for (int64_t u = range.unit_begin; u < range.unit_end; ++u) {
       const DecodePartial part = partial(u);
-      if (part.sum[r] == 0.0f) continue;  // saw no key
-      const double weight = std::exp2(static_cast<double>(part.max[r]) - top);
-      sum += weight * part.sum[r];
-      used += weight * part.used[r];
+      if (part.state[r].empty()) continue;
+      const double weight = joined.merge(part.state[r].as<double>());
       for (int64_t c = 0; c < dims; ++c) out[c] += weight * part.out[r * dims + c];
     }
-    const RowEnd end = EndOfRow(p_, h, top, static_cast<float>(sum), static_cast<float>(used));
+    const auto end = joined.as<float>().finish(p_.sinks.at(0, h));
     const double factor = end.factor / (1.0 - p_.dropout.p);
     char* row = p_.out.at(range.b, q, h, size_of(p_.dtype));
     for (int64_t c = 0; c < dims; ++c) store_from_double(row, p_.dtype, c, factor == 0 ? 0.0 : out[c] * factor);
-    StoreLse(p_, range.b, h, q, end.lse);
+    p_.store_lse(range.b, h, q, end.lse);
   }
 
   const Problem& p_;
@@ -171,7 +163,7 @@ class DecodeUnits {
   std::vector<HeadRange> ranges_;
   std::unique_ptr<std::atomic<int64_t>[]> waiting_;  // units of a range that are not done
   int64_t rows_ = 0;                                 // of a unit
-  Buffer partials_;
+  Buffer partials_, states_;                         // of all units
 };
 
 // Runs `run(unit, follows, scratch)` for all units on the executor's threads, each with `scratch_bytes` of its own.

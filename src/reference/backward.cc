@@ -246,7 +246,7 @@ class GradientPasses {
     std::vector<Sums> partial(p_.heads * s_.rows(), Sums(with_bounds_));
     run(p_.heads * s_.rows(), [&](Worker& w, int64_t unit) {
       const int64_t h = unit / s_.rows(), i = unit % s_.rows(), begin = s_.query_begin(i);
-      const double sink = p_.sinks[h * p_.sinks_head];
+      const double sink = *p_.sinks.at(0, h);
       std::vector<char> seen(s_.block_q);
       partial[unit].clear(1, 1);
       for (int64_t b = 0; b < p_.batch; ++b) {
@@ -385,10 +385,7 @@ void reference_gradients(const BackwardProblem& problem, Executor& executor, con
   const int64_t b = forward.batch, h = forward.heads, n = forward.seqlen_q, dv = forward.head_dim_v;
   std::vector<double> out(b * n * h * dv), lse(b * h * n);
   forward.out = {reinterpret_cast<char*>(out.data()), n * h * dv, h * dv, dv};
-  forward.lse = reinterpret_cast<char*>(lse.data());
-  forward.lse_batch = h * n;
-  forward.lse_head = n;
-  forward.lse_seq = 1;
+  forward.lse = {reinterpret_cast<char*>(lse.data()), h * n, 1, n};
   forward.out_dtype = forward.lse_dtype = DType::f64;
   const bool with_bounds =
       bounds.dq || bounds.dk || bounds.dv || bounds.dblock_bias || bounds.dattn_bias || bounds.dsinks;

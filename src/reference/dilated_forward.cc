@@ -67,10 +67,7 @@ class Joined {
       if (at[g] >= 0) sum += std::exp(partials_[g].lse[at[g]] - max);
     }
     const double lse = max == -kInfinity ? max : max + std::log(sum);
-    if (whole_.lse) {
-      const int64_t place = b * whole_.lse_batch + h * whole_.lse_head + s * whole_.lse_seq;
-      store_from_double(whole_.lse, whole_.lse_dtype, place, lse);
-    }
+    whole_.store_lse(b, h, s, lse);
     const double terms = static_cast<double>(at.size());
     const double joining = max == -kInfinity ? 0 : u * (terms + 8 + 4 * std::abs(max) + 4 * std::abs(lse));
     if (lse_bound_) lse_bound_[(b * whole_.heads + h) * whole_.seqlen_q + s] = static_cast<float>(error + joining);

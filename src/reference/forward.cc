@@ -5,7 +5,10 @@
 #include <limits>
 #include <vector>
 
+#include "call/pair_mask.h"
+#include "call/rows.h"
 #include "call/scores.h"
+#include "call/softmax_state.h"
 #include "core/work.h"
 #include "reference/error_bound.h"
 
@@ -23,11 +26,10 @@ double weight_error(const Problem& p, double magnitude, double score, double max
 // What it gains when the max moves away by `distance`.
 double error_of_moving(double distance) { return 4 * ErrorBound::u * distance; }
 
-// Running softmax state of one query row: max, sum, weighted values; in fp64 rescaling costs no accuracy.
+// Running softmax of one query row, whose reference is its maximum; in fp64 rescaling costs no accuracy.
 struct RowState {
-  double max = -kInfinity;
-  double sum = 0;    // of exp(s - max)
-  double error = 0;  // of exp(s - max) * weight_error
+  SoftmaxState<double, PowersOfE> softmax;
+  double error = 0;  // sum of weight * weight_error
   int64_t keys = 0;
   bool poisoned = false;  // a NaN or +inf score: the softmax of PyTorch is NaN then
 
@@ -35,11 +37,9 @@ struct RowState {
   double admit(double score) {
     ++keys;
     if (std::isnan(score) || score == kInfinity) poisoned = true;
-    if (poisoned || score <= max) return 1;
-    const double factor = std::exp(max - score);
-    if (factor > 0) error = factor * (error + error_of_moving(score - max) * sum);
-    max = score;
-    sum *= factor;
+    if (poisoned) return 1;
+    const double before = softmax.reference, factor = softmax.cover(score);
+    if (factor > 0 && factor < 1) error = factor * error + error_of_moving(softmax.reference - before) * softmax.sum;
     return factor;
   }
 };
@@ -63,7 +63,7 @@ class Reference {
   void run(int64_t b, int64_t h, int64_t i) {
     const PatternShape& s = p_.pattern.shape;
     const int64_t begin = s.query_begin(i), end = s.query_end(i);
-    const MaskGeometry mask = p_.mask(b);
+    const PairMask mask(p_, b);
     std::fill(rows_.begin(), rows_.end(), RowState{});
     std::fill(out_.begin(), out_.end(), 0.0);
     std::fill(magnitude_.begin(), magnitude_.end(), 0.0);
@@ -76,7 +76,7 @@ class Reference {
       std::fill(loaded_.begin(), loaded_.end(), 0);
       for (int64_t q = begin; q < end; ++q) {
         const RowScores<double> scores(p_, b, h, q);
-        for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) { accumulate(b, h, q, q - begin, entry, k, scores); });
+        mask.for_each_key(entry, q, [&](int64_t k) { accumulate(b, h, q, q - begin, entry, k, scores); });
       }
     }
     for (int64_t q = begin; q < end; ++q) finish(b, h, q, q - begin);
@@ -104,15 +104,14 @@ class Reference {
     if (state.poisoned || score == -kInfinity) return;  // -inf from a bias: a key that is not there
     double* out = &out_[r * dv];
     if (factor != 1) rescale(r, factor);
-    const double weight = std::exp(score - state.max);
-    const double keep = keep_factor(b, h, q, k), kept = weight * keep;
-    state.sum += weight;
+    const double weight = state.softmax.add(score);
+    const double keep = keep_factor(p_, b, h, q, k), kept = weight * keep;
     for (int64_t i = 0; i < dv; ++i) out[i] += kept * value[i];
     if (out_bound_ == nullptr && lse_bound_ == nullptr) return;
     double magnitude = 0;
     for (int64_t i = 0; i < d; ++i) magnitude += std::abs(query[i] * key[i]);
-    const double error =
-        weight_error(p_, std::abs(p_.scale) * magnitude, score, state.max, scores.bias_magnitude(entry, k));
+    const double error = weight_error(p_, std::abs(p_.scale) * magnitude, score, state.softmax.reference,
+                                      scores.bias_magnitude(entry, k));
     if (weight > 0) state.error += weight * error;
     // Weights are stored in the dtype of the inputs before they meet V; below its smallest normal number in steps, or
     // as 0. A kernel's own maximum may be a power of two away.
@@ -135,39 +134,31 @@ class Reference {
     }
   }
 
-  double keep_factor(int64_t b, int64_t h, int64_t q, int64_t k) const {
-    if (p_.dropout.p == 0) return 1;
-    const uint32_t random = dropout_random(p_.dropout, p_.dropout_stream(b, h), p_.dropout_q(q), p_.dropout_k(k));
-    return random < drop_threshold(p_.dropout.p) ? 0 : 1 / (1 - p_.dropout.p);
-  }
-
   void finish(int64_t b, int64_t h, int64_t q, int64_t r) {
     RowState& state = rows_[r];
     const int64_t dv = p_.head_dim_v;
-    const bool empty = !state.poisoned && state.max == -kInfinity;  // no key, or -inf for each
+    const bool empty = !state.poisoned && state.softmax.empty();  // no key, or -inf for each
     if (!empty && p_.sinks) {
-      const double sink = p_.sinks[h * p_.sinks_head];
+      const double sink = *p_.sinks.at(b, h);
       const double factor = state.admit(sink);
       --state.keys;
       if (factor != 1) rescale(r, factor);
-      const double weight = std::exp(sink - state.max);
-      state.sum += weight;
-      if (weight > 0) state.error += weight * weight_error(p_, 0, sink, state.max, 0);
+      const double weight = state.softmax.add(sink);
+      if (weight > 0) state.error += weight * weight_error(p_, 0, sink, state.softmax.reference, 0);
     }
     const double poison = state.poisoned ? std::numeric_limits<double>::quiet_NaN() : 0;
-    const double lse = empty ? -kInfinity : state.max + std::log(state.sum) + poison;
-    if (p_.lse) {
-      store_from_double(p_.lse, p_.lse_dtype, b * p_.lse_batch + h * p_.lse_head + q * p_.lse_seq, lse);
-    }
+    const double max = state.softmax.reference, sum = state.softmax.sum;
+    const double lse = state.softmax.finish().lse + poison;
+    p_.store_lse(b, h, q, lse);
     char* out = p_.out.at(b, q, h, size_of(p_.out_dtype));
     for (int64_t i = 0; i < dv; ++i) {
-      store_from_double(out, p_.out_dtype, i, empty ? 0 : out_[r * dv + i] / state.sum + poison);
+      store_from_double(out, p_.out_dtype, i, empty ? 0 : out_[r * dv + i] / sum + poison);
     }
-    const double error = empty ? 0 : state.error / state.sum;  // relative error of the sum of weights
+    const double error = empty ? 0 : state.error / sum;  // relative error of the sum of weights
     const double summation = static_cast<double>(state.keys + p_.pattern.shape.block_k) * ErrorBound::u;
     if (lse_bound_) {
       lse_bound_[(b * p_.heads + h) * p_.seqlen_q + q] = static_cast<float>(
-          empty ? 0 : std::log1p(error) + summation + 4 * ErrorBound::u * (1 + std::abs(lse) + std::abs(state.max)));
+          empty ? 0 : std::log1p(error) + summation + 4 * ErrorBound::u * (1 + std::abs(lse) + std::abs(max)));
     }
     if (!out_bound_) return;
     float* bound = out_bound_ + ((b * p_.seqlen_q + q) * p_.heads + h) * dv;
@@ -176,8 +167,8 @@ class Reference {
         bound[i] = 0;
         continue;
       }
-      const double value = std::abs(out_[r * dv + i] / state.sum);
-      const double sums = (error_[r * dv + i] + 2 * summation * magnitude_[r * dv + i]) / state.sum;
+      const double value = std::abs(out_[r * dv + i] / sum);
+      const double sums = (error_[r * dv + i] + 2 * summation * magnitude_[r * dv + i]) / sum;
       const double underflow = p_.dtype == DType::f16 ? 0x1p-24 : std::numeric_limits<float>::min();
       const double normalised = (1 + error) * (sums + value * error);  // the sum is at least 1 / (1 + error) of its own
       bound[i] = static_cast<float>(normalised + value * epsilon_of(p_.dtype) + underflow);

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "call/backward_problem.h"
+#include "call/pair_mask.h"
+#include "call/rows.h"
 #include "call/scores.h"
 #include "reference/error_bound.h"
 
@@ -58,7 +60,7 @@ class PairGradients {
     const int64_t begin = s.query_begin(i), end = s.query_end(i);
     const int64_t column = p_.pattern.indices[entry], kv_head = h / p_.group();
     const int64_t element = static_cast<int64_t>(size_of(p_.dtype));
-    const MaskGeometry mask = p_.mask(b);
+    const PairMask mask(p_, b);
     key_loaded_.assign(s.block_k, 0);
     for (int64_t q = begin; q < end; ++q) {
       const int64_t row = (b * p_.heads + h) * p_.seqlen_q + q;
@@ -67,7 +69,7 @@ class PairGradients {
       double* query = &query_[(q - begin) * p_.head_dim];
       double* dout = &dout_[(q - begin) * p_.head_dim_v];
       bool loaded = false;
-      for_each_admitted_key(p_, mask, q, entry, [&](int64_t k) {
+      mask.for_each_key(entry, q, [&](int64_t k) {
         if (!loaded) {
           load_row(p_.q.at(b, q, h, element), p_.dtype, p_.head_dim, query);
           load_row(g_.dout.at(b, q, h, element), p_.dtype, p_.head_dim_v, dout);
@@ -82,7 +84,7 @@ class PairGradients {
           key_loaded_[slot] = 1;
         }
         PairGradient pair{q, k, row, query, key, value, dout};
-        if (differentiate(scores, entry, keep_factor(b, h, q, k), pair)) visit(pair);
+        if (differentiate(scores, entry, keep_factor(p_, b, h, q, k), pair)) visit(pair);
       });
     }
   }
@@ -109,20 +111,13 @@ class PairGradients {
     return d;
   }
 
-  double keep_factor(int64_t b, int64_t h, int64_t q, int64_t k) const {
-    if (p_.dropout.p == 0) return 1;
-    const uint32_t random = dropout_random(p_.dropout, p_.dropout_stream(b, h), p_.dropout_q(q), p_.dropout_k(k));
-    return random < drop_threshold(p_.dropout.p) ? 0 : 1 / (1 - p_.dropout.p);
-  }
-
   // False: a bias of -inf, a key that is not there.
   bool differentiate(const RowScores<double>& scores, int64_t entry, double keep, PairGradient& pair) const {
     const Dot qk = dot(pair.query, pair.key, p_.head_dim);
-    const double score = scores.score(qk.sum, entry, pair.k);
+    const double scaled = p_.scale * qk.sum, score = scores.of_scaled(scaled, entry, pair.k);
     if (score == -std::numeric_limits<double>::infinity()) return false;
     const Dot dout_v = dot(pair.dout, pair.value, p_.head_dim_v);
-    const double lse = rows_.lse[pair.row], scaled = p_.scale * qk.sum;
-    const double tanh = p_.softcap > 0 ? std::tanh(scaled / p_.softcap) : 0, through = 1 - tanh * tanh;
+    const double lse = rows_.lse[pair.row], tanh = scores.tanh_of_scaled(scaled), through = 1 - tanh * tanh;
     pair.weight = std::exp(score - lse);
     pair.kept = pair.weight * keep;
     pair.centered = keep * dout_v.sum - rows_.delta[pair.row];

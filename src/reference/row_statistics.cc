@@ -10,11 +10,6 @@ namespace tessera {
 
 namespace {
 
-double dlse_of(const BackwardProblem& g, int64_t b, int64_t h, int64_t q) {
-  if (g.dlse == nullptr) return 0;
-  return load_as_double(g.dlse, g.forward.lse_dtype, b * g.dlse_batch + h * g.dlse_head + q * g.dlse_seq);
-}
-
 bool without_keys(double lse) { return lse == -std::numeric_limits<double>::infinity(); }
 
 // Of one block row. out = sum P v / sum P: an error e of the score of a key moves lse by P e, and rowsum(dout * out) by
@@ -59,7 +54,7 @@ class RowErrors {
     const int64_t dv = p_.head_dim_v;
     ++keys_[r];
     lse_[r] += pair.weight_error;
-    delta_[r] += pair.weight_error.times(pair.centered - dlse_of(g_, b, h, pair.q));
+    delta_[r] += pair.weight_error.times(pair.centered - g_.load_dlse(b, h, pair.q));
     const double stored = Error::storage(p_.dtype, pair.kept).sum;
     for (int64_t i = 0; i < dv; ++i) {
       const double term = pair.kept * std::abs(pair.value[i]);
@@ -71,7 +66,7 @@ class RowErrors {
 
   void finish(int64_t b, int64_t h, int64_t q, int64_t r) {
     const int64_t dv = p_.head_dim_v, row = (b * p_.heads + h) * p_.seqlen_q + q;
-    const double lse = rows_.lse[row], n = static_cast<double>(keys_[r]), dlse = dlse_of(g_, b, h, q);
+    const double lse = rows_.lse[row], n = static_cast<double>(keys_[r]), dlse = g_.load_dlse(b, h, q);
     const double dot = rows_.delta[row] + dlse;  // rowsum(dout * out)
     // The kernel's maximum is at most log n below lse, and the sink another term.
     const double max = std::abs(lse) + std::log(n + 1);
@@ -130,14 +125,13 @@ RowStatistics row_statistics(const BackwardProblem& g, const Problem& given, Exe
         double *out = scratch.data(), *dout = out + dv;
         for (int64_t q = 0; q < p.seqlen_q; ++q) {
           const int64_t row = unit * p.seqlen_q + q;
-          const int64_t at = b * given.lse_batch + h * given.lse_head + q * given.lse_seq;
-          rows.lse[row] = load_as_double(given.lse, given.lse_dtype, at);
+          rows.lse[row] = given.load_lse(b, h, q);
           if (without_keys(rows.lse[row])) continue;
           load_row(given.out.at(b, q, h, size_of(given.out_dtype)), given.out_dtype, dv, out);
           load_row(g.dout.at(b, q, h, size_of(p.dtype)), p.dtype, dv, dout);
           double sum = 0;
           for (int64_t i = 0; i < dv; ++i) sum += dout[i] * out[i];
-          rows.delta[row] = sum - dlse_of(g, b, h, q);
+          rows.delta[row] = sum - g.load_dlse(b, h, q);
         }
       });
   return rows;
@@ -185,7 +179,7 @@ void set_row_errors(const BackwardProblem& g, const Problem& exact, const float*
             linear += std::abs(dout[i]) * (static_cast<double>(bound[i]) + ErrorBound::kTiny) +
                       ErrorBound::kTiny * (std::abs(out[i]) + 1);
           }
-          const double dlse = dlse_of(g, b, h, q);
+          const double dlse = g.load_dlse(b, h, q);
           rows.lse_error[row] = Error::of(lse_bound[row]).grown();
           rows.delta_error[row] =
               Error::of(linear) +
