@@ -202,7 +202,7 @@ void add_attend(CLI::App& app, Context& context) {
   command
       ->add_option("--dtype", flags->dtype,
                    "Convert to fp32, bf16, fp16 or fp64 (the slow reference). Default: the input's")
-      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))
+      ->check(one_of({"fp32", "bf16", "fp16", "fp64"}))
       ->type_name("NAME");
   add_threads(*command, flags->threads);
   add_isa(*command, flags->isa);

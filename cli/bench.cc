@@ -289,11 +289,11 @@ void add_bench(CLI::App& app, Context& context) {
   auto flags = std::make_shared<BenchFlags>();
   const auto positive = integer(1);
   command->add_option("--pass", flags->pass, "Forward, backward, both, or decode: a few queries against --seq keys")
-      ->check(CLI::IsMember({"fwd", "bwd", "fwdbwd", "decode"}).description(""))
+      ->check(one_of({"fwd", "bwd", "fwdbwd", "decode"}))
       ->type_name("fwd|bwd|fwdbwd|decode")
       ->capture_default_str();
   add_list(*command, "--dtype", flags->dtypes, "fp32, bf16, fp16 or fp64 (the slow reference). Default fp32")
-      ->check(CLI::IsMember({"fp32", "bf16", "fp16", "fp64"}).description(""))
+      ->check(one_of({"fp32", "bf16", "fp16", "fp64"}))
       ->type_name("NAME,..");
   add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")->check(positive)->type_name("N,..");
   command->add_option("--queries", flags->queries, "decode: queries, up to 16. Default 1")
@@ -312,7 +312,7 @@ void add_bench(CLI::App& app, Context& context) {
       ->check(positive)
       ->type_name("N");
   command->add_option("--layout", flags->layout, "How tensors lie in memory")
-      ->check(CLI::IsMember({"bshd", "bhsd"}).description(""))
+      ->check(one_of({"bshd", "bhsd"}))
       ->type_name("bshd|bhsd")
       ->capture_default_str();
   flags->pattern.add_to(*command, {.file = false, .attention = true, .dilation = true, .fallback = "dilated_sparse"});

@@ -118,7 +118,7 @@ void add_check(CLI::App& app, Context& context) {
       ->capture_default_str();
   add_list(*command, "--isa", flags->isas, "Only these instruction sets")->type_name("NAME,..");
   command->add_option("--pass", flags->pass, "fwd, bwd or both")
-      ->check(CLI::IsMember({"fwd", "bwd", "both"}))
+      ->check(one_of({"fwd", "bwd", "both"}))
       ->type_name("PASS")
       ->capture_default_str();
   add_threads(*command, flags->threads)->description("Threads of the fp64 reference; 0: all CPUs");

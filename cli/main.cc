@@ -1,10 +1,15 @@
 // tessera: the command line. Exit status 0, 1 (failed) or 2 (usage).
+#include <algorithm>
 #include <csignal>
 #include <new>
+#include <string>
+#include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "command.h"
+#include "options.h"
 #include "tessera/error.h"
 
 namespace tessera::cli {
@@ -86,7 +91,7 @@ int run(int argc, char** argv) {
   app.set_version_flag("--version", "tessera " TESSERA_VERSION, "Print the version");
   app.require_subcommand(1);
   app.footer(
-      "`tessera COMMAND --help` tells a command's options, with examples.\n"
+      "`tessera help COMMAND` tells a command's options, with examples.\n"
       "Results go to stdout, progress to stderr. Exit status: 0, 1 (failed) or 2 (usage).\n\n"
       "Example:\n"
       "  tessera demo --quick");
@@ -106,9 +111,23 @@ int run(int argc, char** argv) {
   const auto blame_usage = [&](const std::exception& e) {
     return blame(fmt::format("{} (try `{}`)", first_line(e.what()), help_hint(app)), kUsage);
   };
+  std::vector<std::string> commands;
+  for (const CLI::App* command : app.get_subcommands({})) commands.push_back(command->get_name());
+  std::vector<std::string> args(argv + 1, argv + argc);
+  if (!args.empty() && args[0] == "help") {  // help, help COMMAND
+    args.erase(args.begin());
+    args.resize(std::min<size_t>(args.size(), 1));
+    args.push_back("--help");
+  }
+  if (!args.empty() && !args[0].starts_with('-') &&
+      std::find(commands.begin(), commands.end(), args[0]) == commands.end()) {
+    return blame(fmt::format("no command {}; allowed: {}{} (try `tessera --help`)", args[0], fmt::join(commands, ", "),
+                             suggestion(args[0], commands)),
+                 kUsage);
+  }
   try {
     try {
-      app.parse(argc, argv);
+      app.parse(std::vector<std::string>(args.rbegin(), args.rend()));  // as CLI11 takes them
       return context.exit_status;
     } catch (const CLI::CallForHelp&) {
       const auto commands = app.get_subcommands();
@@ -118,6 +137,21 @@ int run(int argc, char** argv) {
       context.output.write(fmt::format("{}\n", version.what()));
       return 0;
     }
+  } catch (const CLI::ExtrasError& e) {
+    const CLI::App& command = app.get_subcommands().empty() ? app : *app.get_subcommands().front();
+    std::vector<std::string> options;
+    for (const CLI::Option* option : command.get_options()) {
+      for (const std::string& name : option->get_lnames()) options.push_back("--" + name);
+    }
+    std::string extra = first_line(e.what());
+    for (const std::string& word : app.remaining(true)) {
+      if (word.starts_with("--")) extra = word;
+    }
+    extra = extra.substr(extra.rfind(' ') + 1);
+    const std::string first = extra.substr(0, extra.find('='));
+    return blame(
+        fmt::format("got {}; allowed: the options of `{}`{}", extra, help_hint(app), suggestion(first, options)),
+        kUsage);
   } catch (const CLI::ParseError& e) {
     return blame_usage(e);
   } catch (const UsageError& e) {
@@ -144,7 +178,7 @@ CLI::App* add_command(CLI::App& app, Context& context, const std::string& name, 
             context.format = name == "json" ? Format::json : name == "csv" ? Format::csv : Format::table;
           },
           "How results are written: table, json or csv. Default table")
-      ->check(CLI::IsMember({"table", "json", "csv"}).description(""))
+      ->check(one_of({"table", "json", "csv"}))
       ->type_name("FORMAT");
   return command;
 }

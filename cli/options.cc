@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -69,6 +70,32 @@ std::string check_block(const std::string& text) {
 
 }  // namespace
 
+std::string suggestion(std::string_view text, const std::vector<std::string>& names) {
+  std::string best;
+  size_t least = std::min<size_t>(3, text.size() / 2 + 1);  // so many letters may differ, less one
+  for (const std::string& name : names) {
+    std::vector<size_t> row(name.size() + 1);  // Levenshtein's distances from a begin of the text to those of the name
+    for (size_t j = 0; j < row.size(); ++j) row[j] = j;
+    for (size_t i = 1; i <= text.size(); ++i) {
+      size_t diagonal = std::exchange(row[0], i);
+      for (size_t j = 1; j < row.size(); ++j) {
+        const size_t changed = diagonal + (text[i - 1] != name[j - 1]);
+        diagonal = row[j];
+        row[j] = std::min({row[j] + 1, row[j - 1] + 1, changed});
+      }
+    }
+    if (row.back() < least) least = row.back(), best = name;
+  }
+  return best.empty() ? best : fmt::format("; did you mean {}?", best);
+}
+
+std::function<std::string(const std::string&)> one_of(std::vector<std::string> names) {
+  return [names = std::move(names)](const std::string& text) -> std::string {
+    if (std::find(names.begin(), names.end(), text) != names.end()) return {};
+    return fmt::format("got {}; allowed: {}{}", text, fmt::join(names, ", "), suggestion(text, names));
+  };
+}
+
 std::function<std::string(const std::string&)> integer(int64_t min, int64_t max) {
   return [min, max](const std::string& text) -> std::string {
     int64_t value = 0;
@@ -87,7 +114,7 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   if (!flags.fallback.empty()) patterns_ = {flags.fallback};
 
   pattern_ = add_list(app, "--pattern", patterns_, fmt::format("One of {}; a list sweeps", fmt::join(names, ", ")))
-                 ->check(CLI::IsMember(names).description(""))
+                 ->check(one_of(names))
                  ->type_name("NAME,..")
                  ->group(group);
   add_list(app, "--density", densities_,
@@ -100,7 +127,7 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   app.add_option("--budget", budget_,
                  "even: as many pairs in every row, as far as it has them; proportional: a density of its own pairs in "
                  "every row")
-      ->check(CLI::IsMember({"even", "proportional"}).description(""))
+      ->check(one_of({"even", "proportional"}))
       ->type_name("HOW")
       ->capture_default_str()
       ->group(group);

@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <CLI/CLI.hpp>
@@ -22,6 +23,12 @@ template <class T>
 CLI::Option* add_list(CLI::App& app, const std::string& name, std::vector<T>& values, const std::string& description) {
   return app.add_option(name, values, description)->delimiter(',')->allow_extra_args(false);
 }
+
+// "; did you mean NAME?" where one of the names is near enough to what came, else nothing.
+std::string suggestion(std::string_view text, const std::vector<std::string>& names);
+
+// A check that a value is one of these.
+std::function<std::string(const std::string&)> one_of(std::vector<std::string> names);
 
 // Validator of a whole number in min..max: nothing before it, nothing after it, nothing that overflows.
 std::function<std::string(const std::string&)> integer(int64_t min, int64_t max = INT64_MAX);

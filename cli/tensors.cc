@@ -67,7 +67,7 @@ void InputFlags::add_to(CLI::App& app) {
   app.add_option("--k", k, "Keys as .npy")->type_name("FILE")->group(group);
   app.add_option("--v", v, "Values as .npy")->type_name("FILE")->group(group);
   app.add_option("--layout", layout, "Order of the dimensions: bhsd is [B, H, S, D], bshd is [B, S, H, D]")
-      ->check(CLI::IsMember({"bhsd", "bshd"}).description(""))
+      ->check(one_of({"bhsd", "bshd"}))
       ->type_name("bhsd|bshd")
       ->capture_default_str()
       ->group(group);

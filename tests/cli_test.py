@@ -194,6 +194,25 @@ class CliTest(unittest.TestCase):
     def test_version(self):
         self.assertRegex(self.ok("--version"), r"^tessera \d+\.\d+\.\d+\n$")
 
+    def test_suggestions(self):
+        for args, words in (
+            (["analyse"], "no command analyse; allowed: .*; did you mean analyze[?]"),
+            (["xyzzy"], r"no command xyzzy; allowed: demo, .*, info \(try"),
+            (["pattern", "--pattern", "local_windw"], "--pattern: got local_windw; .*; did you mean local_window[?]"),
+            (["bench", "--dtype", "fp23"], "--dtype: got fp23; .*; did you mean fp32[?]"),
+            (["info", "--format", "jsn"], "--format: got jsn; .*; did you mean json[?]"),
+            (["bench", "--seqq", "3"], "got --seqq; .*; did you mean --seq[?]"),
+            (["bench", "--pas=fwd"], "got --pas=fwd; .*; did you mean --pass[?]"),
+        ):
+            self.refused(2, *args)
+            self.assertRegex(run(*args).stderr, words)
+
+    def test_help_as_a_command(self):
+        self.assertEqual(self.ok("help"), self.ok("--help"))
+        for command in COMMANDS:
+            self.assertEqual(self.ok("help", command), self.ok(command, "--help"))
+        self.refused(2, "help", "bnch", says="did you mean bench?")
+
     def test_usage_errors_are_status_2(self):
         sample = self.dir / "x.safetensors"
         write_safetensors(sample, Sample().tensors)
