@@ -322,8 +322,7 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   if (!quick) densities = {0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7};
   std::vector<Series> series;
   for (const QualityCurve& curve : quality_curves(input, specs, densities, kSampleBlock, kSampleBlock, executor)) {
-    Series s{curve.name, {}, {}, curve.name == "oracle"};
-    if (s.dashed) s.name = "best possible";
+    Series s{curve.name, {}, {}, curve.name == "best possible"};
     for (const QualityCurve::Point& point : curve.points) {
       s.x.push_back(point.density);
       s.y.push_back(point.coverage);

@@ -231,7 +231,19 @@ TEST_F(Sample, Curves) {
   EXPECT_EQ(curves[0].name, "local_window");
   EXPECT_EQ(curves[1].name, "dilated_sparse");
   EXPECT_EQ(curves[2].name, "best possible");
+  const std::vector<QualityCurve::Point>& best = curves[2].points;
   for (const QualityCurve& curve : curves) {
+    for (const QualityCurve::Point& point : curve.points) {
+      const auto at = std::find_if(best.begin(), best.end(), [&](const auto& b) { return b.density >= point.density; });
+      ASSERT_NE(at, best.end());
+      EXPECT_NEAR(at->density, point.density, 1e-9);
+      EXPECT_GE(at->coverage, point.coverage - 1e-6);
+    }
+    if (curve.name == "best possible") {
+      EXPECT_TRUE(std::is_sorted(best.begin(), best.end(),
+                                 [](const auto& a, const auto& b) { return a.coverage < b.coverage; }));
+      continue;
+    }
     ASSERT_EQ(curve.points.size(), 3u);
     for (size_t d = 0; d < 3; ++d) {
       EXPECT_EQ(curve.points[d].asked_density, densities[d]);

@@ -154,7 +154,8 @@ struct QualityCurve {
 };
 
 // One curve for each spec at each density (spec.density is replaced; lengths, block sizes and causality too are taken
-// from here and input), and that of bound_pattern(), the best possible, as the last one.
+// from here and input), and that of bound_pattern(), the best possible, as the last one: at these densities and at
+// those that the patterns reached.
 std::vector<QualityCurve> quality_curves(const AnalysisInput& input, std::span<const PatternSpec> specs,
                                          std::span<const double> densities, int block_q, int block_k,
                                          Executor& executor);

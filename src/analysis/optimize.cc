@@ -1,10 +1,12 @@
 #include <algorithm>
 #include <functional>
+#include <set>
 #include <string>
 
 #include "analysis/scan.h"
 #include "tessera/analysis.h"
 #include "tessera/error.h"
+#include "tessera/pattern_statistics.h"
 
 namespace tessera {
 
@@ -214,15 +216,21 @@ std::vector<QualityCurve> quality_curves(const AnalysisInput& input, std::span<c
       patterns.push_back(make_pattern(spec));
     }
   }
+  // The bound also where the patterns came out, so that no line between two of its points runs below one of them.
+  std::set<double> bounds(densities.begin(), densities.end());
+  for (const BlockPattern& pattern : patterns) bounds.insert(statistics(pattern).density);
   curves.push_back({"best possible", {}});
-  for (const double density : densities) patterns.push_back(bound_pattern(mass, density));
+  for (const double density : bounds) patterns.push_back(bound_pattern(mass, density));
   const std::vector<Quality> judged = quality(input, patterns, executor);
-  for (size_t c = 0; c < curves.size(); ++c) {
-    for (size_t d = 0; d < densities.size(); ++d) {
-      const Quality& q = judged[c * densities.size() + d];
-      curves[c].points.push_back({densities[d], q.density, q.coverage, q.output_error});
+  size_t next = 0;
+  const auto fill = [&](QualityCurve& curve, const auto& wanted) {
+    for (const double density : wanted) {
+      const Quality& q = judged[next++];
+      curve.points.push_back({density, q.density, q.coverage, q.output_error});
     }
-  }
+  };
+  for (size_t c = 0; c + 1 < curves.size(); ++c) fill(curves[c], densities);
+  fill(curves.back(), bounds);
   return curves;
 }
 
