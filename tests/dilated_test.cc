@@ -2,8 +2,11 @@
 // every dtype, on every ISA of this machine and in both layouts. Rows of q, k and v that no (w, r) reads are NaN.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
+#include <set>
 
 #include <fmt/format.h>
 
@@ -290,6 +293,53 @@ TEST(Dilated, PatternOverTheSequence) {
   const int64_t one[] = {1};
   EXPECT_EQ(error_argument([&] { dilated_pattern(32, {one, one, {}, {}}, false, 0, 16, 16); }), "heads");
   EXPECT_EQ(error_argument([&] { dilated_pattern(-1, {one, one, {}, {}}, false, 1, 16, 16); }), "seqlen_q");
+}
+
+// Shares and keys of single queries, which look at groups of rows and one period, against the pairs that are met. The
+// cases have rates that share heads among offsets, overlapping segments, ragged ends and several periods.
+TEST(Dilated, SharesOfTheSequenceCountEachPairOnce) {
+  constexpr int kBlock = 16;
+  int overlapping = 0, judged = 0;
+  for (const DilatedCase& c : dilated_cases()) {
+    if (c.window_left || !c.key_lengths.empty()) continue;  // no part of the pattern
+    const Dilation dilation = c.dilation();
+    if (dilation.make || (dilation.pattern && dilation.pattern->heads != 1)) {
+      EXPECT_EQ(error_argument([&] { dilated_share(c.seqlen, dilation, c.causal, c.heads, kBlock); }),
+                "dilation.pattern");
+      continue;
+    }
+    std::vector<char> met(c.heads * c.seqlen * c.seqlen);
+    std::set<std::array<int64_t, 3>> blocks;
+    int64_t times = 0;
+    const Dense4 q(c.batch, c.seqlen, c.heads, c.head_dim), kv(c.batch, c.seqlen, c.kv_heads, c.head_dim);
+    const Dense4 v(c.batch, c.seqlen, c.kv_heads, c.head_dim_v);
+    plain_dilated(c, q, kv, v, [&](const PlainPair& p) {
+      if (p.b > 0) return;
+      met[(p.h * c.seqlen + p.q) * c.seqlen + p.k] = 1;
+      blocks.insert({p.h, p.q / kBlock, p.k / kBlock});
+      ++times;
+    });
+    const int64_t pairs = std::count(met.begin(), met.end(), 1);
+    const DilatedShare share = dilated_share(c.seqlen, dilation, c.causal, c.heads, kBlock);
+    EXPECT_EQ(share.pairs, pairs) << c.name;
+    EXPECT_EQ(share.blocks, static_cast<int64_t>(blocks.size())) << c.name;
+    overlapping += times > pairs;
+    ++judged;
+    for (int64_t h = 0; h < c.heads; ++h) {
+      for (int64_t i = 0; i < c.seqlen; i += 7) {
+        const std::vector<uint8_t> keys = dilated_keys(c.seqlen, dilation, c.causal, h, i);
+        const auto first = met.begin() + (h * c.seqlen + i) * c.seqlen;
+        EXPECT_TRUE(std::equal(keys.begin(), keys.end(), first)) << c.name << ", head " << h << ", query " << i;
+      }
+    }
+  }
+  EXPECT_GT(judged, 5);
+  EXPECT_GT(overlapping, 1);
+  const int64_t one[] = {1};
+  const Dilation dilation{one, one, {}, {}};
+  EXPECT_EQ(error_argument([&] { dilated_share(32, dilation, false, 1, 0); }), "block");
+  EXPECT_EQ(error_argument([&] { dilated_keys(32, dilation, false, 0, 32); }), "query");
+  EXPECT_EQ(error_argument([&] { dilated_keys(32, dilation, false, -1, 0); }), "head");
 }
 
 // Partials of the groups but one of rate 1, and lse: nothing else, whatever the length. S = 4096 is where scratch of

@@ -347,6 +347,36 @@ TEST(FromFlex, AsksMaskModInPartialBlocksOnly) {
   };
   EXPECT_TRUE(make() == expected);
 
+  // Answers beforehand, in the order in which blocks are listed; then of shorter sequences, which leave out what lies
+  // past their ends.
+  Holder answers(DType::boolean, {40, block, block});
+  int64_t listed = 0;
+  for (int64_t h = 0; h < 2; ++h) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t e = v.indptr[h * rows + i + 1]; e-- > v.indptr[h * rows + i];) {
+        if (v.bitmap(e) == nullptr) continue;
+        for (int64_t n = 0; n < block * block; ++n) {
+          answers.set({listed, n / block, n % block},
+                      admit(0, h, i * block + n / block, int64_t{v.indices[e]} * block + n % block));
+        }
+        ++listed;
+      }
+    }
+  }
+  ASSERT_LE(listed, 40);
+  const auto mask_mod = std::exchange(flex.mask_mod, nullptr);
+  flex.answers = answers.view;
+  EXPECT_TRUE(make() == expected);
+  mask.view.sizes[1] = mask.view.sizes[2] = 100;
+  EXPECT_TRUE(pattern_from_flex(flex, 100, 100, block, block) == pattern_from_token_mask(mask.view, block, block));
+  flex.answers.sizes[0] = listed - 1;
+  expect_error("answers", make);
+  flex.answers = {};
+  flex.mask_mod = mask_mod;
+  flex.full_kv_num_blocks.sizes[2] = rows - 1;
+  expect_error("full_kv_num_blocks", make);
+  flex.full_kv_num_blocks.sizes[2] = rows;
+
   num.set({0, 1, 2}, rows + 1);
   expect_error("kv_num_blocks", make);
   num.set({0, 1, 2}, -1);

@@ -43,6 +43,21 @@ int64_t dilated_pairs_op(const at::Tensor& q, const DilationArguments& dilation,
   return dilated_pairs(q.size(1), dilation.dilation(), Options(options, q).get(), q.size(0), q.size(2));
 }
 
+// Pairs and blocks that the (w, r) keep between them.
+Named dilated_share_op(int64_t seqlen, int64_t heads, int block, std::optional<bool> causal,
+                       const DilationArguments& dilation) {
+  const DilatedShare share = dilated_share(seqlen, dilation.dilation(), causal, heads, block);
+  return {{"pairs", static_cast<double>(share.pairs)}, {"blocks", static_cast<double>(share.blocks)}};
+}
+
+at::Tensor dilated_keys_op(int64_t seqlen, int64_t head, int64_t query, std::optional<bool> causal,
+                           const DilationArguments& dilation) {
+  const std::vector<uint8_t> keys = dilated_keys(seqlen, dilation.dilation(), causal, head, query);
+  at::Tensor mask = at::empty({seqlen}, at::kBool);
+  std::copy(keys.begin(), keys.end(), mask.mutable_data_ptr<bool>());
+  return mask;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tessera, m) {
@@ -52,6 +67,12 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
                                "dilated_backward({backward}, bool[4] wanted, {dilation}, {options}) -> (Tensor dq, "
                                "Tensor dk, Tensor dv, Tensor dattn_bias)");
   define<&dilated_pairs_op>(m, "dilated_pairs(Tensor q, {dilation}, {options}) -> int");
+  constexpr auto kNoTensors = c10::DispatchKey::CompositeExplicitAutograd;
+  define<&dilated_share_op>(
+      m, "dilated_share(int seqlen, int heads, int block_size, bool? causal, {dilation}) -> Dict(str, float)",
+      kNoTensors);
+  define<&dilated_keys_op>(m, "dilated_keys(int seqlen, int head, int query, bool? causal, {dilation}) -> Tensor",
+                           kNoTensors);
 }
 
 }  // namespace tessera::ops

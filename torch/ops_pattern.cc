@@ -64,6 +64,18 @@ BlockPattern from_csr(const std::vector<at::Tensor>& indptr, const std::vector<a
                           sort ? ColumnOrder::any : ColumnOrder::ascending);
 }
 
+BlockPattern from_flex(const at::Tensor& kv_num_blocks, const at::Tensor& kv_indices,
+                       const MaybeTensor& full_kv_num_blocks, const MaybeTensor& full_kv_indices,
+                       const at::Tensor& answers, int64_t seqlen_q, int64_t seqlen_k, int block_q, int block_k) {
+  FlexBlockMask mask;
+  mask.kv_num_blocks = integer_view("kv_num_blocks", kv_num_blocks);
+  mask.kv_indices = integer_view("kv_indices", kv_indices);
+  if (full_kv_num_blocks) mask.full_kv_num_blocks = integer_view("full_kv_num_blocks", *full_kv_num_blocks);
+  if (full_kv_indices) mask.full_kv_indices = integer_view("full_kv_indices", *full_kv_indices);
+  mask.answers = integer_view("answers", answers);
+  return pattern_from_flex(mask, seqlen_q, seqlen_k, block_q, block_k);
+}
+
 BlockPattern canonical(const BlockPattern& pattern) { return pattern; }
 
 Named statistics_op(const BlockPattern& pattern, std::optional<bool> causal) {
@@ -95,6 +107,11 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
   define<&from_csr>(m,
                     "pattern_from_csr(Tensor[] indptr, Tensor[] indices, Tensor[] blocks, SymInt[] pattern_shape, bool "
                     "sort=False) -> ({made})");
+  // The lists of a BlockMask, and what its mask_mod says of the blocks of kv_*: bool [blocks, block_q, block_k].
+  define<&from_flex>(
+      m,
+      "pattern_from_flex(Tensor kv_num_blocks, Tensor kv_indices, Tensor? full_kv_num_blocks, Tensor? "
+      "full_kv_indices, Tensor answers, int seqlen_q, int seqlen_k, int block_q, int block_k) -> ({made})");
   define<&canonical>(m, "pattern_canonical({pattern}) -> ({made})");  // the same pattern, checked
   define<&unite>(m, "pattern_unite({pattern}, {pattern_b}) -> ({made})");
   define<&intersect>(m, "pattern_intersect({pattern}, {pattern_b}) -> ({made})");

@@ -13,6 +13,7 @@
 #include <functional>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "tessera/attention.h"
 #include "tessera/backward.h"
@@ -94,6 +95,21 @@ void reference_dilated_backward(const DilatedBackwardArgs& args, Executor& execu
 // Number of (q, k) pairs over all (w, r), B and H: what "effective" FLOP counts are made of.
 int64_t dilated_pairs(int64_t seqlen, const Dilation& dilation, const AttentionOptions& options, int64_t batch,
                       int64_t heads);
+
+// What the (w, r) keep between them, over `heads` heads of one batch. Patterns inside have one head and no
+// bitmaps.
+struct DilatedShare {
+  int64_t pairs = 0;   // (q, k) that some (w, r) admits, each counted once
+  int64_t blocks = 0;  // blocks of block x block tokens of the whole sequence in which such a pair may lie
+};
+// Rows that see the same keys are counted together, and one period of all segment lengths stands for all of them: no
+// time is taken for a pair, as dilated_pattern() does.
+DilatedShare dilated_share(int64_t seqlen, const Dilation& dilation, std::optional<bool> causal, int64_t heads,
+                           int block);
+
+// Which keys some (w, r) admits for one query of one head: [seqlen], 0 or 1.
+std::vector<uint8_t> dilated_keys(int64_t seqlen, const Dilation& dilation, std::optional<bool> causal, int64_t head,
+                                  int64_t query);
 
 // The pairs of tokens that some (w, r) admits, as a pattern with token bitmaps, one head for each of `heads` (>= 1): to
 // look at and to measure coverage with. It is not dilated attention itself, where a pair counts as often as it is

@@ -41,13 +41,16 @@ BlockPattern pattern_from_csr(const PatternShape& shape, std::span<const CsrMatr
 
 // The tensors of torch.nn.attention.flex_attention.BlockMask; int32 or int64. kv_* list the blocks for which mask_mod
 // must be asked, full_kv_* (may be undefined) those that are kept whole. Only the first kv_num_blocks columns of a row
-// of kv_indices count; they may come in any order.
+// of kv_indices count; they may come in any order. Rows and columns past the ends of the sequences are left out.
 struct FlexBlockMask {
-  TensorView kv_num_blocks;                                                  // [batches, heads, rows]
-  TensorView kv_indices;                                                     // [batches, heads, rows, cols]
-  TensorView full_kv_num_blocks;                                             // like kv_num_blocks
-  TensorView full_kv_indices;                                                // like kv_indices
-  std::function<bool(int64_t b, int64_t h, int64_t q, int64_t k)> mask_mod;  // empty: admits every pair
+  TensorView kv_num_blocks;       // [batches, heads, rows or more]
+  TensorView kv_indices;          // [batches, heads, rows or more, cols or more]
+  TensorView full_kv_num_blocks;  // like kv_num_blocks
+  TensorView full_kv_indices;     // like kv_indices
+  // Which pairs of the blocks of kv_* count; empty: all.
+  std::function<bool(int64_t b, int64_t h, int64_t q, int64_t k)> mask_mod;
+  // Or its answers: bool [blocks, block_q, block_k] for all blocks that kv_* list, in the order in which they do.
+  TensorView answers;
 };
 BlockPattern pattern_from_flex(const FlexBlockMask& mask, int64_t seqlen_q, int64_t seqlen_k, int block_q, int block_k);
 

@@ -6,11 +6,9 @@ function n -> BlockPattern: the pattern inside a dilated segment of n tokens, or
 
 from __future__ import annotations
 
-import functools
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +16,16 @@ from torch import Tensor
 from . import functional
 from ._pattern import BlockPattern
 
+_t = torch.ops.tessera
 Inner = Callable[[int], BlockPattern]
+
+
+class Dilation(NamedTuple):
+    """(w, r) and the pattern inside, as operators take them."""
+
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    inner: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,56 +58,6 @@ def parts(seqlen: int, heads: int, segment_lengths: Sequence[int], dilation_rate
                 part = Part(start, min(start + width, seqlen), rate, offset)
                 if part.length > 0:
                     yield part
-
-
-def token_pairs(pattern: BlockPattern, causal: bool) -> int:
-    """Admitted (q, k) pairs of a pattern without bitmaps, over its heads and batches; causal: bottom-right aligned."""
-    indptr = pattern.indptr.long()
-    blocks = torch.repeat_interleave(torch.arange(indptr.numel() - 1), indptr.diff())
-    rows_a_head = -(-pattern.seqlen_q // pattern.block_q) if pattern.seqlen_q else 1
-    first_q = (blocks % rows_a_head) * pattern.block_q
-    first_k = pattern.indices.long() * pattern.block_k
-    rows = (pattern.seqlen_q - first_q).clamp(max=pattern.block_q)
-    keys = (pattern.seqlen_k - first_k).clamp(max=pattern.block_k)
-    if not causal:
-        return int((rows * keys).sum())
-    # Row t of a block sees clamp(seen + t, 0, keys) of its keys; sums of that are differences of this one.
-    seen = first_q + pattern.seqlen_k - pattern.seqlen_q - first_k + 1
-
-    def summed(x: Tensor) -> Tensor:
-        inside = torch.minimum(x.clamp(min=0), keys)
-        return inside * (inside + 1) // 2 + (x - keys).clamp(min=0) * keys
-
-    return int((summed(seen + rows - 1) - summed(seen - 1)).sum())
-
-
-def density(
-    seqlen: int,
-    heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    causal: bool,
-    inner: Inner | None,
-) -> float:
-    """Admitted (q, k) pairs, counted once for each (w, r) that admits them, over those of dense attention."""
-    memo: dict[int, float] = {}
-
-    def pairs(n: int) -> float:
-        if n not in memo:
-            full = n * (n + 1) // 2 if causal else n * n
-            if inner is None:
-                memo[n] = full
-            else:
-                pattern = inner(n)
-                memo[n] = token_pairs(pattern, causal) / max(1, pattern.heads)
-        return memo[n]
-
-    kept = sum(
-        pairs(part.length) * len(range(heads)[part.heads])
-        for part in parts(seqlen, heads, segment_lengths, dilation_rates)
-    )
-    dense = heads * (seqlen * (seqlen + 1) // 2 if causal else seqlen * seqlen)
-    return kept / dense if dense else 0.0
 
 
 def _key_heads(kv: Tensor, heads: int, part: Part) -> Tensor:
@@ -172,49 +129,9 @@ def _dense(n: int, block: int, causal: bool) -> BlockPattern:
     return patterns.dense(n, n, block=block, causal=causal)
 
 
-def admitted_keys(
-    row: int,
-    head: int,
-    seqlen: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    causal: bool,
-    inner: Inner | None,
-) -> Tensor:
-    """bool [S]: the keys that any (w, r) admits for one query."""
-    mask = torch.zeros(seqlen, dtype=torch.bool)
-    for width, rate in zip(segment_lengths, dilation_rates, strict=True):
-        start = row - row % width
-        part = Part(start, min(start + width, seqlen), rate, head % rate)
-        place, off = divmod(row - start - part.offset, rate)
-        if off or place < 0:
-            continue
-        local = torch.zeros(part.length, dtype=torch.bool)
-        if inner is None:
-            local[:] = True
-        else:
-            pattern = inner(part.length)
-            line = place // pattern.block_q
-            for column in pattern.indices[int(pattern.indptr[line]) : int(pattern.indptr[line + 1])].tolist():
-                local[column * pattern.block_k : (column + 1) * pattern.block_k] = True
-        if causal:
-            local[place + 1 :] = False
-        mask[part.rows] |= local
-    return mask
-
-
 @torch.no_grad()
 def sampled_quality(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    causal: bool,
-    scale: float | None,
-    inner: Inner | None,
-    rows: int,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dilation: Dilation, causal: bool, scale: float | None, rows: int
 ) -> tuple[float, float]:
     """(share of the true attention mass that lies on admitted keys: mean over sampled rows; |out - dense| / |dense|
     over them). One row at random in each of ``rows`` equal parts of the sequence; one row of scores is held."""
@@ -231,7 +148,7 @@ def sampled_quality(
     mass = count = error = norm = 0.0
     for row in picks:
         for head in range(heads):
-            mask = admitted_keys(row, head, seqlen, segment_lengths, dilation_rates, causal, inner)
+            mask = _t.dilated_keys(seqlen, head, row, causal, *dilation[:2], **dilation.inner)
             keys = row + 1 if causal else seqlen
             for b in range(batch):
                 scores = (k[b, :keys, head // group].float() @ q[b, row, head].float()) * factor
@@ -244,94 +161,10 @@ def sampled_quality(
     return (mass / count if count else float("nan")), ((error / norm) ** 0.5 if norm else float("nan"))
 
 
-def _alike(heads: int, rates: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(head, how many heads keep the same as it) for the heads' offsets in segments of these rates."""
-    for offsets, count in Counter(tuple(h % rate for rate in rates) for h in range(heads)).items():
-        yield next(h for h in range(heads) if tuple(h % rate for rate in rates) == offsets), count
-
-
-def segment_density(seqlen: int, heads: int, widths: Sequence[int], rates: Sequence[int], block: int, causal: bool,
-                    inner: Inner) -> float:  # fmt: skip
-    """(q, k) pairs that any (w, r) admits over those of dense attention, in [0, 1]: one that several admit counts once.
-    inner: as above, of blocks of ``block`` tokens."""
-    inner = functools.cache(inner)
+def share(seqlen: int, heads: int, block: int, causal: bool, dilation: Dilation) -> tuple[float, int]:
+    """(density, blocks): the (q, k) pairs that any (w, r) admits over those of dense attention, in [0, 1], one that
+    several admit counted once; and the blocks of the whole sequence, over all heads, that may hold one: those of
+    :func:`weights`. A rate of r spreads a block over up to r x r of them."""
     dense = heads * (seqlen * (seqlen + 1) // 2 if causal else seqlen * seqlen)
-    if not dense:
-        return 0.0
-    kept = round(density(seqlen, heads, widths, rates, causal, inner) * dense)
-    # Every (w, r) starts anew with each period.
-    period = math.lcm(*widths)
-    for length, times in ((period, seqlen // period), (seqlen % period, 1)):
-        if length and times:
-            kept -= times * sum(count * _repeated(length, head, widths, rates, block, causal, inner)
-                                for head, count in _alike(heads, rates))  # fmt: skip
-    return kept / dense
-
-
-def _repeated(length: int, head: int, widths: Sequence[int], rates: Sequence[int], block: int, causal: bool,
-              inner: Inner) -> int:  # fmt: skip
-    """How often the (w, r) admit pairs of this head again that one admits already. Rows that lie in one row of blocks
-    of every (w, r) see the same keys: a group of them is looked at once."""
-    rows = torch.arange(length)
-    group, covers = torch.zeros_like(rows), torch.zeros_like(rows)
-    for width, rate in zip(widths, rates, strict=True):
-        place = rows % width - head % rate
-        inside = (place >= 0) & (place % rate == 0)
-        line = torch.where(inside, 1 + rows // width * width + place // rate // block, 0)
-        group = torch.unique(group * (length + 1) + line, return_inverse=True)[1]
-        covers += inside
-    rows, group = rows[covers > 1], group[covers > 1]
-    total = 0
-    for same in rows[group.argsort(stable=True)].split(group.unique(return_counts=True)[1].tolist()):
-        row = int(same[0])
-        parts = [Part(row - row % width, min(row - row % width + width, length), rate, head % rate)
-                 for width, rate in sorted(zip(widths, rates, strict=True))
-                 if row % width >= head % rate and (row % width - head % rate) % rate == 0]  # fmt: skip
-        # What two admit lies in a segment that is not the widest.
-        first, stop = min(p.start for p in parts[:-1]), max(p.stop for p in parts[:-1])
-        hits = torch.zeros(stop - first, dtype=torch.int32)
-        for part in parts:
-            pattern = inner(part.length)
-            mine = (row - part.start - part.offset) // part.rate // block
-            kept = torch.zeros(-(-part.length // block), dtype=torch.bool)
-            kept[pattern.indices[int(pattern.indptr[mine]) : int(pattern.indptr[mine + 1])].long()] = True
-            begin = part.start + part.offset
-            low, high = (min(max(0, -(-(at - begin) // part.rate)), part.length) for at in (first, stop))
-            if low < high:
-                hits[begin + low * part.rate - first :: part.rate][: high - low] += kept[
-                    torch.arange(low, high) // block
-                ]
-        again = (hits - 1).clamp(min=0)
-        if causal:
-            total += int(again.cumsum(0)[same - first].sum())
-        else:
-            total += len(same) * int(again.sum())
-    return total
-
-
-def segment_blocks(seqlen: int, heads: int, widths: Sequence[int], rates: Sequence[int], block: int, causal: bool,
-                   inner: Inner) -> int:  # fmt: skip
-    """Blocks of the whole sequence, over all heads, that hold a pair which any (w, r) admits: those of
-    weights(). A rate of r spreads a block over up to r x r of them."""
-    inner = functools.cache(inner)
-    side = -(-seqlen // block)
-    total = 0
-    for head, count in _alike(heads, rates):
-        found = [torch.empty(0, dtype=torch.int64)]
-        for width, rate in zip(widths, rates, strict=True):
-            # Rows of an inner block at most a block apart: they touch all the blocks that it touches.
-            picks = torch.tensor([*range(0, block, max(1, block // rate)), block - 1])
-            for start in range(0, seqlen, width):
-                part = Part(start, min(start + width, seqlen), rate, head % rate)
-                if part.length == 0:
-                    continue
-                pattern = inner(part.length)
-                lines = torch.arange(-(-part.length // block))
-                local = (lines[:, None] * block + picks).clamp(max=part.length - 1)
-                touched = (start + part.offset + local * rate) // block
-                row = touched[torch.repeat_interleave(lines, pattern.indptr.long().diff())][:, :, None]
-                column = touched[pattern.indices.long()][:, None, :]
-                places = row * side + column
-                found.append(places[(row >= column) | (not causal)].unique())
-        total += count * len(torch.cat(found).unique())
-    return total
+    found = _t.dilated_share(seqlen, heads, block, causal, *dilation[:2], **dilation.inner)
+    return (found["pairs"] / dense if dense else 0.0), int(found["blocks"])

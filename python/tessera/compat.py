@@ -135,17 +135,14 @@ class _Configured(nn.Module):
     def _inner(self, causal: bool) -> _dilated.Inner:
         return lambda n: self.pattern_generator.config.pattern(n, n, causal=causal)
 
-    def _segments(self, seqlen: int, heads: int, causal: bool) -> tuple[Any, ...]:
-        """Arguments of _dilated.segment_density and segment_blocks."""
-        return (
-            seqlen,
-            heads,
-            self.segment_lengths,
-            self.dilation_rates,
-            self._square_block(),
-            causal,
-            self._inner(causal),
-        )
+    def _dilation(self) -> _dilated.Dilation:
+        kind, _, options = self.sparse_config.spec()
+        inner = {_INNER.get(name, name): value for name, value in options.items()}
+        inner.update(pattern_kind=kind, block=self._square_block())
+        return _dilated.Dilation(self.segment_lengths, self.dilation_rates, inner)
+
+    def _share(self, seqlen: int, heads: int, causal: bool) -> tuple[float, int]:
+        return _dilated.share(seqlen, heads, self._square_block(), causal, self._dilation())
 
     def _is_segmented(self, seqlen_q: int, seqlen_k: int) -> bool:
         return bool(self.segment_lengths) and self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k) is None
@@ -161,7 +158,7 @@ class _Configured(nn.Module):
             if key not in self._densities:
                 if len(self._densities) >= 128:
                     self._densities.clear()
-                self._densities[key] = _dilated.segment_density(*self._segments(seqlen_q, num_heads, causal))
+                self._densities[key] = self._share(seqlen_q, num_heads, causal)[0]
             return self._densities[key]
         pattern = self.pattern_generator.pattern_cache.own(seqlen_q, seqlen_k)
         if pattern is None:  # made apart: asking changes no cache
@@ -198,25 +195,24 @@ class _Configured(nn.Module):
     def _compute(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        widths, rates = self.segment_lengths, self.dilation_rates
         if not self._is_segmented(q.shape[1], k.shape[1]):
             pattern = pattern_for(self.pattern_generator, q.shape[1], k.shape[1], causal, q.shape[2])
             return functional.block_sparse_attention(
                 q, k, v, pattern, causal=causal or None, dropout_p=dropout_p, return_lse=True, **options
             )
-        kind, _, inner = self.sparse_config.spec()
+        dilation = self._dilation()
+        inner = dict(dilation.inner)
         return functional.dilated_attention(
             q,
             k,
             v,
-            segment_lengths=widths,
-            dilation_rates=rates,
+            segment_lengths=dilation.segment_lengths,
+            dilation_rates=dilation.dilation_rates,
             causal=causal,
-            pattern=kind,
-            block=self._square_block(),
+            pattern=inner.pop("pattern_kind"),
             dropout_p=dropout_p,
             return_lse=True,
-            **{_INNER.get(name, name): value for name, value in inner.items()},
+            **inner,
             **options,
         )
 
@@ -251,16 +247,7 @@ class _Configured(nn.Module):
 
             def judge(out: Tensor) -> tuple[float, float]:
                 return _dilated.sampled_quality(
-                    q.detach(),
-                    k.detach(),
-                    v.detach(),
-                    out,
-                    self.segment_lengths,
-                    self.dilation_rates,
-                    causal,
-                    options.get("scale"),
-                    self._inner(causal),
-                    rows,
+                    q.detach(), k.detach(), v.detach(), out, self._dilation(), causal, options.get("scale"), rows
                 )
 
             return CallFacts(self.density(q.shape[1], k.shape[1], q.shape[2], causal), causal, judge if plain else None)
@@ -308,7 +295,7 @@ class _Configured(nn.Module):
         _check_sizes(seq_len, num_heads, batch_size, dtype)
         share = self.density(seq_len, None, num_heads, causal)
         if self._is_segmented(seq_len, seq_len):
-            cells = _dilated.segment_blocks(*self._segments(seq_len, num_heads, causal)) * self._square_block() ** 2
+            cells = self._share(seq_len, num_heads, causal)[1] * self._square_block() ** 2
         else:
             pattern = self.pattern_generator.pattern_cache.own(seq_len, seq_len)
             if pattern is None:

@@ -97,7 +97,7 @@ struct Listed {
 void check_row(std::string_view name, std::vector<Listed>& row, int64_t cols, ColumnOrder order, int64_t row_index) {
   for (const Listed& x : row) {
     if (x.col < 0 || x.col >= cols) {
-      fail(name, fmt::format("{} (row {})", x.col, row_index), fmt::format("block columns 0..{}", cols - 1));
+      fail(name, fmt::format("column {} (row {})", x.col, row_index), fmt::format("block columns 0..{}", cols - 1));
     }
   }
   if (order == ColumnOrder::any) std::sort(row.begin(), row.end(), [](auto& a, auto& b) { return a.col < b.col; });
@@ -253,51 +253,67 @@ BlockPattern pattern_from_flex(const FlexBlockMask& mask, int64_t seqlen_q, int6
   if (mask.kv_num_blocks.rank != 3) fail("kv_num_blocks", sizes_of(mask.kv_num_blocks), "[batches, heads, rows]");
   const PatternShape shape =
       shape_of(seqlen_q, seqlen_k, block_q, block_k, mask.kv_num_blocks.sizes[1], mask.kv_num_blocks.sizes[0]);
+  check_integer("kv_indices", mask.kv_indices);
+  const int64_t rows = std::max(shape.rows(), mask.kv_num_blocks.sizes[2]);
+  const int64_t width = std::max(shape.cols(), mask.kv_indices.rank == 4 ? mask.kv_indices.sizes[3] : 0);
   const auto check_lists = [&](std::string_view count_name, const TensorView& count, std::string_view index_name,
                                const TensorView& index) {
-    check_sizes(count_name, count, {shape.batches, shape.heads, shape.rows()});
-    check_sizes(index_name, index, {shape.batches, shape.heads, shape.rows(), shape.cols()});
+    check_sizes(count_name, count, {shape.batches, shape.heads, rows});
+    check_sizes(index_name, index, {shape.batches, shape.heads, rows, width});
   };
   const bool with_full = mask.full_kv_num_blocks.defined() || mask.full_kv_indices.defined();
   check_lists("kv_num_blocks", mask.kv_num_blocks, "kv_indices", mask.kv_indices);
   if (with_full) {
     check_lists("full_kv_num_blocks", mask.full_kv_num_blocks, "full_kv_indices", mask.full_kv_indices);
   }
+  const TensorView& answers = mask.answers;
+  if (answers.defined()) check_sizes("answers", answers, {answers.sizes[0], block_q, block_k});
 
-  constexpr int64_t kPartial = 0, kFull = 1;  // Listed::source
+  constexpr int64_t kFull = -1;  // Listed::source; of others which of kv_* they are
   std::vector<Listed> row;
   const auto list = [&row](std::string_view name, const TensorView& count, const TensorView& index, int64_t b,
-                           int64_t h, int64_t i, int64_t source) {
+                           int64_t h, int64_t i, int64_t first) {
     const int64_t n = load(count, b * count.strides[0] + h * count.strides[1] + i * count.strides[2]);
     if (n < 0 || n > index.sizes[3]) {
       fail(name, fmt::format("{} (row {})", n, i), fmt::format("0..{}, the width of the indices", index.sizes[3]));
     }
     for (int64_t t = 0; t < n; ++t) {
       const int64_t at = b * index.strides[0] + h * index.strides[1] + i * index.strides[2] + t * index.strides[3];
-      row.push_back({load(index, at), source});
+      row.push_back({load(index, at), first == kFull ? kFull : first + t});
     }
   };
 
   PatternParts parts(shape);
   const int words = shape.bitmap_words();
   std::vector<uint64_t> bits(static_cast<size_t>(block_q) * words);
+  int64_t listed = 0;  // blocks of kv_* in the rows before
+  const auto admits = [&](int64_t b, int64_t h, int64_t i, const Listed& x, int q, int k) {
+    if (!answers.defined()) return mask.mask_mod(b, h, i * block_q + q, x.col * block_k + k);
+    return load(answers, x.source * answers.strides[0] + q * answers.strides[1] + k * answers.strides[2]) != 0;
+  };
   for (int64_t b = 0; b < shape.batches; ++b) {
     for (int64_t h = 0; h < shape.heads; ++h) {
-      for (int64_t i = 0; i < shape.rows(); ++i) {
+      for (int64_t i = 0; i < rows; ++i) {
         row.clear();
-        list("kv_num_blocks", mask.kv_num_blocks, mask.kv_indices, b, h, i, kPartial);
+        list("kv_num_blocks", mask.kv_num_blocks, mask.kv_indices, b, h, i, listed);
+        const int64_t end = listed + static_cast<int64_t>(row.size());
+        if (answers.defined() && end > answers.sizes[0]) {
+          fail("answers", sizes_of(answers), fmt::format("[{}, {}, {}] or more", end, block_q, block_k));
+        }
         if (with_full) list("full_kv_num_blocks", mask.full_kv_num_blocks, mask.full_kv_indices, b, h, i, kFull);
-        check_row("kv_indices", row, shape.cols(), ColumnOrder::any, i);
+        listed = end;
+        check_row("kv_indices", row, width, ColumnOrder::any, i);
+        if (i >= shape.rows()) continue;
         for (const Listed& x : row) {
-          if (x.source == kFull || !mask.mask_mod) {
+          if (x.col >= shape.cols()) continue;
+          if (x.source == kFull || (!mask.mask_mod && !answers.defined())) {
             parts.add(static_cast<int32_t>(x.col), nullptr);
             continue;
           }
           std::fill(bits.begin(), bits.end(), 0);
           for (int q = 0; q < queries_in(shape, i).last; ++q) {
             for (int k = 0; k < keys_in(shape, x.col); ++k) {
-              const bool admitted = mask.mask_mod(b, h, i * block_q + q, x.col * block_k + k);
-              bits[q * words + k / 64] |= uint64_t{admitted} << (k % 64);
+              bits[q * words + k / 64] |= uint64_t{admits(b, h, i, x, q, k)} << (k % 64);
             }
           }
           parts.add(static_cast<int32_t>(x.col), bits.data());

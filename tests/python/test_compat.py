@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import pytest
 import tessera
-from tessera import _dilated
 from tessera.compat import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingMultiheadDilatedAttention,
@@ -504,7 +503,7 @@ def test_token_pairs(seqlen_q, seqlen_k, causal):
     mask = pattern.to_token_mask()
     if causal:
         mask = mask & torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(seqlen_k - seqlen_q)
-    assert _dilated.token_pairs(pattern, causal) == int(mask.sum())
+    assert torch.ops.tessera.admitted_pairs(1, 1, *pattern.op_args, causal=causal) == int(mask.sum())
 
 
 SEGMENTS = [
@@ -518,9 +517,9 @@ SEGMENTS = [
 def test_density_of_segments_counts_each_pair_once(segments, seqlen, causal):
     attention = BlockSparseRingDilatedAttention(*segments, sparsity_ratio=0.5, block_size=16)
     heads = 5
-    inner = attention._inner(causal)
+    dilation = attention._dilation()
     admitted = sum(
-        int(_dilated.admitted_keys(row, head, seqlen, *segments, causal, inner).sum())
+        int(torch.ops.tessera.dilated_keys(seqlen, head, row, causal, *segments, **dilation.inner).sum())
         for row in range(seqlen)
         for head in range(heads)
     )

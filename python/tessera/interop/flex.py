@@ -43,33 +43,18 @@ def from_block_mask(mask: BlockMask, *, seqlen_q: int | None = None, seqlen_k: i
     seqlen_k = mask.seq_lengths[1] if seqlen_k is None else check_int("seqlen_k", seqlen_k, 0)
     block_q, block_k = mask.BLOCK_SIZE
     counts, columns = _four_dims(mask.kv_num_blocks, 3), _four_dims(mask.kv_indices, 4)
-    batches, heads, rows, cols = columns.shape
+    rows, cols = columns.shape[2:]
     if rows * block_q < seqlen_q:
         raise ValueError(f"seqlen_q: got {seqlen_q}; allowed: up to {rows * block_q}, the {rows} rows of the mask")
     if cols * block_k < seqlen_k:
         raise ValueError(f"seqlen_k: got {seqlen_k}; allowed: up to {cols * block_k}, the {cols} columns of the mask")
-    partial = _listed("kv_num_blocks", counts, columns)
-    bitmaps = pack(_ask(mask.mask_mod, partial, block_q, block_k, seqlen_q, seqlen_k, mask.kv_indices.device))
-    index = torch.arange(partial.row.numel())
+    full: tuple[Tensor | None, Tensor | None] = None, None
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        full = _listed(
-            "full_kv_num_blocks", _four_dims(mask.full_kv_num_blocks, 3), _four_dims(mask.full_kv_indices, 4)
-        )
-        partial = Entries(*(torch.cat(pair) for pair in zip(partial, full)))
-        index = torch.cat([index, torch.full((full.row.numel(),), -1)])
-    keep = partial.row < -(-seqlen_q // block_q)  # rows of padding, where the mask has some
-    keep &= partial.col < -(-seqlen_k // block_k)
-    if not bool((partial.col < cols).all()):
-        raise ValueError(f"kv_indices: got column {int(partial.col.max())}; allowed: 0..{cols - 1}")
-    return from_entries(
-        Entries(*(x[keep] for x in partial)),
-        index[keep],
-        bitmaps,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        block=(block_q, block_k),
-        heads=heads,
-        batches=batches,
+        full = _four_dims(mask.full_kv_num_blocks, 3), _four_dims(mask.full_kv_indices, 4)
+    partial = _listed("kv_num_blocks", counts, columns)
+    answers = _ask(mask.mask_mod, partial, block_q, block_k, seqlen_q, seqlen_k, mask.kv_indices.device)
+    return BlockPattern._make(
+        torch.ops.tessera.pattern_from_flex(counts, columns, *full, answers, seqlen_q, seqlen_k, block_q, block_k)
     )
 
 
