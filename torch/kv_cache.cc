@@ -1,4 +1,4 @@
-// torch.classes.tessera.KvCache: the core's KvCache for tensors. python/tessera/kv_cache.py is its face.
+// torch.classes.tessera.KvCache: the core's KvCache for tensors. python/tessera/attention/kv_cache.py is its face.
 #include "tessera/kv_cache.h"
 
 #include <ATen/ATen.h>

@@ -131,6 +131,7 @@ TORCH_LIBRARY_FRAGMENT(tessera, m) {
                       "Tensor block_values)");
   define<&merge_op>(m, "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
   define<&admitted_pairs_op>(m, "admitted_pairs(int batch, int heads, {pattern}, {options}) -> int");
+  m.def("version() -> str", [] { return std::string(TESSERA_VERSION); });
 }
 
 TORCH_LIBRARY_IMPL(tessera, CompositeExplicitAutograd, m) { refuse_other_devices(m); }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import patterns
-from ._pattern import BlockPattern, PatternStatistics
-from .functional import (
+from .attention import (
     AttentionWeights,
+    KVCache,
     attention_weights,
     block_sparse_attention,
     decode,
@@ -16,93 +18,56 @@ from .functional import (
     merge,
     varlen_attention,
 )
+from .pattern import BlockPattern, PatternConfig, PatternStatistics
 
-# Names that are loaded when they are first used: the module where each lives.
-_LAZY: dict[str, str] = {
-    # The guides' names (docs/guide-names.md).
-    **dict.fromkeys(
-        (
-            "BlockSparseRingDilatedAttention",
-            "BlockSparseRingDilatedAttentionV2",
-            "BlockSparseRingMultiheadDilatedAttention",
-            "BlockSparseRingMultiheadDilatedAttentionV2",
-            "PatternConfig",
-            "PatternOptimizer",
-            "PatternQualityAnalyzer",
-            "PatternVisualizer",
-            "SparsePatternConfig",
-            "SparsePatternGenerator",
-            "create_block_sparse_attention",
-            "create_block_sparse_multihead_attention",
-            "create_dilated_attention",
-            "create_multihead_block_sparse",
-            "estimate_memory_savings",
-            "get_block_sparse_preset",
-            "pattern_statistics",
-        ),
-        ".compat",
-    ),
-    "BlockSparseAttention": ".modules",
-    "KVCache": ".kv_cache",
-    "MultiheadAttention": ".modules",
-    "PerformanceMonitor": ".monitoring",
-}
-
-_LAZY_MODULES = ("analysis", "integrations", "interop")
-
-if TYPE_CHECKING:  # the same for type checkers, which do not look into a dict
-    from . import analysis as analysis
-    from . import integrations as integrations
-    from . import interop as interop
-    from .compat import BlockSparseRingDilatedAttention as BlockSparseRingDilatedAttention
-    from .compat import BlockSparseRingDilatedAttentionV2 as BlockSparseRingDilatedAttentionV2
-    from .compat import BlockSparseRingMultiheadDilatedAttention as BlockSparseRingMultiheadDilatedAttention
-    from .compat import BlockSparseRingMultiheadDilatedAttentionV2 as BlockSparseRingMultiheadDilatedAttentionV2
-    from .compat import PatternConfig as PatternConfig
-    from .compat import PatternOptimizer as PatternOptimizer
-    from .compat import PatternQualityAnalyzer as PatternQualityAnalyzer
-    from .compat import PatternVisualizer as PatternVisualizer
-    from .compat import SparsePatternConfig as SparsePatternConfig
-    from .compat import SparsePatternGenerator as SparsePatternGenerator
-    from .compat import create_block_sparse_attention as create_block_sparse_attention
-    from .compat import create_block_sparse_multihead_attention as create_block_sparse_multihead_attention
-    from .compat import create_dilated_attention as create_dilated_attention
-    from .compat import create_multihead_block_sparse as create_multihead_block_sparse
-    from .compat import estimate_memory_savings as estimate_memory_savings
-    from .compat import get_block_sparse_preset as get_block_sparse_preset
-    from .compat import pattern_statistics as pattern_statistics
-    from .kv_cache import KVCache as KVCache
-    from .modules import BlockSparseAttention as BlockSparseAttention
-    from .modules import MultiheadAttention as MultiheadAttention
-    from .monitoring import PerformanceMonitor as PerformanceMonitor
+# Loaded when they are first used.
+_MODULES = ("analysis", "guides", "integrations", "interop", "nn")
+_OF_NN = ("BlockSparseAttention", "MultiheadAttention", "PerformanceMonitor")
 
 __all__ = [
     "AttentionWeights",
     "BlockPattern",
+    "BlockSparseAttention",
+    "KVCache",
+    "MultiheadAttention",
+    "PatternConfig",
     "PatternStatistics",
+    "PerformanceMonitor",
+    "__version__",
+    "analysis",
     "attention_weights",
     "block_sparse_attention",
     "decode",
     "dilated_attention",
+    "guides",
+    "integrations",
+    "interop",
     "merge",
+    "nn",
     "patterns",
     "varlen_attention",
-    *_LAZY,
-    *_LAZY_MODULES,
 ]
 
+__version__: str = torch.ops.tessera.version()
 
-if not TYPE_CHECKING:  # else every name would do
+if TYPE_CHECKING:  # the same for type checkers; the guides' names are only these
+    from . import analysis, guides, integrations, interop, nn
+    from .guides import *  # noqa: F403
+    from .nn import BlockSparseAttention, MultiheadAttention, PerformanceMonitor
+else:  # to a type checker every name would do
 
     def __getattr__(name: str) -> Any:
-        if name in _LAZY:
-            value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-            globals()[name] = value
-            return value
-        if name in _LAZY_MODULES:
+        if name in _MODULES:
             return importlib.import_module(f".{name}", __name__)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _OF_NN:
+            value = getattr(importlib.import_module(".nn", __name__), name)
+        elif not name.startswith("_") and name in (guides := importlib.import_module(".guides", __name__)).__all__:
+            value = getattr(guides, name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})
+    return sorted(__all__)

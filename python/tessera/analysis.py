@@ -13,8 +13,10 @@ from torch import Tensor
 
 from . import _ops
 from . import patterns as named_patterns
-from ._pattern import BlockPattern, by_name, check_block, check_bool, check_int, check_tensor
-from .functional import pack_options
+from .attention.functional import pack_options
+from .pattern import BlockPattern
+from .pattern.block_pattern import by_name
+from .pattern.checks import check_block, check_bool, check_int, check_tensor
 
 _t = torch.ops.tessera
 

@@ -4,7 +4,7 @@ mask of torch that a pattern means, and the comparison of results and gradients,
 from __future__ import annotations
 
 import tessera
-from tessera.modules import MultiheadAttention
+from tessera.nn import MultiheadAttention
 
 import torch
 from torch import nn

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import tessera
-from tessera.compat import (
+from tessera.guides import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingMultiheadDilatedAttention,
     BlockSparseRingMultiheadDilatedAttentionV2,
@@ -101,7 +101,7 @@ def test_two_densities_in_one_place_stay_an_error(given, other):
 
 
 def test_overriding_another_field_does_not_warn_of_a_density_above_half():
-    tessera.config._warned_above_half = False
+    tessera.pattern.config._warned_above_half = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert SparsePatternConfig.of(SparsePatternConfig(density=0.75), block_size=64).density == 0.75
@@ -572,7 +572,7 @@ def test_savings_refuse(arguments, name, error):
 
 
 def test_quality_of_a_pattern_given_queries_or_weights():
-    from tessera.compat import PatternQualityAnalyzer
+    from tessera.guides import PatternQualityAnalyzer
 
     q, k, v = qkv(1, 300, 2, 16, kv_heads=1)
     pattern = tessera.patterns.random(300, block=32, density=0.3)
@@ -595,7 +595,7 @@ def test_quality_of_a_pattern_given_queries_or_weights():
 
 
 def test_error_of_weights_with_bitmaps_and_causality():
-    from tessera.compat import PatternQualityAnalyzer
+    from tessera.guides import PatternQualityAnalyzer
 
     weights = torch.rand(1, 2, 64, 64).softmax(-1)
     kept = (torch.arange(64)[:, None] - torch.arange(64)).abs() < 20
@@ -608,7 +608,7 @@ def test_error_of_weights_with_bitmaps_and_causality():
 
 
 def test_optimizer_finds_a_configuration_that_reaches_the_target():
-    from tessera.compat import PatternOptimizer
+    from tessera.guides import PatternOptimizer
 
     q, k, v = qkv(1, 512, 2, 16)
     k[:, :32] += 2 * q.mean(1, keepdim=True)
@@ -620,7 +620,7 @@ def test_optimizer_finds_a_configuration_that_reaches_the_target():
 
 
 def test_statistics_and_pictures_of_bool_tensors():
-    from tessera.compat import PatternVisualizer, pattern_statistics
+    from tessera.guides import PatternVisualizer, pattern_statistics
 
     mask = torch.eye(4, dtype=torch.bool)
     stats = pattern_statistics(mask, block_size=16)
@@ -635,8 +635,8 @@ def test_every_name_is_in_the_package_and_in_the_table():
     from pathlib import Path
 
     table = (Path(__file__).parents[2] / "docs" / "guide-names.md").read_text()
-    for name in tessera.compat.__all__:
-        assert getattr(tessera, name) is getattr(tessera.compat, name)
+    for name in tessera.guides.__all__:
+        assert getattr(tessera, name) is getattr(tessera.guides, name)
         assert name in table or name.endswith("V2"), name
 
 

@@ -10,7 +10,7 @@ import pytest
 import tessera
 import torch.nn.functional as F
 from bounds import assert_rounded
-from tessera import config as config_module
+from tessera.pattern import config as config_module
 
 import torch
 
@@ -186,7 +186,7 @@ def test_distributed_and_learned_names_are_not_there_yet(name):
     with pytest.raises(ImportError):
         exec(f"from tessera import {name}")
     with pytest.raises(ImportError):
-        exec(f"from tessera.compat import {name}")
+        exec(f"from tessera.guides import {name}")
 
 
 # ---- usage examples --------------------------------------------------------------------------------------------------

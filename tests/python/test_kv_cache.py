@@ -9,7 +9,8 @@ import pickle
 
 import pytest
 import tessera
-from tessera import kv_cache, patterns
+from tessera import patterns
+from tessera.attention import kv_cache
 
 import torch
 

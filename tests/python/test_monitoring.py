@@ -10,10 +10,11 @@ import time
 import pytest
 import tessera
 import torch.nn.functional as F
-from tessera import BlockSparseAttention, MultiheadAttention, monitoring
-from tessera._monitored import judged_quality
-from tessera.compat import BlockSparseRingDilatedAttention, BlockSparseRingMultiheadDilatedAttention
-from tessera.monitoring import CallFacts, PerformanceMonitor, dense_seconds
+from tessera import BlockSparseAttention, MultiheadAttention
+from tessera.guides import BlockSparseRingDilatedAttention, BlockSparseRingMultiheadDilatedAttention
+from tessera.nn import monitoring
+from tessera.nn._monitored import judged_quality
+from tessera.nn.monitoring import CallFacts, PerformanceMonitor, dense_seconds
 
 import torch
 

@@ -10,7 +10,7 @@ import pickle
 import pytest
 import tessera
 from multihead_cases import BLOCK, DOUBLE, E, H, L, N, draw, pair, same, sparse, torch_mask
-from tessera.modules import MultiheadAttention
+from tessera.nn import MultiheadAttention
 
 import torch
 from torch import nn

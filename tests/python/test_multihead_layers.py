@@ -9,7 +9,7 @@ import warnings
 import pytest
 from multihead_cases import DOUBLE, E, H, L, N, draw, layer, pair, sparse, torch_mask
 from tessera import patterns
-from tessera.modules import MultiheadAttention
+from tessera.nn import MultiheadAttention
 
 import torch
 from torch import nn

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import tessera
 from multihead_cases import E, H, L, N, layer, sparse
-from tessera.modules import MultiheadAttention
+from tessera.nn import MultiheadAttention
 
 import torch
 from torch import nn

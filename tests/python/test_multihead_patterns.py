@@ -15,8 +15,8 @@ import pytest
 import tessera
 from multihead_cases import E, H, L, N
 from tessera import patterns
-from tessera._multihead import pattern_for
-from tessera.modules import MultiheadAttention
+from tessera.nn import MultiheadAttention
+from tessera.pattern import pattern_for
 
 import torch
 from torch import nn

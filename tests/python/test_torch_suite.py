@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import tessera
 from bounds import assert_rounded
-from tessera.modules import MultiheadAttention
+from tessera.nn import MultiheadAttention
 
 import torch
 from torch import nn

@@ -12,7 +12,7 @@ import pytest
 import tessera
 import torch._dynamo
 from tessera import BlockPattern, SparsePatternGenerator, patterns
-from tessera._source import pattern_for
+from tessera.pattern import pattern_for
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

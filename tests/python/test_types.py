@@ -12,7 +12,7 @@ from typing import Any, get_overloads
 
 import pytest
 import tessera
-from tessera import functional
+from tessera.attention import functional
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +69,7 @@ p.bitmaps.shape  # E: union-attr
 tessera.MultiheadAttention(16, 2, patern=p)  # E: call-arg
 tessera.MultiheadAttention(16, 2, pattern=16)  # E: arg-type
 """
+PROGRAM += "\n".join(f"tessera.{name}" for name in (*tessera.__all__, *tessera.guides.__all__)) + "\n"
 
 
 def start(config: pytest.Config) -> None:
@@ -117,9 +118,17 @@ def test_overloads_have_the_options_of_the_function(name):
         assert spelt == {n: p.annotation for n, p in parameters.items() if n != "return_lse"}
 
 
-def test_every_public_name_is_known_to_type_checkers():
-    """The names that are loaded on first use are in a dict, and once more for type checkers."""
-    source = Path(tessera.__file__).read_text()
-    imported = set(re.findall(r"\b(\w+) as \1\b", source))
-    assert imported == {*tessera._LAZY, *tessera._LAZY_MODULES}
+def test_names_are_those_meant_for_people():
+    """The guides' names are there, but neither listed nor starred."""
+    assert dir(tessera) == sorted(tessera.__all__) and len(set(tessera.__all__)) == len(tessera.__all__)
+    assert {*tessera.__all__} & {*tessera.guides.__all__} == {"PatternConfig"}
+    for name in tessera.__all__:
+        assert getattr(tessera, name) is not None
+    assert not hasattr(tessera, "BlockSparseRing")
     assert Path(tessera.__file__).with_name("py.typed").exists()
+
+
+def test_version_is_that_of_the_project():
+    assert (
+        tessera.__version__ == re.search(r"project\(tessera VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())[1]
+    )

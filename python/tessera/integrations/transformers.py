@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import patterns
-from .._pattern import BlockPattern, check_int, suggestion
-from ..functional import block_sparse_attention
+from ..attention import block_sparse_attention
 from ..interop.flex import pattern_of_pairs
-from ..patterns import Request
+from ..pattern import BlockPattern, Request
+from ..pattern.checks import check_int, suggestion
 from ._versions import check_version
 
 Window = tuple[int | None, int | None]  # tokens that a query sees before and after it; None: no limit

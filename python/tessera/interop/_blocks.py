@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._pattern import BlockPattern
+from ..pattern import BlockPattern
 
 
 def pack(masks: Tensor) -> Tensor:

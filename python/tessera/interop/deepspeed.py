@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._pattern import BlockPattern, check_int, check_tensor
+from ..pattern import BlockPattern
+from ..pattern.checks import check_int, check_tensor
 
 
 def from_layout(layout: Tensor, *, block: int, seqlen: int | None = None) -> BlockPattern:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._pattern import BlockPattern, check_int
+from ..pattern import BlockPattern
+from ..pattern.checks import check_int
 from ._blocks import Entries, entries, from_entries, pack
 
 if TYPE_CHECKING:

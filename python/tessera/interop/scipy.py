@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._pattern import BlockPattern
+from ..pattern import BlockPattern
 from .torch_sparse import from_torch, to_torch
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._pattern import BlockPattern, check_block, check_int, check_tensor
+from ..pattern import BlockPattern
+from ..pattern.checks import check_block, check_int, check_tensor
 from ._blocks import Entries, entries, from_entries, pack, token_blocks
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from . import analysis
-from ._pattern import BlockPattern
-from .functional import block_sparse_attention
+from .. import analysis
+from ..attention import block_sparse_attention
+from ..pattern import BlockPattern
 from .monitoring import CallFacts, PerformanceMonitor
 
 

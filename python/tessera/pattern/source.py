@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
-from . import patterns
-from ._pattern import BlockPattern
+from .block_pattern import BlockPattern
 from .config import PatternConfig
-from .patterns import Request, Spec
+from .spec import Request, Spec, cache
 
 
 class Source(Protocol):
@@ -63,7 +62,7 @@ def pattern_for(
         finally:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
     if source is None:
-        return patterns.cache.find(Spec("dense", seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK))
+        return cache.find(Spec("dense", seqlen_q, seqlen_k, _DENSE_BLOCK, _DENSE_BLOCK))
     if isinstance(source, BlockPattern):
         pattern = source
     elif (ask := getattr(source, "pattern_for", None)) is not None:

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ._pattern import BlockPattern
-from .config import PatternConfig, reject
-from .patterns import PatternCache, Request, Spec, of_spec
+from ..pattern import BlockPattern, PatternCache, PatternConfig, Request, Spec
+from ..pattern.checks import reject
+from ..pattern.spec import of_spec
 
 
 def as_pattern(
@@ -42,7 +42,7 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
     stay until deleted; len, iteration and clear() are over both sorts.
     """
 
-    def __init__(self, generator: PatternGenerator, max_entries: int = 128) -> None:
+    def __init__(self, generator: SparsePatternGenerator, max_entries: int = 128) -> None:
         self._generator = generator
         self._made = PatternCache(max_entries, sys.maxsize)
         self._own: dict[tuple[int, int], BlockPattern] = {}
@@ -107,7 +107,7 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
         return sum(p.nbytes for p in (*self._own.values(), *self._made.held().values()))
 
 
-class PatternGenerator:
+class SparsePatternGenerator:
     """Patterns of one configuration, for any length. ``config``: any form that PatternConfig.of takes."""
 
     def __init__(self, config: Any = None, **fields: Any) -> None:

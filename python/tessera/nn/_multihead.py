@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import torch
 from torch import Tensor
 
+from ..attention import attention_weights, block_sparse_attention, merge
+from ..pattern import BlockPattern, pattern_for
+from ..pattern.source import ArgumentError, is_dense
 from ._monitored import measured_attention
-from ._pattern import BlockPattern
-from ._source import ArgumentError, is_dense, pattern_for
-from .functional import attention_weights, block_sparse_attention, merge
 from .monitoring import PerformanceMonitor
 
 _NEG_INF = float("-inf")

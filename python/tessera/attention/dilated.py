@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..pattern import BlockPattern, Spec
+from ..pattern.spec import of_spec
 from . import functional
-from ._pattern import BlockPattern
 
 _t = torch.ops.tessera
 Inner = Callable[[int], BlockPattern]
@@ -124,9 +125,7 @@ def weights(
 
 
 def _dense(n: int, block: int, causal: bool) -> BlockPattern:
-    from . import patterns
-
-    return patterns.dense(n, n, block=block, causal=causal)
+    return of_spec(Spec("dense", n, n, block, block, causal=causal))
 
 
 @torch.no_grad()

@@ -11,13 +11,13 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from . import patterns
-from ._pattern import BlockPattern, check_int, suggestion
-from .patterns import Request, Spec
+from .block_pattern import BlockPattern
+from .checks import check_int, reject, suggestion
+from .spec import Request, Spec, cache, filled, of_spec
 
 # What each kind of pattern takes beside lengths, block size, heads and causality (include/tessera/patterns.h).
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -41,11 +41,6 @@ _DENSITY_NAMES = {"sparsity_ratio", "density", "sparsity"}
 _DECIDES = {"local_window": "local_window_size", "global_local": "local_window_size", "strided": "stride"}
 
 _warned_above_half = False
-
-
-def reject(name: str, got: object, allowed: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raises the error that names the argument, what came, and what is allowed."""
-    raise error(f"{name}: got {got!r}; allowed: {allowed}")
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -302,18 +297,18 @@ class PatternConfig:
 
     def definition(self, request: Request) -> Spec:
         """What defines the pattern that it makes of a request."""
-        return patterns.filled(self.__dict__["_template"], request, request.heads if self.heads_differ else 1)
+        return filled(self.__dict__["_template"], request, request.heads if self.heads_differ else 1)
 
     def pattern_for(self, request: Request) -> BlockPattern:
         """The pattern of a request, from the process's cache where enable_caching is set."""
-        return (patterns.cache.find if self.enable_caching else patterns.of_spec)(self.definition(request))
+        return (cache.find if self.enable_caching else of_spec)(self.definition(request))
 
     def pattern(
         self, seqlen_q: int, seqlen_k: int | None = None, *, causal: bool = False, heads: int = 1
     ) -> BlockPattern:
         """The pattern for these lengths. ``heads``: of the attention; only kinds whose heads differ make that many."""
         lengths = check_int("seqlen_q", seqlen_q), check_int("seqlen_k", seqlen_q if seqlen_k is None else seqlen_k)
-        return patterns.of_spec(self.definition(Request(*lengths, causal, heads)))
+        return of_spec(self.definition(Request(*lengths, causal, heads)))
 
     @property
     def heads_differ(self) -> bool:
@@ -352,12 +347,10 @@ class PatternConfig:
         return cls(**merged)
 
 
+# density and sparsity are properties: __setattr__ above hands them on to object.__setattr__, which calls the setters.
 def _silently_set_ratio(config: PatternConfig, ratio: float) -> None:
     object.__setattr__(config, "sparsity_ratio", ratio)
 
-
-# density and sparsity are properties: __setattr__ above hands them on to object.__setattr__, which calls the setters.
-SparsePatternConfig = PatternConfig
 
 # What torch.load(weights_only=True) may make.
 torch.serialization.add_safe_globals([PatternConfig])

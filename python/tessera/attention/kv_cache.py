@@ -8,11 +8,10 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, cast, 
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._pattern import BlockPattern, check_bool, check_int, check_list
-from .config import PatternConfig
+from .. import _ops
+from ..pattern import BlockPattern, PatternConfig, Request
+from ..pattern.checks import check_bool, check_int, check_list
 from .functional import _check_given, _check_layout, _to_bshd, pack_options
-from .patterns import Request
 
 PatternSource = BlockPattern | PatternConfig | Mapping[str, Any] | str | None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import operator
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch.utils._pytree as pytree
 
 import torch
 from torch import Tensor
 
-from . import _ops
+from .. import _ops
+from .checks import check_block, check_bool, check_int, check_list, check_tensor, field_kinds
 
 _t = torch.ops.tessera
 _Slice = slice  # the built-in one, inside a class that has a method of that name
@@ -58,80 +57,6 @@ def by_name(cls: Any, figures: dict[str, float]) -> Any:
         return int(figures[name]) if kind == "int" else figures[name]
 
     return cls(**{name: value(name, kind) for name, kind in field_kinds(cls).items()})
-
-
-def field_kinds(cls: Any) -> dict[str, str]:
-    """The fields of a named tuple with their types as they are written."""
-    return {name: getattr(kind, "__forward_arg__", kind) for name, kind in cls.__annotations__.items()}
-
-
-def check_int(name: str, value: Any, minimum: int | None = None) -> int:
-    """``value`` as int, or TypeError/ValueError that names the argument."""
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: got bool {value}; allowed: an integer")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: an integer") from None
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: got {value}; allowed: integers of 64 bits")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name}: got {value}; allowed: {minimum} or more")
-    return value
-
-
-def suggestion(value: Any, known: Iterable[str]) -> str:
-    """What an error adds where a name is nearly one that is known."""
-    near = difflib.get_close_matches(value, list(known), 1) if isinstance(value, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def check_bool(name: str, value: Any) -> bool:
-    """``value`` as bool, also one of a traced graph, or TypeError that names the argument."""
-    if isinstance(value, (bool, torch.SymBool)):
-        return cast(bool, value)
-    if is_bool_scalar(value):
-        return bool(value)
-    raise TypeError(f"{name}: got {type(value).__name__}; allowed: a bool")
-
-
-def is_bool_scalar(value: Any) -> bool:
-    """Whether it is a bool of NumPy or a bool tensor without dimensions."""
-    return str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", None) == 0
-
-
-def check_block(block: int | Sequence[int]) -> tuple[int, int]:
-    """(block_q, block_k) of an int or a pair."""
-    if isinstance(block, (tuple, list)):
-        if len(block) != 2:
-            raise ValueError(f"block: got {len(block)} numbers; allowed: an integer or (block_q, block_k)")
-        return _block_size("block_q", block[0]), _block_size("block_k", block[1])
-    size = _block_size("block", block)
-    return size, size
-
-
-def _block_size(name: str, value: Any) -> int:
-    value = check_int(name, value)
-    if value % 16 or not 16 <= value <= 256:
-        raise ValueError(f"{name}: got {value}; allowed: a multiple of 16 in 16..256")
-    return value
-
-
-def check_list(name: str, values: Any, allowed: str) -> list[Any]:
-    """What an iterable holds, or TypeError that names the argument."""
-    if not isinstance(values, (str, bytes)):
-        try:
-            return list(values)
-        except TypeError:
-            pass
-    raise TypeError(f"{name}: got {type(values).__name__}; allowed: {allowed}")
-
-
-def check_tensor(name: str, value: Any) -> Tensor:
-    """``value`` if it is a tensor, else TypeError that names the argument."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}; allowed: torch.Tensor")
-    return value
 
 
 class BlockPattern:

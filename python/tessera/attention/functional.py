@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._pattern import BlockPattern, check_bool, check_int, is_bool_scalar
+from .. import _ops
+from ..pattern import BlockPattern
+from ..pattern.checks import check_bool, check_int, is_bool_scalar
 
 _forward, _infer = _ops.forward, _ops.infer
 _compiling = torch.compiler.is_compiling
