@@ -13,11 +13,6 @@ namespace tessera {
 
 namespace {
 
-struct Named {
-  const char* name;
-  TensorView view;
-};
-
 // [B, H, Sq] numbers of rows: fp32, or fp64 where `fp64` allows it.
 void check_row_numbers(const char* name, const TensorView& t, const Problem& p, bool fp64) {
   check_shape(name, t, {p.batch, p.heads, p.seqlen_q}, false, "[B, H, Sq]");
@@ -57,8 +52,9 @@ void resolve_gradients(const BackwardArgs& args, Purpose purpose, BackwardProble
   const bool reference = purpose == Purpose::reference;
   p.accumulate = args.accumulate;
   p.gradient_dtype = args.accumulate ? full : f.dtype;
-  const Named* first = nullptr;
-  const auto check_gradient = [&](const Named& g, int64_t seqlen, int64_t heads, int64_t dim, std::string_view dims) {
+  const NamedView* first = nullptr;
+  const auto check_gradient = [&](const NamedView& g, int64_t seqlen, int64_t heads, int64_t dim,
+                                  std::string_view dims) {
     if (!g.view.defined()) return;
     check_shape(g.name, g.view, {f.batch, seqlen, heads, dim}, false, dims);
     const DType dtype = g.view.dtype;
@@ -78,7 +74,7 @@ void resolve_gradients(const BackwardArgs& args, Purpose purpose, BackwardProble
     p.gradient_dtype = dtype;
     if (first == nullptr) first = &g;
   };
-  const Named dq{"dq", args.dq}, dk{"dk", args.dk}, dv{"dv", args.dv};
+  const NamedView dq{"dq", args.dq}, dk{"dk", args.dk}, dv{"dv", args.dv};
   check_gradient(dq, f.seqlen_q, f.heads, f.head_dim, "[B, Sq, H, D]");
   check_gradient(dk, f.seqlen_k, f.kv_heads, f.head_dim, "[B, Sk, Hkv, D]");
   check_gradient(dv, f.seqlen_k, f.kv_heads, f.head_dim_v, "[B, Sk, Hkv, Dv]");
@@ -131,31 +127,24 @@ void resolve_bias_gradients(const BackwardArgs& args, Purpose purpose, BackwardP
 }
 
 void check_overlaps(const BackwardArgs& args, Purpose purpose) {
-  const AttentionOptions& o = args.options;
   const bool given = purpose != Purpose::reference;  // the reference reads neither
-  const Named inputs[] = {
-      {"q", args.q},
-      {"k", args.k},
-      {"v", args.v},
-      {"out", given ? args.out : TensorView{}},
-      {"lse", given ? args.lse : TensorView{}},
-      {"dout", args.dout},
-      {"dlse", args.dlse},
-      {"alibi_slopes", o.alibi_slopes},
-      {"block_bias", o.block_bias},
-      {"attn_bias", o.attn_bias},
-      {"sinks", o.sinks},
-      {"key_lengths", array_view(o.key_lengths.data(), static_cast<int64_t>(o.key_lengths.size()), DType::i64)},
-  };
-  const Named outputs[] = {{"dq", args.dq},
-                           {"dk", args.dk},
-                           {"dv", args.dv},
-                           {"dblock_bias", args.dblock_bias},
-                           {"dattn_bias", args.dattn_bias},
-                           {"dsinks", args.dsinks}};
+  std::vector<NamedView> inputs = inputs_of(args.options);
+  inputs.insert(inputs.end(), {{"q", args.q},
+                               {"k", args.k},
+                               {"v", args.v},
+                               {"out", given ? args.out : TensorView{}},
+                               {"lse", given ? args.lse : TensorView{}},
+                               {"dout", args.dout},
+                               {"dlse", args.dlse}});
+  const NamedView outputs[] = {{"dq", args.dq},
+                               {"dk", args.dk},
+                               {"dv", args.dv},
+                               {"dblock_bias", args.dblock_bias},
+                               {"dattn_bias", args.dattn_bias},
+                               {"dsinks", args.dsinks}};
   for (size_t i = 0; i < std::size(outputs); ++i) {
-    const Named& output = outputs[i];
-    for (const Named& input : inputs) check_disjoint(output.name, output.view, input.name, input.view);
+    const NamedView& output = outputs[i];
+    for (const NamedView& input : inputs) check_disjoint(output.name, output.view, input.name, input.view);
     for (size_t j = 0; j < i; ++j) check_disjoint(output.name, output.view, outputs[j].name, outputs[j].view);
   }
 }

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "call/backward_problem.h"
 #include "call/problem.h"
@@ -43,6 +44,13 @@ inline Strided strided(const TensorView& t) {
   const auto stride = [&](int dim) { return t.sizes[dim] <= 1 ? 0 : t.strides[dim]; };
   return {static_cast<char*>(const_cast<void*>(t.data)), stride(0), stride(1), stride(2)};
 }
+
+struct NamedView {
+  const char* name;
+  TensorView view;
+};
+// What the options read, key_lengths included; undefined where it is not given.
+std::vector<NamedView> inputs_of(const AttentionOptions& options);
 
 // A checked [B, H, S] view of numbers, one a row.
 inline Strided strided_numbers(const TensorView& t) {

@@ -185,23 +185,14 @@ void resolve_outputs(const ForwardArgs& args, Purpose purpose, Problem& p) {
     p.lse = strided_numbers(lse);
     p.lse_dtype = lse.dtype;
   }
-  const AttentionOptions& o = args.options;
   const PageTable table = args.page_table.value_or(PageTable{});
-  const struct {
-    const char* name;
-    TensorView view;
-  } inputs[] = {
-      {"q", args.q},
-      {"k", args.k},
-      {"v", args.v},
-      {"alibi_slopes", o.alibi_slopes},
-      {"block_bias", o.block_bias},
-      {"attn_bias", o.attn_bias},
-      {"sinks", o.sinks},
-      {"key_lengths", array_view(o.key_lengths.data(), static_cast<int64_t>(o.key_lengths.size()), DType::i64)},
-      {"page_table", array_view(table.data, table.batch * table.pages_per_batch, DType::i32)},
-  };
-  for (const auto& input : inputs) {
+  std::vector<NamedView> inputs = inputs_of(args.options);
+  inputs.insert(inputs.end(),
+                {{"q", args.q},
+                 {"k", args.k},
+                 {"v", args.v},
+                 {"page_table", array_view(table.data, table.batch * table.pages_per_batch, DType::i32)}});
+  for (const NamedView& input : inputs) {
     check_disjoint("out", out, input.name, input.view);
     check_disjoint("lse", lse, input.name, input.view);
   }
@@ -311,6 +302,14 @@ void resolve_rest(const ForwardArgs& args, Purpose purpose, Problem& p) {
 }
 
 }  // namespace
+
+std::vector<NamedView> inputs_of(const AttentionOptions& o) {
+  return {{"alibi_slopes", o.alibi_slopes},
+          {"block_bias", o.block_bias},
+          {"attn_bias", o.attn_bias},
+          {"sinks", o.sinks},
+          {"key_lengths", array_view(o.key_lengths.data(), static_cast<int64_t>(o.key_lengths.size()), DType::i64)}};
+}
 
 Problem resolve_mask(int64_t seqlen_q, int64_t seqlen_k, const AttentionOptions& options, int64_t batch,
                      int64_t heads) {
