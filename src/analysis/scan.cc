@@ -9,6 +9,7 @@
 #include "call/pair_mask.h"
 #include "call/rows.h"
 #include "call/scores.h"
+#include "core/float_mode.h"
 #include "core/work.h"
 #include "tessera/error.h"
 
@@ -379,6 +380,7 @@ void scan(const ScanPlan& plan, Executor& executor, const std::function<void(con
   parallel_for(
       executor, units, [&](int) { return RowScanner(plan, max_columns); },
       [&](RowScanner& scanner, int64_t unit) {
+        const FlushSubnormals flush;
         const Row& row = rows[static_cast<size_t>(unit / heads)];
         const int64_t head = unit % heads;
         RowBlock result;

@@ -8,6 +8,7 @@
 #include "call/pair_mask.h"
 #include "call/rows.h"
 #include "call/scores.h"
+#include "core/float_mode.h"
 #include "core/work.h"
 #include "tessera/error.h"
 
@@ -169,6 +170,7 @@ BlockWeights attention_weights(const ForwardArgs& args, Executor& executor, size
     parallel_for(
         executor, p.batch * p.heads * rows, [&](int) { return WeightRows<T>(p, weights); },
         [&](WeightRows<T>& w, int64_t unit) {
+          const FlushSubnormals flush;
           w.run(unit / rows / p.heads, unit / rows % p.heads, unit % rows, first[unit]);
         });
   };

@@ -58,7 +58,7 @@ class Plan {
   size_t bytes() const { return bytes_; }
 
   int64_t prepare_units() const { return p_.batch * p_.heads * p_.pattern.shape.rows(); }
-  void prepare(int64_t unit, const KernelTable& kernels) {
+  void prepare(int64_t unit, const BackwardKernels& kernels) {
     const int64_t rows = p_.pattern.shape.rows(), i = unit % rows, head = unit / rows;
     const double sink = kernels.prepare_row(state_, head / p_.heads, head % p_.heads, i);
     if (g_.dsinks != nullptr) sinks_[unit] = sink;
@@ -243,7 +243,7 @@ class Heads {
 BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Executor& executor) {
   BackwardInfo info;
   info.isa = resolve_isa(isa);
-  const KernelTable& kernels = kernels_of(info.isa);
+  const BackwardKernels& kernels = *kernels_of(info.isa).backward;
 
   std::vector<std::unique_ptr<Plan>> plans;
   UnitRanges prepare_units, bias_units;
@@ -252,7 +252,7 @@ BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Execut
     plans.push_back(std::make_unique<Plan>(problem));
     prepare_units.add(plans.back()->prepare_units());
     bias_units.add(plans.back()->bias_units());
-    scratch_bytes = std::max(scratch_bytes, kernels.backward_scratch(problem));
+    scratch_bytes = std::max(scratch_bytes, kernels.scratch(problem));
     info.scratch_bytes += plans.back()->bytes();
   }
   parallel_for(executor, prepare_units.units(), [&](int64_t number) {
@@ -269,7 +269,7 @@ BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Execut
   if (heads.units() > 0) {
     executor.run(threads, [&](int thread) {
       heads.run([&](const BackwardState& state, const ColumnUnit& unit) {
-        kernels.backward_column(state, unit, scratch[thread].as<std::byte>());
+        kernels.column(state, unit, scratch[thread].as<std::byte>());
       });
     });
   }

@@ -35,8 +35,11 @@ HWY_INLINE Vec LoadFloats(const float16* p) {
   const auto half = hn::PromoteTo(du, hn::LoadU(HalfBits(), reinterpret_cast<const uint16_t*>(p)));
   const auto magnitude = hn::And(half, hn::Set(du, 0x7fff));
   const auto sign = hn::ShiftLeft<16>(hn::Sub(half, magnitude));
-  // The exponent is 112 too small: multiplying repairs it, for subnormals too. Inf and NaN get the full exponent.
-  const Vec scaled = hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(magnitude)), hn::Set(d, 0x1p112f));
+  const Vec normal = hn::BitCast(d, hn::Add(hn::ShiftLeft<13>(magnitude), hn::Set(du, 112u << 23)));
+  // A subnormal half is so many times 2^-24. (Not by a product of its bits, which are a subnormal float:
+  // FlushSubnormals.)
+  const Vec small = hn::Mul(hn::ConvertTo(d, hn::BitCast(Ints(), magnitude)), hn::Set(d, 0x1p-24f));
+  const Vec scaled = hn::IfThenElse(hn::RebindMask(d, hn::Lt(magnitude, hn::Set(du, 0x400))), small, normal);
   const auto special = hn::Gt(magnitude, hn::Set(du, 0x7bff));
   const auto full = hn::IfThenElseZero(special, hn::Set(du, 0x7f800000));
   return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(du, scaled), full), sign));

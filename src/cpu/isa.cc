@@ -1,6 +1,7 @@
 // Names of instruction sets, and which of them this build has and this CPU can run.
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "hwy/targets.h"
@@ -13,39 +14,58 @@ namespace {
 struct IsaEntry {
   Isa isa;
   std::string_view name;
-  const cpu::KernelTable* (*table)();
-  int64_t hwy_target;
+  cpu::KernelTable kernels;  // empty where this build has no such target
+  bool (*usable)();          // on this CPU, where compiled
 };
 
-// Worst first. avx512_bf16 is Highway's AVX3 plus one CPUID bit.
-constexpr std::array<IsaEntry, 5> kIsas{{
-    {Isa::neon, "neon", cpu::kernels_neon, HWY_NEON},
-    {Isa::sse4, "sse4", cpu::kernels_sse4, HWY_SSE4},
-    {Isa::avx2, "avx2", cpu::kernels_avx2, HWY_AVX2},
-    {Isa::avx512, "avx512", cpu::kernels_avx512, HWY_AVX3},
-    {Isa::avx512_bf16, "avx512_bf16", cpu::kernels_avx512_bf16, HWY_AVX3},
-}};
+template <int64_t kTarget>
+bool highway_knows() {
+  return (hwy::SupportedTargets() & kTarget) != 0;
+}
 
-bool cpu_has_bf16_dot() {
+// Highway's AVX3 plus one CPUID bit.
+bool has_bf16_dot() {
 #if HWY_ARCH_X86
-  return __builtin_cpu_supports("avx512bf16") != 0;
+  return highway_knows<HWY_AVX3>() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
 }
 
+std::array<IsaEntry, 5> make_entries() {
+  using namespace cpu;
+  const auto forward = tables_of_targets<ForwardKernels>();
+  const auto decode = tables_of_targets<DecodeKernels>();
+  const auto backward = tables_of_targets<BackwardKernels>();
+  const auto peak = tables_of_targets<PeakKernels>();
+  const auto of = [&](auto member) {
+    return KernelTable{member(forward), member(decode), member(backward), member(peak)};
+  };
+  const KernelTable bf16{table_avx512_bf16<ForwardKernels>(), table_avx512_bf16<DecodeKernels>(),
+                         table_avx512_bf16<BackwardKernels>(), table_avx512_bf16<PeakKernels>()};
+  return {{
+      {Isa::neon, "neon", of([](const auto& t) { return t.neon; }), highway_knows<HWY_NEON>},
+      {Isa::sse4, "sse4", of([](const auto& t) { return t.sse4; }), highway_knows<HWY_SSE4>},
+      {Isa::avx2, "avx2", of([](const auto& t) { return t.avx2; }), highway_knows<HWY_AVX2>},
+      {Isa::avx512, "avx512", of([](const auto& t) { return t.avx512; }), highway_knows<HWY_AVX3>},
+      {Isa::avx512_bf16, "avx512_bf16", bf16, has_bf16_dot},
+  }};
+}
+
+// All that Tessera knows, worst first.
+const std::array<IsaEntry, 5>& entries() {
+  static const std::array<IsaEntry, 5> all = make_entries();
+  return all;
+}
+
 struct IsaLists {
-  std::array<Isa, kIsas.size()> compiled{}, usable{};
-  size_t num_compiled = 0, num_usable = 0;
+  std::vector<Isa> compiled, usable;
 
   IsaLists() {
-    const int64_t supported = hwy::SupportedTargets();
-    for (const IsaEntry& e : kIsas) {
-      if (e.table() == nullptr) continue;
-      compiled[num_compiled++] = e.isa;
-      if ((supported & e.hwy_target) == 0) continue;
-      if (e.isa == Isa::avx512_bf16 && !cpu_has_bf16_dot()) continue;
-      usable[num_usable++] = e.isa;
+    for (const IsaEntry& e : entries()) {
+      if (e.kernels.forward == nullptr) continue;
+      compiled.push_back(e.isa);
+      if (e.usable()) usable.push_back(e.isa);
     }
   }
 };
@@ -59,7 +79,7 @@ const IsaLists& lists() {
 
 std::string_view name_of(Isa isa) {
   if (isa == Isa::automatic) return "auto";
-  for (const IsaEntry& e : kIsas) {
+  for (const IsaEntry& e : entries()) {
     if (e.isa == isa) return e.name;
   }
   return "?";
@@ -68,15 +88,15 @@ std::string_view name_of(Isa isa) {
 Isa isa_of(std::string_view name) {
   if (name == "auto") return Isa::automatic;
   std::string allowed = "auto";
-  for (const IsaEntry& e : kIsas) {
+  for (const IsaEntry& e : entries()) {
     if (e.name == name) return e.isa;
     allowed.append(", ").append(e.name);
   }
   fail("isa", name, allowed);
 }
 
-std::span<const Isa> compiled_isas() { return {lists().compiled.data(), lists().num_compiled}; }
-std::span<const Isa> usable_isas() { return {lists().usable.data(), lists().num_usable}; }
+std::span<const Isa> compiled_isas() { return lists().compiled; }
+std::span<const Isa> usable_isas() { return lists().usable; }
 
 namespace cpu {
 
@@ -93,8 +113,8 @@ Isa resolve_isa(Isa isa) {
 }
 
 const KernelTable& kernels_of(Isa isa) {
-  for (const IsaEntry& e : kIsas) {
-    if (e.isa == isa) return *e.table();
+  for (const IsaEntry& e : entries()) {
+    if (e.isa == isa) return e.kernels;
   }
   throw Error("isa", "isa: not an instruction set");
 }

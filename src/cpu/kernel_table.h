@@ -1,4 +1,4 @@
-// What one compiled instruction set offers: plain function pointers, filled in kernels.cc and kernels_bf16.cc.
+// What one compiled instruction set offers: plain function pointers, filled in the compile unit of each pass.
 #pragma once
 
 #include <cstddef>
@@ -30,20 +30,29 @@ struct RowUnit {
   int64_t b = 0, h = 0, row = 0;
 };
 
-struct KernelTable {
-  // Forward over one row of blocks: writes its out and lse. `next`, if not null, is the unit that this thread runs
-  // after it: what that one reads first is fetched into the cache.
-  size_t (*forward_scratch)(const Problem& problem);
-  void (*forward_row)(const Problem& problem, const RowUnit& unit, const RowUnit* next, std::byte* scratch);
-  // Decode (Sq <= 16): one unit into a partial whose rows are (head - head_begin) * Sq + query. `next` as above.
-  size_t (*decode_scratch)(const Problem& problem);
-  void (*decode)(const Problem& problem, const DecodeUnit& unit, const DecodeUnit* next, const DecodePartial& partial,
-                 std::byte* scratch);
-  // Backward. First delta and lse of block row i of each (b, h); returns its share of the gradient of the head's sink.
+struct ForwardKernels {
+  // One row of blocks: writes its out and lse. `next`, if not null, is the unit that this thread runs after it: what
+  // that one reads first is fetched into the cache.
+  size_t (*scratch)(const Problem& problem);
+  void (*row)(const Problem& problem, const RowUnit& unit, const RowUnit* next, std::byte* scratch);
+};
+
+struct DecodeKernels {
+  // Sq <= 16: one unit into a partial whose rows are (head - head_begin) * Sq + query. `next` as above.
+  size_t (*scratch)(const Problem& problem);
+  void (*run)(const Problem& problem, const DecodeUnit& unit, const DecodeUnit* next, const DecodePartial& partial,
+              std::byte* scratch);
+};
+
+struct BackwardKernels {
+  // First delta and lse of block row i of each (b, h); returns its share of the gradient of the head's sink.
   double (*prepare_row)(const BackwardState& state, int64_t b, int64_t h, int64_t i);
-  size_t (*backward_scratch)(const BackwardProblem& problem);
-  void (*backward_column)(const BackwardState& state, const ColumnUnit& unit, std::byte* scratch);
+  size_t (*scratch)(const BackwardProblem& problem);
+  void (*column)(const BackwardState& state, const ColumnUnit& unit, std::byte* scratch);
   void (*attn_bias_gradient)(const BackwardState& state, const BiasUnit& unit, std::byte* scratch);
+};
+
+struct PeakKernels {
   // Runs `iterations` rounds of independent FMAs (or bf16 dots) in registers; returns the flops done.
   double (*fma_burn)(int64_t iterations);
   double (*bf16_burn)(int64_t iterations);  // nullptr without the native dot
@@ -51,11 +60,37 @@ struct KernelTable {
   uint64_t (*read)(const std::byte* data, size_t n);
 };
 
-// nullptr where this build has no such target.
-const KernelTable* kernels_sse4();
-const KernelTable* kernels_avx2();
-const KernelTable* kernels_avx512();
-const KernelTable* kernels_avx512_bf16();
-const KernelTable* kernels_neon();
+// One instruction set.
+struct KernelTable {
+  const ForwardKernels* forward = nullptr;
+  const DecodeKernels* decode = nullptr;
+  const BackwardKernels* backward = nullptr;
+  const PeakKernels* peak = nullptr;
+};
+
+// The tables of one pass (a compile unit of its own: forward_kernels.cc and so on); nullptr where this build has no
+// such target.
+template <class Pass>
+struct TablesOfTargets {
+  const Pass* neon = nullptr;
+  const Pass* sse4 = nullptr;
+  const Pass* avx2 = nullptr;
+  const Pass* avx512 = nullptr;
+};
+template <class Pass>
+TablesOfTargets<Pass> tables_of_targets();
+template <class Pass>
+const Pass* table_avx512_bf16();
+
+#define TESSERA_DECLARE_TABLES(Pass)         \
+  template <>                                \
+  TablesOfTargets<Pass> tables_of_targets(); \
+  template <>                                \
+  const Pass* table_avx512_bf16();
+TESSERA_DECLARE_TABLES(ForwardKernels)
+TESSERA_DECLARE_TABLES(DecodeKernels)
+TESSERA_DECLARE_TABLES(BackwardKernels)
+TESSERA_DECLARE_TABLES(PeakKernels)
+#undef TESSERA_DECLARE_TABLES
 
 }  // namespace tessera::cpu

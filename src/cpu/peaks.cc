@@ -45,7 +45,7 @@ double burn_gflops(double (*burn)(int64_t), int threads, Executor& executor) {
   return best;
 }
 
-double read_gbytes(const cpu::KernelTable& kernels, int threads, Executor& executor) {
+double read_gbytes(const cpu::PeakKernels& kernels, int threads, Executor& executor) {
   const size_t share = kReadBytes / threads / 1024 * 1024;
   std::vector<std::unique_ptr<std::byte[]>> data(threads);
   executor.run(threads, [&](int i) {
@@ -66,7 +66,7 @@ double read_gbytes(const cpu::KernelTable& kernels, int threads, Executor& execu
 }  // namespace
 
 Peaks measure_peaks(Isa isa, int threads, Executor& executor, bool with_read_bandwidth) {
-  const cpu::KernelTable& kernels = cpu::kernels_of(cpu::resolve_isa(isa));
+  const cpu::PeakKernels& kernels = *cpu::kernels_of(cpu::resolve_isa(isa)).peak;
   threads = std::clamp(threads, 1, std::max(1, executor.num_threads()));
   Peaks peaks;
   peaks.fma_gflops = burn_gflops(kernels.fma_burn, threads, executor);

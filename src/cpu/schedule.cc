@@ -105,9 +105,8 @@ class DecodeUnits {
   size_t bytes() const { return partials_.size() + states_.size(); }
 
   // Whoever finishes the last unit of some heads joins them: the order in which partials join is that of the keys.
-  void run(int64_t unit, bool follows, const KernelTable& kernels, std::byte* scratch) const {
-    kernels.decode(p_, units_[unit], follows && unit + 1 < units() ? &units_[unit + 1] : nullptr, partial(unit),
-                   scratch);
+  void run(int64_t unit, bool follows, const DecodeKernels& kernels, std::byte* scratch) const {
+    kernels.run(p_, units_[unit], follows && unit + 1 < units() ? &units_[unit + 1] : nullptr, partial(unit), scratch);
     const int64_t range = range_of_[unit];
     if (waiting_[range].fetch_sub(1, std::memory_order_acq_rel) == 1) join(ranges_[range]);
   }
@@ -196,11 +195,11 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
     if (p.seqlen_q <= kDecodeQueries && p.pattern.shape.rows() == 1) {
       decodes.emplace_back(p);
       decode_units.add(decodes.back().units());
-      decode_scratch = std::max(decode_scratch, kernels.decode_scratch(p));
+      decode_scratch = std::max(decode_scratch, kernels.decode->scratch(p));
     } else {
       panels.emplace_back(p);
       panel_units.add(panels.back().count());
-      panel_scratch = std::max(panel_scratch, kernels.forward_scratch(p));
+      panel_scratch = std::max(panel_scratch, kernels.forward->scratch(p));
     }
   }
   const auto run_panel = [&](int64_t number, bool follows, std::byte* scratch) {
@@ -208,11 +207,11 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
     const RowUnit now = panels[i].unit(unit);
     follows = follows && unit + 1 < panels[i].count();
     const RowUnit next = follows ? panels[i].unit(unit + 1) : RowUnit{};
-    kernels.forward_row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
+    kernels.forward->row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
   };
   const auto run_decode = [&](int64_t number, bool follows, std::byte* scratch) {
     const auto [i, unit] = decode_units.find(number);
-    decodes[i].run(unit, follows, kernels, scratch);
+    decodes[i].run(unit, follows, *kernels.decode, scratch);
   };
   info.scratch_bytes = run_units(panel_units.units(), panel_scratch, executor, run_panel);
   size_t decode_bytes = run_units(decode_units.units(), decode_scratch, executor, run_decode);

@@ -1,0 +1,17 @@
+// The loops that measure peaks, compiled once for each instruction set (targets-inl.h).
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/peak_kernels.cc"
+#include "cpu/targets-inl.h"
+
+#if TESSERA_TARGET_HAS_KERNELS
+#include "cpu/peak_table-inl.h"
+#endif
+
+#if HWY_ONCE
+namespace tessera::cpu {
+template <>
+TablesOfTargets<PeakKernels> tables_of_targets() {
+  return TESSERA_TABLES_OF_TARGETS(PeakKernels);
+}
+}  // namespace tessera::cpu
+#endif
