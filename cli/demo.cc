@@ -11,6 +11,7 @@
 #include "options.h"
 #include "pictures.h"
 #include "tessera/io.h"
+#include "tessera/version.h"
 
 namespace tessera::cli {
 namespace {

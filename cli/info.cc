@@ -6,6 +6,7 @@
 #include "measure.h"
 #include "options.h"
 #include "tessera/machine.h"
+#include "tessera/version.h"
 
 namespace tessera::cli {
 namespace {

@@ -11,6 +11,7 @@
 #include "command.h"
 #include "options.h"
 #include "tessera/error.h"
+#include "tessera/version.h"
 
 namespace tessera::cli {
 namespace {

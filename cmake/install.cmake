@@ -24,6 +24,34 @@ if(TARGET tessera_torch)
   install(EXPORT tessera-torch-targets NAMESPACE tessera:: DESTINATION ${package_dir})
 endif()
 
+install(FILES ${PROJECT_SOURCE_DIR}/LICENSE ${PROJECT_SOURCE_DIR}/README.md ${PROJECT_SOURCE_DIR}/CHANGELOG.md
+  DESTINATION ${CMAKE_INSTALL_DOCDIR})
+install(DIRECTORY ${PROJECT_SOURCE_DIR}/examples DESTINATION ${CMAKE_INSTALL_DOCDIR} PATTERN __pycache__ EXCLUDE)
+
+# For those without CMake: pkg-config tessera, and tessera-tools.
+file(RELATIVE_PATH pc_to_prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+function(install_pkg_config name description library requires private)
+  file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/${name}.pc @ONLY CONTENT [[
+prefix=${pcfiledir}/@pc_to_prefix@
+libdir=${prefix}/@CMAKE_INSTALL_LIBDIR@
+includedir=${prefix}/@CMAKE_INSTALL_INCLUDEDIR@
+
+Name: @name@
+Description: @description@
+Version: @PROJECT_VERSION@
+Requires: @requires@
+Requires.private: @private@
+Libs: -L${libdir} -l@library@
+Libs.private: -pthread
+Cflags: -I${includedir}
+]])
+  install(FILES ${PROJECT_BINARY_DIR}/${name}.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+endfunction()
+install_pkg_config(tessera "${PROJECT_DESCRIPTION}" tessera "" "libhwy fmt")
+if(TARGET tessera_tools)
+  install_pkg_config(tessera-tools "Tessera's files, analysis, pictures and checks" tessera_tools tessera "libpng fmt libhwy")
+endif()
+
 install(EXPORT tessera-targets NAMESPACE tessera:: DESTINATION ${package_dir})
 get_target_property(library_type tessera_core TYPE)
 configure_package_config_file(${PROJECT_SOURCE_DIR}/cmake/tessera-config.cmake.in

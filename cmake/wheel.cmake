@@ -1,4 +1,4 @@
-# The wheel, as scikit-build-core builds it (pyproject.toml): only the operators, against the torch of the Python that
+# The wheel, as scikit-build-core builds it (pyproject.toml): the program, and the operators against the torch of the Python that
 # asks, wherever that one finds it.
 if(NOT DEFINED CACHE{Torch_DIR})
   execute_process(
@@ -22,7 +22,7 @@ endif()
 
 # With TESSERA_BUILT_IN=FOLDER they come from a build folder that is configured already, and nothing is compiled twice.
 if(TESSERA_BUILT_IN)
-  add_custom_target(built_in ALL ${CMAKE_COMMAND} --build ${TESSERA_BUILT_IN} --target tessera_torch)
+  add_custom_target(built_in ALL ${CMAKE_COMMAND} --build ${TESSERA_BUILT_IN} --target tessera_torch tessera_cli)
   install(CODE "execute_process(COMMAND \"${CMAKE_COMMAND}\" --install \"${TESSERA_BUILT_IN}\" --component wheel --strip
     --prefix \"\${CMAKE_INSTALL_PREFIX}\" COMMAND_ERROR_IS_FATAL ANY)" COMPONENT wheel)
 endif()

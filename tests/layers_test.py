@@ -18,6 +18,7 @@ HEADER_ROOMS = {
     "tensor_view.h": "core",
     "executor.h": "core",
     "huge_pages.h": "core",
+    "version.h": "core",
     "block_pattern.h": "pattern",
     "patterns.h": "pattern",
     "pattern_combine.h": "pattern",
@@ -33,11 +34,13 @@ HEADER_ROOMS = {
     "analysis.h": "analysis",
     "picture.h": "picture",
     "check.h": "check",
+    "tessera.h": "all of the core",
 }
 # What each room may include. reference and cpu are siblings that do not know each other.
 ALLOWED = {
     "core": set(),
     "pattern": {"core"},
+    "all of the core": {"core", "pattern", "call", "attention"},
     "call": {"core", "pattern"},
     "reference": {"core", "pattern", "call"},
     "cpu": {"core", "pattern", "call"},
@@ -58,6 +61,7 @@ OUTSIDE = {
 }
 # Rooms of python/tessera: its folders and files. tessera/__init__.py may import all of them.
 PYTHON_ALLOWED = {
+    "__main__": set(),
     "_ops": set(),
     "pattern": {"_ops"},
     "patterns": {"pattern"},
@@ -187,17 +191,58 @@ def check_python_file(path, root, errors):
             errors.append(f"{where}: {name} has no business in room {room}")
 
 
+def check_python_circles(root, errors):
+    """No module imports itself by way of others, not even inside a function. (A folder's __init__ may be imported by
+    its files' names: what counts is the file.)"""
+    package = root / "python"
+    modules = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts[-1] != "__init__":
+            modules[".".join(parts)] = {name for _, name in python_imports(path, list(parts[:-1]))}
+    graph = {name: sorted(imports & modules.keys()) for name, imports in modules.items()}
+    done = set()
+
+    def visit(name, trail):
+        if name in trail:
+            errors.append(f"python: {' -> '.join([*trail[trail.index(name) :], name])} is a circle")
+        elif name not in done:
+            for other in graph[name]:
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
 def check_libraries(root, errors):
     """Each room is in one library of CMakeLists.txt, and what is in tessera::core includes nothing outside it."""
     text = (root / "CMakeLists.txt").read_text()
     libraries = {name: rooms.split() for name, rooms in re.findall(r"add_tessera_library\((\w+) \w+ ([\w ]+)\)", text)}
     for room, allowed in ALLOWED.items():
+        if room == "all of the core":
+            continue
         homes = [name for name, rooms in libraries.items() if room in rooms]
         if len(homes) != 1:
             errors.append(f"CMakeLists.txt: room {room} is in {len(homes)} libraries")
         elif homes == ["core"] and not allowed <= set(libraries["core"]):
             beyond = sorted(allowed - set(libraries["core"]))
             errors.append(f"CMakeLists.txt: room {room} of tessera::core may include {', '.join(beyond)}")
+
+
+def check_version_and_umbrella(root):
+    """tessera/version.h has the version of CMakeLists.txt, tessera/tessera.h all headers of the core."""
+    errors = []
+    version = re.search(r"project\(tessera VERSION ([0-9.]+)", (root / "CMakeLists.txt").read_text()).group(1)
+    defined = dict(re.findall(r'#define TESSERA_(\w+) "?([0-9.]+)', (root / "include/tessera/version.h").read_text()))
+    parts = dict(zip(("VERSION_MAJOR", "VERSION_MINOR", "VERSION_PATCH"), version.split(".")))
+    if defined != {"VERSION": version, **parts}:
+        errors.append(f"include/tessera/version.h: has {defined}, CMakeLists.txt {version}")
+    listed = [target.removeprefix("tessera/") for _, _, target in includes(root / "include/tessera/tessera.h")]
+    wanted = sorted(h for h, room in HEADER_ROOMS.items() if room in ALLOWED["all of the core"])
+    if listed != wanted:
+        errors.append(f"include/tessera/tessera.h: includes {listed}; wanted: {wanted}")
+    return errors
 
 
 def check_tree(root):
@@ -223,6 +268,7 @@ def check_tree(root):
                     check_words(path, root, errors)
     for path in sorted((root / "python/tessera").rglob("*.py")):
         check_python_file(path, root, errors)
+    check_python_circles(root, errors)
     check_libraries(root, errors)
     return errors
 
@@ -264,6 +310,8 @@ def self_test(scratch):
         "python/tessera/interop/r.py": ("import tessera", "must not import tessera of room __init__"),
         "python/tessera/nn/a.py": ("import transformers", "no business in room nn"),
         "python/tessera/rooms.py": ("", "no room"),
+        "python/tessera/nn/circle_a.py": ("def f():\n    from .circle_b import g", None),
+        "python/tessera/nn/circle_b.py": ("from .circle_a import f", None),
         "CMakeLists.txt": (
             "add_tessera_library(core tessera core pattern call cpu attention)\n"
             "add_tessera_library(tools tessera_tools reference io analysis picture check)",
@@ -274,6 +322,9 @@ def self_test(scratch):
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         (scratch / name).write_text(text + "\n")
     errors = check_tree(scratch)
+    circle = "python: tessera.nn.circle_a -> tessera.nn.circle_b -> tessera.nn.circle_a is a circle"
+    if circle not in errors:
+        return f"self-test: no '{circle}' in {errors}"
     for name, (_, expected) in cases.items():
         found = [e for e in errors if e.startswith(name)]
         if expected is None and found or expected is not None and not any(expected in e for e in found):
@@ -289,7 +340,7 @@ def main():
     if failure:
         sys.exit(failure)
     root = pathlib.Path(sys.argv[1]).resolve()
-    errors = check_tree(root)
+    errors = check_tree(root) + check_version_and_umbrella(root)
     if (root / "examples/block_sparse.cc").read_text() not in (root / "README.md").read_text():
         errors.append("README.md: the example is not that of examples/block_sparse.cc")
     if errors:

@@ -10,6 +10,7 @@
 #include "result_memory.h"
 #include "tessera/attention.h"
 #include "tessera/backward.h"
+#include "tessera/version.h"
 
 namespace tessera::ops {
 

@@ -3,9 +3,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "tessera/attention.h"
-#include "tessera/error.h"
-#include "tessera/patterns.h"
+#include "tessera/tessera.h"
 
 int main() {
   constexpr int64_t kSeqlen = 80, kHeadDim = 8, kBlock = 16;

@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import venv
 
-BUILT_FROM = ("cmake", "include", "src", "torch")  # folders without which nothing can be compiled
+BUILT_FROM = ("cli", "cmake", "data", "include", "src", "torch")  # folders without which nothing can be compiled
 
 SDIST = """
 import os, sys, scikit_build_core.build
@@ -96,6 +96,13 @@ def main() -> None:
             printed = run(python, "-c", PROGRAM, place)
             if printed.strip().splitlines()[-1:] != ["right"]:
                 sys.exit(f"the installed package printed:\n{printed}")
+            version = run(python, "-c", "import tessera; print(tessera.__version__)").strip()
+            for program in ([fresh / "bin/tessera"], [python, "-m", "tessera"]):
+                if run(*program, "--version").strip() != f"tessera {version}":
+                    sys.exit(f"{program} --version is not {version}")
+                run(*program, "demo", "--help")
+            if not (fresh / "share/tessera/byte_lm_qkv.safetensors").exists():
+                sys.exit("the sample is not where the program looks")
             library = next(packages.glob("tessera/*.so"))
             for known in (str(source).encode(), str(build).encode()):
                 if known in library.read_bytes():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..attention import dilated, functional
 from ..nn import PerformanceMonitor
-from ..nn._monitored import judged_quality, measurable
+from ..nn._monitored import judged_quality
+from ..nn._tracing import measurable
 from ..nn.monitoring import CallFacts
 from ..pattern import PatternConfig, Request, pattern_for
 from ..pattern.checks import reject

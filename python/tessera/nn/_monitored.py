@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import analysis
 from ..attention import block_sparse_attention
 from ..pattern import BlockPattern
+from ._tracing import measurable
 from .monitoring import CallFacts, PerformanceMonitor
 
 
@@ -38,13 +39,6 @@ class Monitored:
         """The monitor if it is on."""
         monitor = self._monitor
         return monitor if monitor is not None and monitor.enabled else None
-
-
-def measurable(*arguments: Any) -> bool:
-    """Whether a call with these tensors and others may be measured: nobody compiles, traces or batches it."""
-    from ._multihead import may_look  # which imports this file
-
-    return all(may_look(t) for t in arguments if isinstance(t, Tensor))
 
 
 def judged_quality(

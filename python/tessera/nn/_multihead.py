@@ -17,6 +17,7 @@ from ..attention import attention_weights, block_sparse_attention, merge
 from ..pattern import BlockPattern, pattern_for
 from ..pattern.source import ArgumentError, is_dense
 from ._monitored import measured_attention
+from ._tracing import may_look
 from .monitoring import PerformanceMonitor
 
 _NEG_INF = float("-inf")
@@ -52,18 +53,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, _NEG_INF)
-
-
-def may_look(mask: Tensor) -> bool:
-    """Whether values may decide what is done: not while somebody traces or batches this code."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and type(mask) in (Tensor, torch.nn.Parameter)
-        and not mask.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def _padding(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

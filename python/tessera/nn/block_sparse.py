@@ -12,7 +12,7 @@ from ..attention import attention_weights, block_sparse_attention
 from ..pattern import PatternConfig, PatternSource, pattern_for
 from ..pattern.source import pattern_source
 from ._monitored import Monitored, measured_attention
-from ._multihead import may_look
+from ._tracing import may_look
 
 
 class BlockSparseAttention(Monitored, nn.Module):

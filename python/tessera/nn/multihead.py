@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..pattern import BlockPattern, PatternConfig, PatternSource
 from ..pattern.source import ArgumentError, is_dense, pattern_source
 from ._monitored import Monitored
-from ._multihead import AssertedError, check_shapes, may_look, multi_head_attention_forward
+from ._multihead import AssertedError, check_shapes, multi_head_attention_forward
+from ._tracing import may_look
 
 _TorchAttention = nn.MultiheadAttention  # also where a program has put ours in its place
 

@@ -1,0 +1,20 @@
+// All of tessera::core. What tessera::tools adds has headers of its own: analysis.h, check.h, io.h, picture.h.
+#pragma once
+
+#include "tessera/attention.h"
+#include "tessera/backward.h"
+#include "tessera/block_pattern.h"
+#include "tessera/dilated.h"
+#include "tessera/dtype.h"
+#include "tessera/error.h"
+#include "tessera/executor.h"
+#include "tessera/huge_pages.h"
+#include "tessera/kv_cache.h"
+#include "tessera/machine.h"
+#include "tessera/pattern_cache.h"
+#include "tessera/pattern_combine.h"
+#include "tessera/pattern_custom.h"
+#include "tessera/pattern_statistics.h"
+#include "tessera/patterns.h"
+#include "tessera/tensor_view.h"
+#include "tessera/version.h"
