@@ -341,8 +341,8 @@ def main():
         sys.exit(failure)
     root = pathlib.Path(sys.argv[1]).resolve()
     errors = check_tree(root) + check_version_and_umbrella(root)
-    if (root / "examples/block_sparse.cc").read_text() not in (root / "README.md").read_text():
-        errors.append("README.md: the example is not that of examples/block_sparse.cc")
+    if (root / "examples/block_sparse.cc").read_text() not in (root / "docs/cpp.md").read_text():
+        errors.append("docs/cpp.md: the example is not that of examples/block_sparse.cc")
     if errors:
         sys.exit("\n".join(errors))
     print("the rules hold")

@@ -14,7 +14,7 @@ import tessera
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/frameworks.md", "docs/guide-names.md", "docs/decoding.md"]
+PAGES = sorted(["README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))])
 
 
 def _blocks(page):
@@ -36,18 +36,62 @@ def _run(page, heading, names):
 
 
 def test_every_block_is_run_here():
-    tested = {"README.md": ["From Python"], "docs/guide-names.md": [], "docs/decoding.md": [
+    tested = {"README.md": ["Tessera"], "docs/python.md": ["From Python"], "docs/decoding.md": [
         "A cache", "Patterns", "Beams"], "docs/frameworks.md": [
         "Hugging Face", "Models made of", "Lightning", "FlexAttention", "torch.sparse", "DeepSpeed"]}  # fmt: skip
     for page in PAGES:
         for heading, _ in _blocks(page):
-            assert any(heading.startswith(h) for h in tested[page]), f"{page}: {heading}"
+            assert any(heading.startswith(h) for h in tested.get(page, [])), f"{page}: {heading}"
 
 
-def test_readme():
-    names = _run("README.md", "From Python", {})
+@pytest.mark.parametrize("page, heading", [("README.md", "Tessera"), ("docs/python.md", "From Python")])
+def test_first_page(page, heading):
+    names = _run(page, heading, {})
     assert names["out"].shape == (1, 8192, 8, 64) and names["q"].grad.isfinite().all()
-    names["attention"](*[torch.randn(1, 512, 512)] * 3)
+    if page != "README.md":
+        names["attention"](*[torch.randn(1, 512, 512)] * 3)
+
+
+def test_readme_in_cpp(tmp_path):
+    block = re.search(r"```cpp\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    include, body = block.split("\n\n", 1)
+    view = "make_view(x.data(), tessera::DType::f32, {1, 8192, 1, 8})"
+    source = tmp_path / "readme.cc"
+    source.write_text(f"""{include}
+#include <vector>
+int main() {{
+  std::vector<float> x(8192 * 8), l(8192);
+  const auto q = tessera::{view}, k = q, v = q, out = q;
+  const auto lse = tessera::make_view(l.data(), tessera::DType::f32, {{1, 1, 8192}});
+  {body}
+}}
+""")
+    command = ["c++", "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'include'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            if "://" not in target:
+                assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_index_of_names():
+    """docs/api.md lists what there is; what it says of a name may lag behind."""
+    program = ROOT / "build/release/cli/tessera"
+    if not program.exists():
+        pytest.skip("the program is not built here")
+    script = [sys.executable, ROOT / "tools/api_index.py", program]
+    now = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+
+    def names(text):
+        rows = re.findall(r"^(?:\| `([^`]+)` \|.*?((?: `\w+`,?)*) \||#+ (.*))$", text, re.MULTILINE)
+        return sorted((a, c, *re.findall(r"\w+", b)) for a, b, c in rows)
+
+    assert names((ROOT / "docs/api.md").read_text()) == names(now), "tools/api_index.py writes it anew"
 
 
 def test_decoding():
