@@ -77,7 +77,7 @@ class RowKernel {
     for (int i = 0; more; i ^= 1) {
       const Staged staged = stager_.Finish();
       more = reader.Next(chunks[i ^ 1]);
-      const int64_t tiles = num_panels_ * (chunks[i].keys / kTileRows);
+      const int64_t tiles = num_panels_ * (chunks[i].keys / kTileRows + p_.head_dim_v / kTileRows);
       if (more) {
         stager_.Begin(chunks[i ^ 1], tiles);
       } else {
@@ -192,7 +192,7 @@ class RowKernel {
     }
     AddOut<P, NV>(reinterpret_cast<const Element*>(scores_), NV * kLanes,
                   (keys + P::kElementsPerStep - 1) / P::kElementsPerStep, staged.v, staged.v_stride, p_.head_dim_v,
-                  !panel.fresh, panel.out);
+                  !panel.fresh, panel.out, stager_);
     panel.fresh = false;
   }
 

@@ -54,22 +54,30 @@ struct Bf16Product {
 };
 #endif
 
-// acc [R][NV] += sum over i of a[r * a_row + i * a_step] (broadcast) x b[i * b_step ..] (vectors).
+// acc [R][NV] += sum over i of a[r * a_row + i * a_step] (broadcast) x b[i * b_step ..] (vectors). Two steps a turn of
+// the loop: as one, Intel lost .02 of the peak to it.
 template <class P, int R, int NV>
 HWY_INLINE void Accumulate(const typename P::Element* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
                            const typename P::Element* HWY_RESTRICT b, int64_t b_step, int64_t steps,
                            Vec (&acc)[R][NV]) {
-  for (int64_t i = 0; i < steps; ++i) {
-    decltype(P::Load(b)) vectors[NV];
+  const auto step = [&](const typename P::Element* HWY_RESTRICT x, const typename P::Element* HWY_RESTRICT y) HWY_ATTR {
+    decltype(P::Load(y)) vectors[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) vectors[v] = P::Load(b + i * b_step + v * kLanes);
+    for (int v = 0; v < NV; ++v) vectors[v] = P::Load(y + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const auto x = P::Broadcast(a + r * a_row + i * a_step);
+      const auto e = P::Broadcast(x + r * a_row);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = P::MulAdd(x, vectors[v], acc[r][v]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = P::MulAdd(e, vectors[v], acc[r][v]);
     }
+  };
+  for (; steps >= 2; steps -= 2) {
+    step(a, b);
+    step(a + a_step, b + b_step);
+    a += 2 * a_step;
+    b += 2 * b_step;
   }
+  if (steps > 0) step(a, b);
 }
 
 // out [R][NV] = rows of a x panel b; with kMax, column maxima joined into `max` [NV].
@@ -142,14 +150,19 @@ void Scores(const typename P::Element* q, int64_t steps, const typename P::Eleme
   });
 }
 
+struct NoWork {
+  void Some() {}
+};
+
 // out [dims][W] = columns of v x weights (vectors, `stride` apart), over `steps` keys (or pairs of keys), added to what
-// out holds if `add`.
-template <class P, int NV>
+// out holds if `add`. `between` as above.
+template <class P, int NV, class Between = NoWork>
 void AddOut(const typename P::Element* weights, int64_t stride, int64_t steps, const typename P::Element* v,
-            int64_t v_stride, int64_t dims, bool add, float* out) {
+            int64_t v_stride, int64_t dims, bool add, float* out, Between&& between = Between()) {
   constexpr int W = NV * kLanes;
   ForTiles(dims, [&](auto rows, int64_t i) {
     ColumnTile<P, rows(), NV>(v + i, v_stride, weights, stride, steps, add, out + i * W);
+    between.Some();
   });
 }
 
