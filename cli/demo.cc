@@ -90,7 +90,7 @@ void demo(Context& context, const DemoFlags& flags) {
   seconds = time_once([&] {
     context.progress.show("reading the sample");
     const DemoSample sample = prepare_sample(path, flags.quick, pool);
-    const Isa isa = usable_isas().back();
+    const Isa isa = automatic_isa();
     const Peaks peaks = measure_peaks(isa, pool.num_threads(), pool, false);
     results["version"] = TESSERA_VERSION;
     results["cpu"] = cpu_model();

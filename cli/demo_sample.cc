@@ -231,7 +231,7 @@ Record measure_times(Context& context, const DemoSample& sample, Pass pass, bool
     if (pass != Pass::forward && p.choice.spec.kind == PatternKind::local_window && p.choice.spec.density) continue;
     Record row;
     // Other work on the machine comes and goes: the full demo measures the peak beside each pattern.
-    if (!quick || dense.empty()) peaks = measure_peaks(usable_isas().back(), pool.num_threads(), pool, false);
+    if (!quick || dense.empty()) peaks = measure_peaks(automatic_isa(), pool.num_threads(), pool, false);
     for (const Qkv* x : {&sample.fp32, &sample.bf16}) {
       context.progress.show("timing " + p.name, static_cast<double>(done++) / (2.0 * sample.patterns.size()));
       const DType dtype = x->q.dtype();

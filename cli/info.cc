@@ -53,6 +53,8 @@ void info(Context& context, bool no_peaks) {
   record["cpus"] = available_cpus();
   record["isas_compiled"] = names(compiled_isas());
   record["isas_usable"] = names(usable_isas());
+  record["isa_automatic"] = name_of(automatic_isa());
+  record["isa_automatic_decode"] = name_of(automatic_isa(true));
   record["features"] = {{"cpu_forward", true}, {"cpu_backward", true}, {"cuda", false}, {"torch", false}};
   switch (context.format) {
     case Format::json:
@@ -68,6 +70,8 @@ void info(Context& context, bool no_peaks) {
                                         {"cpus", ""},
                                         {"isas_compiled", ""},
                                         {"isas_usable", ""},
+                                        {"isa_automatic", ""},
+                                        {"isa_automatic_decode", ""},
                                         {"cuda", ""},
                                         {"torch", ""},
                                         {"isa", ""},
@@ -94,9 +98,10 @@ void info(Context& context, bool no_peaks) {
                   "cpu            {}, {} usable\n"
                   "isas compiled  {}\n"
                   "isas usable    {}\n"
+                  "automatic      {}, decode: {}\n"
                   "features       CPU forward, backward and decode: yes, CUDA: no, torch: no\n",
                   TESSERA_VERSION, cpu_model(), available_cpus(), fmt::join(names(compiled_isas()), ", "),
-                  fmt::join(names(usable_isas()), ", ")));
+                  fmt::join(names(usable_isas()), ", "), name_of(automatic_isa()), name_of(automatic_isa(true))));
   if (peaks.empty()) return;
   context.output.write("\nPeaks measured now\n");
   RecordWriter writer(context.output, context.format, kPeaks);

@@ -18,14 +18,18 @@
 
 namespace tessera {
 
-// Instruction sets of the CPU kernels. `automatic` takes the best one this CPU has; any other forces it and is an
-// Error where the CPU or the build lacks it. avx512_bf16 differs from avx512 in the native bf16 dot product only.
+// Instruction sets of the CPU kernels. `automatic` takes the fastest one this CPU has (automatic_isa); any other forces
+// it and is an Error where the CPU or the build lacks it. avx512_bf16 differs from avx512 in the native bf16 dot only,
+// which Intel's cores run at half the rate of FMA: there `automatic` is avx512 but for decode.
 enum class Isa : uint8_t { automatic, sse4, avx2, avx512, avx512_bf16, neon };
 
 std::string_view name_of(Isa isa);     // "auto", "sse4", "avx2", "avx512", "avx512_bf16", "neon"
 Isa isa_of(std::string_view name);     // Error for an unknown name
 std::span<const Isa> compiled_isas();  // worst first
 std::span<const Isa> usable_isas();    // those that this CPU has, worst first
+// What Isa::automatic is on this CPU, for decode (which waits for memory) or for everything else. The first call
+// measures the bf16 dot against FMA (.03 ms).
+Isa automatic_isa(bool decode = false);
 
 // Dropout on the normalised weights. The decision for (b, h, q, k) depends on seed, offset and the four positions
 // only (Philox 4x32-10, Salmon et al. 2011), never on threads, tiles or blocks.
@@ -87,7 +91,8 @@ struct ForwardArgs {
 };
 
 struct ForwardInfo {
-  Isa isa = Isa::automatic;  // the one that ran; automatic for the fp64 reference
+  // The one that ran (of a call with sequences of both kinds: not decode's); automatic for the fp64 reference.
+  Isa isa = Isa::automatic;
   size_t scratch_bytes = 0;  // allocated by the call, all threads together
 };
 

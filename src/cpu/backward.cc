@@ -242,7 +242,7 @@ class Heads {
 
 BackwardInfo backward(std::span<const BackwardProblem> problems, Isa isa, Executor& executor) {
   BackwardInfo info;
-  info.isa = resolve_isa(isa);
+  info.isa = resolve_isa(isa, Bound::compute);
   const BackwardKernels& kernels = *kernels_of(info.isa).backward;
 
   std::vector<std::unique_ptr<Plan>> plans;

@@ -66,7 +66,7 @@ double read_gbytes(const cpu::PeakKernels& kernels, int threads, Executor& execu
 }  // namespace
 
 Peaks measure_peaks(Isa isa, int threads, Executor& executor, bool with_read_bandwidth) {
-  const cpu::PeakKernels& kernels = *cpu::kernels_of(cpu::resolve_isa(isa)).peak;
+  const cpu::PeakKernels& kernels = *cpu::kernels_of(cpu::resolve_isa(isa, cpu::Bound::compute)).peak;
   threads = std::clamp(threads, 1, std::max(1, executor.num_threads()));
   Peaks peaks;
   peaks.fma_gflops = burn_gflops(kernels.fma_burn, threads, executor);

@@ -183,8 +183,9 @@ size_t run_units(int64_t units, size_t scratch_bytes, Executor& executor, const 
 
 ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& executor) {
   ForwardInfo info;
-  info.isa = resolve_isa(isa);
-  const KernelTable& kernels = kernels_of(info.isa);
+  const Isa computing = resolve_isa(isa, Bound::compute), streaming = resolve_isa(isa, Bound::memory);
+  const ForwardKernels& panel_kernels = *kernels_of(computing).forward;
+  const DecodeKernels& decode_kernels = *kernels_of(streaming).decode;
 
   std::vector<PanelUnits> panels;
   std::vector<DecodeUnits> decodes;
@@ -195,11 +196,11 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
     if (p.seqlen_q <= kDecodeQueries && p.pattern.shape.rows() == 1) {
       decodes.emplace_back(p);
       decode_units.add(decodes.back().units());
-      decode_scratch = std::max(decode_scratch, kernels.decode->scratch(p));
+      decode_scratch = std::max(decode_scratch, decode_kernels.scratch(p));
     } else {
       panels.emplace_back(p);
       panel_units.add(panels.back().count());
-      panel_scratch = std::max(panel_scratch, kernels.forward->scratch(p));
+      panel_scratch = std::max(panel_scratch, panel_kernels.scratch(p));
     }
   }
   const auto run_panel = [&](int64_t number, bool follows, std::byte* scratch) {
@@ -207,12 +208,13 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
     const RowUnit now = panels[i].unit(unit);
     follows = follows && unit + 1 < panels[i].count();
     const RowUnit next = follows ? panels[i].unit(unit + 1) : RowUnit{};
-    kernels.forward->row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
+    panel_kernels.row(panels[i].problem(), now, follows ? &next : nullptr, scratch);
   };
   const auto run_decode = [&](int64_t number, bool follows, std::byte* scratch) {
     const auto [i, unit] = decode_units.find(number);
-    decodes[i].run(unit, follows, *kernels.decode, scratch);
+    decodes[i].run(unit, follows, decode_kernels, scratch);
   };
+  info.isa = panels.empty() && !decodes.empty() ? streaming : computing;
   info.scratch_bytes = run_units(panel_units.units(), panel_scratch, executor, run_panel);
   size_t decode_bytes = run_units(decode_units.units(), decode_scratch, executor, run_decode);
   for (const DecodeUnits& d : decodes) {
