@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 
@@ -181,37 +182,38 @@ def _scale_rows(indices: Tensor, values: Tensor, share: Tensor | None) -> Tensor
     return values * rows[batch, head, row].unsqueeze(-1)
 
 
-def multi_head_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    *,
-    pattern: Any = None,
-    separate_proj_weights: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
-    bias_k: Tensor | None = None,
-    bias_v: Tensor | None = None,
-    add_zero_attn: bool = False,
-    dropout_p: float = 0.0,
-    key_padding_mask: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    need_weights: bool | str = False,
-    average_attn_weights: bool = True,
-    batch_first: bool = False,
-    attend: Callable[..., tuple[Tensor, Tensor, dict[str, Any] | None]] | None = None,
-    norm: Callable[[Tensor], Tensor] | None = None,
-    monitor: PerformanceMonitor | None = None,
-) -> tuple[Tensor, Tensor | dict[str, Any] | None]:
-    """:class:`tessera.MultiheadAttention` as a function of its parameters; batched input only.
+class Masks(NamedTuple):
+    """torch's masks as block_sparse_attention takes them."""
 
-    Args:
-        query: ``[L, N, E]``, or ``[N, L, E]`` if batch_first; key, value: ``[S, N, kdim]``, ``[S, N, vdim]`` likewise.
+    causal: bool
+    bias: Tensor | None  # [1 or N, 1 or H, L, S]
+    key_lengths: Tensor | None  # [N]
+
+    def options(self) -> dict[str, Any]:
+        return {"causal": self.causal or None, "attn_bias": self.bias, "key_lengths": self.key_lengths}
+
+
+class Attended(NamedTuple):
+    """Attention of one call, and what its weights are made from."""
+
+    out: Tensor  # [N, L, H, D]
+    lse: Tensor  # [N, H, L]: over all keys
+    part_lse: Tensor  # without bias_k, bias_v and the zero key
+    more_lse: Tensor | None  # of those alone
+    blocks: BlockPattern | None
+    found: dict[str, Any] | None  # weights in block form, of `attend`
+
+    def share(self) -> Tensor | None:
+        """[N, H, L]: the part of the whole softmax that the sequence's own keys hold; None: all."""
+        return None if self.more_lse is None else (self.part_lse - self.lse).exp().nan_to_num(0.0)
+
+
+@dataclass(kw_only=True, eq=False)
+class MultiheadCall:
+    """One call of :class:`tessera.MultiheadAttention`: its parameters and what is asked, handed from the module down.
+    :meth:`run` projects, reads the masks, attends and makes the weights; batched input only.
+
+    Attributes:
         in_proj_weight: ``[3 E, E]``, or None and three ``separate_proj_weights``; in_proj_bias: ``[3 E]`` or None.
         pattern: as :func:`pattern_source` returns it; over query and key, without bias_k, bias_v and the zero key,
             which every row sees.
@@ -221,117 +223,156 @@ def multi_head_attention_forward(
         key_lengths: int64 ``[N]``, in place of a key_padding_mask.
         monitor: measures the attention over the pattern.
 
-    Others as the module. Returns (output, weights).
+    Others as the module.
     """
-    if query.shape[-1] != out_proj_weight.shape[1]:
-        raise AssertedError(
-            f"query: got {query.shape[-1]} features; was expecting embedding dimension of {out_proj_weight.shape[1]}, "
-            f"but got {query.shape[-1]}"
-        )
-    for name, x, weight in zip(("key", "value"), (key, value), separate_proj_weights[1:]):
-        features = query.shape[-1] if weight is None else weight.shape[1]
-        if x.shape[-1] != features:
-            dim = "embed_dim" if weight is None else f"{name[0]}dim"
-            raise AssertedError(f"{name}: got {x.shape[-1]} features; allowed: {features}, {dim}")
-    dtype = out_proj_weight.dtype
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dtype != dtype and not _autocast_enabled(x.device.type):
-            raise ArgumentError(f"{name}: got {x.dtype}; allowed: {dtype}, as the parameters (or torch.autocast)")
-    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-        if mask is not None and mask.device != query.device:
-            raise ArgumentError(f"{name}: got a tensor on {mask.device}; allowed: {query.device}, as query")
-    if key.shape[:2] != value.shape[:2] or (in_proj_weight is not None and key.shape != value.shape):
-        raise AssertedError(
-            f"value: got shape {tuple(value.shape)}; key shape {key.shape} does not match value shape {value.shape}"
-        )
-    batch_dim = 0 if batch_first else 1
-    if query.shape[batch_dim] != key.shape[batch_dim]:
-        raise ArgumentError(
-            f"key: got a batch of {key.shape[batch_dim]}; allowed: {query.shape[batch_dim]}, the batch of query"
-        )
-    q, k, v = (
-        x.unflatten(-1, (num_heads, -1)) if batch_first else x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
-        for x in _project(query, key, value, in_proj_weight, separate_proj_weights, in_proj_bias)
-    )
-    batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
 
-    # torch's masks. The hint is_causal replaces the mask where torch lets it; without a mask it is what is asked for.
-    causal = is_causal
-    if is_causal and attn_mask is not None:
-        if key_padding_mask is None and not need_weights and seqlen_q == seqlen_k:
-            attn_mask = None
-        else:
-            causal = False
-    bias = None
-    if attn_mask is not None:
-        bias = _bias(attn_mask, q.dtype, batch, num_heads, seqlen_q, seqlen_k)
-    if key_padding_mask is not None:
-        if tuple(key_padding_mask.shape) != (batch, seqlen_k):
+    num_heads: int
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor | None
+    separate_proj_weights: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    bias_k: Tensor | None = None
+    bias_v: Tensor | None = None
+    add_zero_attn: bool = False
+    batch_first: bool = False
+    pattern: Any = None
+    dropout_p: float = 0.0
+    key_padding_mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    need_weights: bool | str = False
+    average_attn_weights: bool = True
+    attend: Callable[..., tuple[Tensor, Tensor, dict[str, Any] | None]] | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    monitor: PerformanceMonitor | None = None
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | dict[str, Any] | None]:
+        """query ``[L, N, E]``, or ``[N, L, E]`` if batch_first; key, value ``[S, N, kdim]``, ``[S, N, vdim]`` likewise.
+        Returns (output, weights)."""
+        self._check(query, key, value)
+        projected = _project(query, key, value, self.in_proj_weight, self.separate_proj_weights, self.in_proj_bias)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in projected)
+        if not self.batch_first:
+            q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        masks = self._masks(q, k)
+        extra = _extra_keys(k, v, self.bias_k, self.bias_v, self.add_zero_attn)
+        attended = self._attend(q, k, v, masks, extra)
+        out = attended.out if self.batch_first else attended.out.transpose(0, 1)
+        out = out.flatten(2)
+        if self.norm is not None:
+            out = self.norm(out)
+        out = F.linear(out, self.out_proj_weight, self.out_proj_bias)
+        return out, self._weights(q, k, masks, extra, attended) if self.need_weights else None
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Words and types of the errors are torch's where it has one."""
+        embed_dim = self.out_proj_weight.shape[1]
+        if query.shape[-1] != embed_dim:
             raise AssertedError(
-                f"key_padding_mask: got shape {tuple(key_padding_mask.shape)}; Expected key_padding_mask.shape to be "
-                f"{(batch, seqlen_k)}"
+                f"query: got {query.shape[-1]} features; was expecting embedding dimension of {embed_dim}, "
+                f"but got {query.shape[-1]}"
             )
-        key_lengths, padding = _padding(key_padding_mask, q.dtype)
+        for name, x, weight in zip(("key", "value"), (key, value), self.separate_proj_weights[1:]):
+            features = query.shape[-1] if weight is None else weight.shape[1]
+            if x.shape[-1] != features:
+                dim = "embed_dim" if weight is None else f"{name[0]}dim"
+                raise AssertedError(f"{name}: got {x.shape[-1]} features; allowed: {features}, {dim}")
+        dtype = self.out_proj_weight.dtype
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dtype != dtype and not _autocast_enabled(x.device.type):
+                raise ArgumentError(f"{name}: got {x.dtype}; allowed: {dtype}, as the parameters (or torch.autocast)")
+        for name, mask in (("key_padding_mask", self.key_padding_mask), ("attn_mask", self.attn_mask)):
+            if mask is not None and mask.device != query.device:
+                raise ArgumentError(f"{name}: got a tensor on {mask.device}; allowed: {query.device}, as query")
+        if key.shape[:2] != value.shape[:2] or (self.in_proj_weight is not None and key.shape != value.shape):
+            raise AssertedError(
+                f"value: got shape {tuple(value.shape)}; key shape {key.shape} does not match value shape {value.shape}"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        if query.shape[batch_dim] != key.shape[batch_dim]:
+            raise ArgumentError(
+                f"key: got a batch of {key.shape[batch_dim]}; allowed: {query.shape[batch_dim]}, the batch of query"
+            )
+
+    def _masks(self, q: Tensor, k: Tensor) -> Masks:
+        """torch's masks. The hint is_causal replaces the mask where torch lets it; without a mask it is what is asked
+        for."""
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        causal, attn_mask = self.is_causal, self.attn_mask
+        if self.is_causal and attn_mask is not None:
+            if self.key_padding_mask is None and not self.need_weights and seqlen_q == seqlen_k:
+                attn_mask = None
+            else:
+                causal = False
+        bias = None
+        if attn_mask is not None:
+            bias = _bias(attn_mask, q.dtype, batch, self.num_heads, seqlen_q, seqlen_k)
+        if self.key_padding_mask is None:
+            return Masks(causal, bias, self.key_lengths)
+        if tuple(self.key_padding_mask.shape) != (batch, seqlen_k):
+            raise AssertedError(
+                f"key_padding_mask: got shape {tuple(self.key_padding_mask.shape)}; Expected key_padding_mask.shape to "
+                f"be {(batch, seqlen_k)}"
+            )
+        key_lengths, padding = _padding(self.key_padding_mask, q.dtype)
         if padding is not None:
             bias = padding if bias is None else bias + padding
-    kept_dropout = 0.0 if dropout_p == 1 else dropout_p  # 1 drops everything, which no 1 / (1 - p) makes good
-    options: dict[str, Any] = {"causal": causal or None, "attn_bias": bias, "key_lengths": key_lengths}
-    extra = _extra_keys(k, v, bias_k, bias_v, add_zero_attn)
-    found: dict[str, Any] | None = None
-    part_lse: Tensor | None = None
-    if attend is not None:
-        # A mask that is known to be causal must not change which pattern is made.
-        known = causal or (is_causal and seqlen_q == seqlen_k)
-        out, part_lse, found = attend(
-            q, k, v, known, bool(need_weights), kept_dropout, attn_bias=bias, key_lengths=key_lengths
-        )
-    else:
-        blocks = pattern_for(pattern, seqlen_q, seqlen_k, is_causal, num_heads)
-        attention: Callable[..., Any] = block_sparse_attention
-        if monitor is not None and may_look(q):
-            attention = partial(measured_attention, monitor)
-        out, part_lse = attention(q, k, v, blocks, dropout_p=kept_dropout, return_lse=True, **options)
-    lse, more_lse = part_lse, None
-    if extra is not None:
-        assert part_lse is not None
-        more, more_lse = block_sparse_attention(
-            q,
-            *extra,
-            pattern_for(None, seqlen_q, extra[0].shape[1], False, num_heads),
-            dropout_p=kept_dropout,
-            return_lse=True,
-        )
-        out, lse = merge(out, part_lse, more, more_lse)
-    if dropout_p == 1:
-        out = out * 0
+        return Masks(causal, bias, key_lengths)
 
-    if not batch_first:
-        out = out.transpose(0, 1)
-    out = out.flatten(2)
-    if norm is not None:
-        out = norm(out)
-    out = F.linear(out, out_proj_weight, out_proj_bias)
-    if not need_weights:
-        return out, None
-    assert lse is not None and part_lse is not None
-    share = None if extra is None else (part_lse - lse).exp().nan_to_num(0.0)
-    if need_weights == "blocks":
-        if found is not None:
-            return out, {**found, "block_values": _scale_rows(found["block_indices"], found["block_values"], share)}
-        return out, _block_weights(q, k, blocks, share, **options)
-    keep = None if is_dense(pattern) else blocks.to_token_mask().to(q.device)
-    scale = 1 / math.sqrt(q.shape[-1])
-    weights = dense_weights(
-        q, k, part_lse, share, scale=scale, keep=keep, bias=bias, key_lengths=key_lengths, causal=causal,
-        average=average_attn_weights,
-    )  # fmt: skip
-    if extra is not None and more_lse is not None:
-        last = dense_weights(
-            q, extra[0], more_lse, (more_lse - lse).exp(), scale=scale, keep=None, bias=None, key_lengths=None,
-            causal=False, average=average_attn_weights,
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, extra: tuple[Tensor, Tensor] | None) -> Attended:
+        seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+        dropout = 0.0 if self.dropout_p == 1 else self.dropout_p  # 1 drops everything, which no 1 / (1 - p) makes good
+        blocks: BlockPattern | None = None
+        found: dict[str, Any] | None = None
+        if self.attend is not None:
+            # A mask that is known to be causal must not change which pattern is made.
+            known = masks.causal or (self.is_causal and seqlen_q == seqlen_k)
+            out, part_lse, found = self.attend(
+                q, k, v, known, bool(self.need_weights), dropout, attn_bias=masks.bias, key_lengths=masks.key_lengths
+            )
+        else:
+            blocks = pattern_for(self.pattern, seqlen_q, seqlen_k, self.is_causal, self.num_heads)
+            attention: Callable[..., Any] = block_sparse_attention
+            if self.monitor is not None and may_look(q):
+                attention = partial(measured_attention, self.monitor)
+            out, part_lse = attention(q, k, v, blocks, dropout_p=dropout, return_lse=True, **masks.options())
+        lse, more_lse = part_lse, None
+        if extra is not None:
+            every = pattern_for(None, seqlen_q, extra[0].shape[1], False, self.num_heads)
+            more, more_lse = block_sparse_attention(q, *extra, every, dropout_p=dropout, return_lse=True)
+            out, lse = merge(out, part_lse, more, more_lse)
+        if self.dropout_p == 1:
+            out = out * 0
+        return Attended(out, lse, part_lse, more_lse, blocks, found)
+
+    def _weights(
+        self, q: Tensor, k: Tensor, masks: Masks, extra: tuple[Tensor, Tensor] | None, attended: Attended
+    ) -> Tensor | dict[str, Any]:
+        share = attended.share()
+        if self.need_weights == "blocks":
+            if attended.found is not None:
+                found = attended.found
+                return {**found, "block_values": _scale_rows(found["block_indices"], found["block_values"], share)}
+            assert attended.blocks is not None
+            return _block_weights(q, k, attended.blocks, share, **masks.options())
+        keep = None
+        if not is_dense(self.pattern):
+            assert attended.blocks is not None
+            keep = attended.blocks.to_token_mask().to(q.device)
+        scale, average = 1 / math.sqrt(q.shape[-1]), self.average_attn_weights
+        weights = dense_weights(
+            q, k, attended.part_lse, share, scale=scale, keep=keep, bias=masks.bias, key_lengths=masks.key_lengths,
+            causal=masks.causal, average=average,
         )  # fmt: skip
-        weights = torch.cat([weights, last], -1)
-    return out, weights
+        if extra is None or attended.more_lse is None:
+            return weights
+        last = dense_weights(
+            q, extra[0], attended.more_lse, (attended.more_lse - attended.lse).exp(), scale=scale, keep=None, bias=None,
+            key_lengths=None, causal=False, average=average,
+        )  # fmt: skip
+        return torch.cat([weights, last], -1)
 
 
 def _extra_keys(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..pattern import BlockPattern, PatternConfig, PatternSource
 from ..pattern.source import ArgumentError, is_dense, pattern_source
 from ._monitored import Monitored
-from ._multihead import AssertedError, check_shapes, multi_head_attention_forward
+from ._multihead import AssertedError, MultiheadCall, check_shapes
 from ._tracing import may_look
 
 _TorchAttention = nn.MultiheadAttention  # also where a program has put ours in its place
@@ -234,14 +234,14 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
         return f"{self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}, pattern={kind}"
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Any]:
-        return multi_head_attention_forward(
-            query, key, value, self.num_heads, self.in_proj_weight, self.in_proj_bias, self.out_proj.weight,
-            self.out_proj.bias, pattern=self._pattern,
-            separate_proj_weights=(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), bias_k=self.bias_k,
-            bias_v=self.bias_v, add_zero_attn=self.add_zero_attn,
-            dropout_p=float(self.dropout) if self.training else 0.0, batch_first=self.batch_first,
-            monitor=self._measuring(), **options,
+        call = MultiheadCall(
+            num_heads=self.num_heads, in_proj_weight=self.in_proj_weight, in_proj_bias=self.in_proj_bias,
+            out_proj_weight=self.out_proj.weight, out_proj_bias=self.out_proj.bias, bias_k=self.bias_k,
+            bias_v=self.bias_v, separate_proj_weights=(self.q_proj_weight, self.k_proj_weight, self.v_proj_weight),
+            add_zero_attn=self.add_zero_attn, batch_first=self.batch_first, pattern=self._pattern,
+            dropout_p=float(self.dropout) if self.training else 0.0, monitor=self._measuring(), **options,
         )  # fmt: skip
+        return call.run(query, key, value)
 
     def _torch_infers(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
