@@ -12,16 +12,22 @@ namespace tessera::nn {
 PatternSource::PatternSource(const PatternSpec& spec) : spec_(spec), last_(std::make_shared<Last>()) {}
 
 ops::PatternTensors PatternSource::get(int64_t seqlen_q, int64_t seqlen_k) const {
-  const std::lock_guard lock(last_->mutex);
-  if (last_->seqlen_q != seqlen_q || last_->seqlen_k != seqlen_k) {
-    PatternSpec spec = spec_;
-    spec.seqlen_q = seqlen_q;
-    spec.seqlen_k = seqlen_k;
-    last_->tensors = ops::translate_errors([&] { return functional::pattern_tensors(make_pattern(spec)); });
+  // Nobody waits for the lock: who finds it taken (in a child forked at that moment it stays so for ever) makes its
+  // own.
+  if (const std::unique_lock lock(last_->mutex, std::try_to_lock);
+      lock && last_->seqlen_q == seqlen_q && last_->seqlen_k == seqlen_k) {
+    return last_->tensors;
+  }
+  PatternSpec spec = spec_;
+  spec.seqlen_q = seqlen_q;
+  spec.seqlen_k = seqlen_k;
+  ops::PatternTensors made = ops::translate_errors([&] { return functional::pattern_tensors(make_pattern(spec)); });
+  if (const std::unique_lock lock(last_->mutex, std::try_to_lock); lock) {
+    last_->tensors = made;
     last_->seqlen_q = seqlen_q;
     last_->seqlen_k = seqlen_k;
   }
-  return last_->tensors;
+  return made;
 }
 
 namespace {

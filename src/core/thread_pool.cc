@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <system_error>
@@ -13,6 +14,7 @@
 
 #include <sched.h>
 
+#include "core/fork.h"
 #include "tessera/error.h"
 #include "tessera/executor.h"
 
@@ -44,7 +46,7 @@ void wait_while(const std::atomic<int>& word, int value, int spins) {
 
 }  // namespace
 
-struct ThreadPool::State {
+struct ThreadPool::State final : ForkAware {
   struct alignas(64) Slot {
     std::atomic<int> signal{kIdle};
   };
@@ -58,7 +60,39 @@ struct ThreadPool::State {
   std::mutex error_mutex;
   std::exception_ptr error;
 
+  bool lost_threads = false;  // in a child of fork(), until the first call there
+
   explicit State(int n) : slots(static_cast<size_t>(n)) {}
+
+  // A call may be running for long, and fork() must not wait for it: the child forgets it, and starts threads of its
+  // own when it calls.
+  void before_fork() override {}
+  void after_fork_in_parent() override {}
+  void after_fork_in_child() override {
+    std::construct_at(&turn);  // whoever held them is not there
+    std::construct_at(&error_mutex);
+    for (Slot& slot : slots) slot.signal.store(kIdle, std::memory_order_relaxed);
+    running.store(0, std::memory_order_relaxed);
+    for (std::thread& t : threads) t.detach();  // joining would wait for ever
+    threads.clear();
+    lost_threads = true;
+  }
+
+  // Throws std::system_error where the system starts no more; those that run stay.
+  void start() {
+    threads.reserve(slots.size() - 1);
+    for (int i = static_cast<int>(threads.size()) + 1; i < static_cast<int>(slots.size()); ++i) {
+      threads.emplace_back([this, i] { loop(i); });
+    }
+  }
+  // Whatever cannot be started is done by the caller, who claims all workers that nobody takes.
+  void start_again() noexcept {
+    lost_threads = false;
+    try {
+      start();
+    } catch (...) {
+    }
+  }
 
   // Workers are not to throw, but where one does (out of memory) the caller gets it instead of std::terminate.
   void call(int i) {
@@ -92,6 +126,8 @@ struct ThreadPool::State {
     }
     for (std::thread& t : threads) t.join();
   }
+
+  const ForkRegistration registration{this};
 };
 
 ThreadPool::ThreadPool(int num_threads) {
@@ -102,9 +138,8 @@ ThreadPool::ThreadPool(int num_threads) {
   const int n = num_threads == 0 ? std::min(cpus, kMaxThreads) : num_threads;
   state_ = std::make_unique<State>(n);
   state_->spins = n <= cpus ? kSpins : 0;  // more threads than CPUs: spinning would take the CPU from those at work
-  state_->threads.reserve(static_cast<size_t>(n - 1));
   try {
-    for (int i = 1; i < n; ++i) state_->threads.emplace_back([state = state_.get(), i] { state->loop(i); });
+    state_->start();
   } catch (const std::system_error& e) {
     const std::string started = std::to_string(state_->threads.size() + 1);
     state_->stop();
@@ -121,6 +156,7 @@ void ThreadPool::run(int n, const std::function<void(int)>& worker) {
   if (n == 0) return;
   State& s = *state_;
   std::lock_guard turn(s.turn);
+  if (s.lost_threads) s.start_again();
   s.worker = &worker;
   s.error = nullptr;
   s.running.store(n - 1, std::memory_order_relaxed);

@@ -7,10 +7,12 @@
 #include <list>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
+#include "core/fork.h"
 #include "pattern/geometry.h"
 
 namespace tessera {
@@ -95,11 +97,12 @@ struct Build {
   std::condition_variable ready;
   bool done = false;
   std::optional<BlockPattern> pattern;  // none: the builder threw
+  std::thread::id maker = std::this_thread::get_id();
 };
 
 }  // namespace
 
-struct PatternCache::State {
+struct PatternCache::State final : ForkAware {
   PatternCacheLimits limits;
   Builder build;
 
@@ -109,6 +112,14 @@ struct PatternCache::State {
   std::list<std::shared_ptr<Build>> builds;  // under way: a few at most, so that a search needs no index
   size_t bytes = 0;                          // of all entries, as of the last look at each
   int64_t hits = 0, misses = 0, evictions = 0;
+
+  // A child has what is kept, and makes anew what others were making; a maker that forks goes on in both.
+  void before_fork() override { mutex.lock(); }
+  void after_fork_in_parent() override { mutex.unlock(); }
+  void after_fork_in_child() override {
+    builds.remove_if([](const auto& build) { return build->maker != std::this_thread::get_id(); });
+    mutex.unlock();
+  }
 
   void look(Entry& entry) {
     const size_t now = entry.pattern.bytes() + entry.key;
@@ -150,6 +161,8 @@ struct PatternCache::State {
     look_at_all();
     keep_limits();
   }
+
+  const ForkRegistration registration{this};
 };
 
 PatternCache::PatternCache(const PatternCacheLimits& limits, Builder build) : state_(std::make_unique<State>()) {
