@@ -13,11 +13,15 @@ namespace tessera::ops {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-// Runs f; a tessera::Error becomes a ValueError in Python (c10::ValueError in C++) with the same words.
+// Runs f; a tessera::Error becomes a ValueError in Python (c10::ValueError in C++), OutOfMemory torch's
+// OutOfMemoryError, with the same words. (Python's own MemoryError no operator can raise: torch's binding knows its own
+// kinds only.)
 template <class F>
 auto translate_errors(F f) -> decltype(f()) {
   try {
     return f();
+  } catch (const OutOfMemory& e) {
+    C10_THROW_ERROR(OutOfMemoryError, e.what());
   } catch (const Error& e) {
     C10_THROW_ERROR(ValueError, e.what());
   }

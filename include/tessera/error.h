@@ -2,6 +2,7 @@
 // or aborts.
 #pragma once
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -26,6 +27,14 @@ class Error : public std::runtime_error {
 
  private:
   std::string argument_;
+};
+
+// Memory of a call (scratch, partial results, a cache, a tensor of a file) that cannot be had; argument() is "memory".
+// What the standard library allocates fails as std::bad_alloc.
+class OutOfMemory : public Error {
+ public:
+  OutOfMemory(size_t bytes, std::string_view what)
+      : Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + std::string(what)) {}
 };
 
 // Throws Error("<argument>: got <got>; allowed: <allowed>"), or a kind of Error that callers tell apart.

@@ -23,9 +23,7 @@ class Buffer {
     if (bytes == 0) return;
     const auto align = std::align_val_t(std::max(kAlign, alignment_for(bytes)));
     data_ = {static_cast<std::byte*>(::operator new(bytes, align, std::nothrow)), Free{align}};
-    if (data_ == nullptr) {
-      throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of " + what);
-    }
+    if (data_ == nullptr) throw OutOfMemory(bytes, what);
     advise_huge_pages(data_.get(), bytes);
 #ifndef NDEBUG
     std::memset(data_.get(), 0xff, bytes);  // NaN in every dtype: what is read unwritten shows

@@ -16,9 +16,7 @@ constexpr size_t kPage = 4096;
 
 char* reserve(size_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) {
-    throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of a cache");
-  }
+  if (p == MAP_FAILED) throw OutOfMemory(bytes, "a cache");
   return static_cast<char*>(p);
 }
 
@@ -50,7 +48,7 @@ void GrowingMemory::grow(size_t bytes) {
                                        : mremap(data_, size_, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED;
     if (!made) {
       munmap(to, bytes);
-      throw Error("memory", "memory: could not allocate " + std::to_string(bytes) + " bytes of a cache");
+      throw OutOfMemory(bytes, "a cache");
     }
     data_ = to;
   }

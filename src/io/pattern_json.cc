@@ -13,13 +13,13 @@
 namespace tessera {
 namespace {
 
-using nlohmann::json;
+using io::Json;
 
 constexpr int kMaxDepth = 4;                      // the file, "heads", an entry, its indptr
 constexpr int64_t kMaxSeqlen = int64_t{1} << 40;  // far beyond any use, and sums and roundings stay inside 64 bits
 
-void allow_keys(const json& object, const std::string& where, std::initializer_list<std::string_view> allowed) {
-  for (const auto& [key, value] : object.items()) {
+void allow_keys(const Json& object, const std::string& where, std::initializer_list<std::string_view> allowed) {
+  for (const auto& [key, value] : io::object(object, where)) {
     if (std::find(allowed.begin(), allowed.end(), key) == allowed.end()) {
       std::string list;
       for (std::string_view name : allowed) list.append(list.empty() ? "" : ", ").append(name);
@@ -29,12 +29,12 @@ void allow_keys(const json& object, const std::string& where, std::initializer_l
 }
 
 // One token row of a bitmap, block_k bits, most significant digit first, into words of 64 bits.
-void parse_bitmap_row(const json& row, const std::string& where, int block_k, std::vector<uint64_t>& words) {
+void parse_bitmap_row(const Json& row, const std::string& where, int block_k, std::vector<uint64_t>& words) {
   const size_t digits = static_cast<size_t>(block_k) / 4;
-  if (!row.is_string() || row.get_ref<const std::string&>().size() != digits) {
-    fail(where, io::brief(row), fmt::format("a string of block_k / 4 = {} hex digits", digits));
+  if (row.string() == nullptr || row.string()->size() != digits) {
+    fail(where, row.brief(), fmt::format("a string of block_k / 4 = {} hex digits", digits));
   }
-  const std::string& text = row.get_ref<const std::string&>();
+  const std::string& text = *row.string();
   const size_t begin = words.size();
   words.resize(begin + static_cast<size_t>(block_k + 63) / 64, 0);
   for (size_t i = 0; i < digits; ++i) {
@@ -45,21 +45,22 @@ void parse_bitmap_row(const json& row, const std::string& where, int block_k, st
     } else if (c >= 'a' && c <= 'f') {
       value = static_cast<uint64_t>(c - 'a' + 10);
     } else {
-      fail(where, io::brief(row), "digits 0-9 and a-f");
+      fail(where, row.brief(), "digits 0-9 and a-f");
     }
     words[begin + i / 16] |= value << (i % 16 * 4);
   }
 }
 
-std::vector<uint64_t> parse_bitmaps(const json& list, const PatternShape& shape) {
+std::vector<uint64_t> parse_bitmaps(const Json& list, const PatternShape& shape) {
   std::vector<uint64_t> words;
-  for (size_t n = 0; n < io::array(list, "bitmaps").size(); ++n) {
+  const Json::Items& bitmaps = io::items(list, "bitmaps");
+  for (size_t n = 0; n < bitmaps.size(); ++n) {
     const std::string where = fmt::format("bitmaps[{}]", n);
-    const json& rows = io::array(list[n], where);
+    const Json::Items& rows = io::items(bitmaps[n], where);
     if (rows.size() != static_cast<size_t>(shape.block_q)) {
       fail(where, fmt::format("{} rows", rows.size()), fmt::format("block_q = {} rows", shape.block_q));
     }
-    for (const json& row : rows) parse_bitmap_row(row, where, shape.block_k, words);
+    for (const Json& row : rows) parse_bitmap_row(row, where, shape.block_k, words);
   }
   return words;
 }
@@ -70,17 +71,17 @@ struct Csr {
   std::vector<int32_t> bitmap_index;  // empty, or as long as indices
 };
 
-void append_head(const json& entry, const std::string& where, const PatternShape& shape, Csr& csr) {
-  allow_keys(io::object(entry, where), where, {"indptr", "indices", "bitmap_index"});
-  const json& indptr = io::array(io::member(entry, "indptr", where), where + ".indptr");
-  const json& indices = io::array(io::member(entry, "indices", where), where + ".indices");
+void append_head(const Json& entry, const std::string& where, const PatternShape& shape, Csr& csr) {
+  allow_keys(entry, where, {"indptr", "indices", "bitmap_index"});
+  const Json::Integers& indptr = io::integers(io::member(entry, "indptr", where), where + ".indptr");
+  const Json::Integers& indices = io::integers(io::member(entry, "indices", where), where + ".indices");
   const auto count = static_cast<int64_t>(indices.size());
   if (indptr.size() != static_cast<size_t>(shape.rows()) + 1) {
     fail(where + ".indptr", fmt::format("{} numbers", indptr.size()), fmt::format("rows + 1 = {}", shape.rows() + 1));
   }
   const auto base = static_cast<int64_t>(csr.indices.size());
-  for (const json& value : indptr) {
-    const int64_t begin = io::integer(value, where + ".indptr", 0, count);
+  for (const int64_t& value : indptr) {
+    const int64_t begin = io::check_integer(value, where + ".indptr", 0, count);
     if (&value == &indptr.front()) {
       if (begin != 0) fail(where + ".indptr", fmt::format("{} first", begin), "0 first");
     } else {
@@ -91,21 +92,22 @@ void append_head(const json& entry, const std::string& where, const PatternShape
     fail(where + ".indptr", fmt::format("{} last", csr.indptr.back() - base), fmt::format("the {} indices", count));
   }
   const int64_t last_col = std::min<int64_t>(shape.cols() - 1, INT32_MAX);
-  for (const json& value : indices) {
-    csr.indices.push_back(static_cast<int32_t>(io::integer(value, where + ".indices", 0, last_col)));
+  for (const int64_t value : indices) {
+    csr.indices.push_back(static_cast<int32_t>(io::check_integer(value, where + ".indices", 0, last_col)));
   }
-  const auto bitmap_index = entry.find("bitmap_index");
-  if (bitmap_index == entry.end()) {
+  const Json* given = entry.find("bitmap_index");
+  if (given == nullptr) {
     if (!csr.bitmap_index.empty()) csr.bitmap_index.resize(csr.indices.size(), -1);
     return;
   }
-  if (io::array(*bitmap_index, where + ".bitmap_index").size() != indices.size()) {
-    fail(where + ".bitmap_index", fmt::format("{} numbers", bitmap_index->size()),
+  const Json::Integers& bitmap_index = io::integers(*given, where + ".bitmap_index");
+  if (bitmap_index.size() != indices.size()) {
+    fail(where + ".bitmap_index", fmt::format("{} numbers", bitmap_index.size()),
          fmt::format("{}, one a block", count));
   }
   csr.bitmap_index.resize(static_cast<size_t>(base), -1);
-  for (const json& value : *bitmap_index) {
-    csr.bitmap_index.push_back(static_cast<int32_t>(io::integer(value, where + ".bitmap_index", -1, INT32_MAX)));
+  for (const int64_t value : bitmap_index) {
+    csr.bitmap_index.push_back(static_cast<int32_t>(io::check_integer(value, where + ".bitmap_index", -1, INT32_MAX)));
   }
 }
 
@@ -136,9 +138,9 @@ void append_numbers(std::string& text, const char* key, const T* begin, const T*
 }  // namespace
 
 BlockPattern parse_pattern(std::string_view text) {
-  const json root = io::parse_json(text, kMaxDepth);
+  const Json root = io::parse_json(text, kMaxDepth);
   allow_keys(
-      io::object(root, "pattern"), "pattern",
+      root, "pattern",
       {"seqlen_q", "seqlen_k", "block_q", "block_k", "causal", "q_offset", "q_skip", "batches", "heads", "bitmaps"});
   PatternShape shape;
   shape.seqlen_q = io::integer(io::member(root, "seqlen_q", "pattern"), "seqlen_q", 0, kMaxSeqlen);
@@ -147,16 +149,16 @@ BlockPattern parse_pattern(std::string_view text) {
     *block = static_cast<int>(io::integer(io::member(root, key, "pattern"), key, 16, 256));
     if (*block % 16 != 0) fail(key, std::to_string(*block), "a multiple of 16 in 16..256");
   }
-  if (const auto causal = root.find("causal"); causal != root.end()) {
-    if (!causal->is_boolean()) fail("causal", io::brief(*causal), "true or false");
-    shape.causal = causal->get<bool>();
+  if (const Json* causal = root.find("causal")) {
+    if (causal->boolean() == nullptr) fail("causal", causal->brief(), "true or false");
+    shape.causal = *causal->boolean();
   }
-  if (root.contains("q_offset")) shape.q_offset = io::integer(root["q_offset"], "q_offset", -kMaxSeqlen, kMaxSeqlen);
-  if (root.contains("q_skip")) {
-    shape.q_skip = static_cast<int>(io::integer(root["q_skip"], "q_skip", 0, shape.block_q - 1));
+  if (const Json* at = root.find("q_offset")) shape.q_offset = io::integer(*at, "q_offset", -kMaxSeqlen, kMaxSeqlen);
+  if (const Json* skip = root.find("q_skip")) {
+    shape.q_skip = static_cast<int>(io::integer(*skip, "q_skip", 0, shape.block_q - 1));
   }
-  const json& heads = io::array(io::member(root, "heads", "pattern"), "heads");
-  if (root.contains("batches")) shape.batches = io::integer(root["batches"], "batches", 1, INT32_MAX);
+  const Json::Items& heads = io::items(io::member(root, "heads", "pattern"), "heads");
+  if (const Json* batches = root.find("batches")) shape.batches = io::integer(*batches, "batches", 1, INT32_MAX);
   const auto entries = static_cast<int64_t>(heads.size());
   if (entries == 0 || entries % shape.batches != 0) {
     fail("heads", fmt::format("{} entries", entries),
@@ -167,15 +169,24 @@ BlockPattern parse_pattern(std::string_view text) {
   Csr csr;
   for (int64_t i = 0; i < entries; ++i) append_head(heads[i], fmt::format("heads[{}]", i), shape, csr);
   std::vector<uint64_t> bitmaps;
-  if (root.contains("bitmaps")) bitmaps = parse_bitmaps(root["bitmaps"], shape);
+  if (const Json* list = root.find("bitmaps")) bitmaps = parse_bitmaps(*list, shape);
   return BlockPattern::from_csr(shape, std::move(csr.indptr), std::move(csr.indices), std::move(csr.bitmap_index),
                                 std::move(bitmaps));
 }
 
 BlockPattern read_pattern(const std::string& path) {
+  // A piece at a time: no file makes more memory than it holds text, and binary ones end at their first piece.
+  constexpr uint64_t kPiece = 1 << 20;
   const io::ByteSource source = io::ByteSource::open(path);
-  std::string text(source.size(), '\0');
-  source.read(0, std::as_writable_bytes(std::span(text)));
+  std::string text;
+  while (text.size() < source.size()) {
+    const size_t begin = text.size();
+    text.resize(begin + std::min(kPiece, source.size() - begin));
+    source.read(begin, std::as_writable_bytes(std::span(text).subspan(begin)));
+    const size_t nul = text.find('\0', begin);
+    if (nul != std::string::npos)
+      source.reject(fmt::format("got NUL, not JSON, at byte {}; allowed: JSON in UTF-8", nul));
+  }
   try {
     return parse_pattern(text);
   } catch (const Error& e) {

@@ -2,7 +2,10 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <iterator>
 #include <set>
+#include <stdexcept>
+#include <utility>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -17,7 +20,7 @@ namespace tessera {
 namespace {
 
 using io::ByteSource;
-using nlohmann::json;
+using io::Json;
 
 constexpr uint64_t kLengthBytes = 8;
 constexpr uint64_t kMaxHeader = 100'000'000;  // the limit of the format's own implementation
@@ -42,12 +45,11 @@ struct Header {
   Metadata metadata;
 };
 
-TensorInfo parse_tensor(const ByteSource& source, const std::string& name, const json& entry, uint64_t data_begin,
+TensorInfo parse_tensor(const ByteSource& source, const std::string& name, const Json& entry, uint64_t data_begin,
                         uint64_t data_bytes) {
   const std::string where = "tensor " + io::shown(name);
   if (name.find('\0') != std::string::npos) source.reject(where + ": a name must not hold NUL");
-  io::object(entry, where);
-  for (const auto& [key, value] : entry.items()) {
+  for (const auto& [key, value] : io::object(entry, where)) {
     if (key != "dtype" && key != "shape" && key != "data_offsets") {
       source.reject(where + ": unknown key " + io::shown(key) + "; allowed: dtype, shape, data_offsets");
     }
@@ -55,30 +57,30 @@ TensorInfo parse_tensor(const ByteSource& source, const std::string& name, const
   TensorInfo info;
   info.name = name;
 
-  const json& dtype = io::member(entry, "dtype", where);
+  const Json& dtype = io::member(entry, "dtype", where);
   const auto* known = std::find_if(kDTypeNames.begin(), kDTypeNames.end(), [&](const DTypeName& candidate) {
-    return dtype.is_string() && dtype.get_ref<const std::string&>() == candidate.name;
+    return dtype.string() != nullptr && *dtype.string() == candidate.name;
   });
   if (known == kDTypeNames.end()) {
-    source.reject(where + ": dtype: got " + io::brief(dtype) + "; allowed: F64, F32, F16, BF16, I64, I32, U8, BOOL");
+    source.reject(where + ": dtype: got " + dtype.brief() + "; allowed: F64, F32, F16, BF16, I64, I32, U8, BOOL");
   }
   info.dtype = known->dtype;
 
-  const json& shape = io::array(io::member(entry, "shape", where), where + ": shape");
+  const Json::Integers& shape = io::integers(io::member(entry, "shape", where), where + ": shape");
   if (shape.size() > io::kMaxRank) source.reject(fmt::format("{}: rank {}; allowed: 0 to 32", where, shape.size()));
-  for (const json& size : shape) info.shape.push_back(io::integer(size, where + ": shape", 0, INT64_MAX));
+  for (const int64_t size : shape) info.shape.push_back(io::check_integer(size, where + ": shape", 0, INT64_MAX));
   const std::optional<int64_t> bytes = io::checked_bytes(info.dtype, info.shape);
   if (!bytes) {
     source.reject(fmt::format("{}: shape [{}] does not fit 64 bits", where, fmt::join(info.shape, ", ")));
   }
 
-  const json& offsets = io::array(io::member(entry, "data_offsets", where), where + ": data_offsets");
+  const Json::Integers& offsets = io::integers(io::member(entry, "data_offsets", where), where + ": data_offsets");
   if (offsets.size() != 2) {
     source.reject(fmt::format("{}: data_offsets: got {} numbers; allowed: 2", where, offsets.size()));
   }
   const auto limit = static_cast<int64_t>(data_bytes);
-  const int64_t begin = io::integer(offsets[0], where + ": data_offsets", 0, limit);
-  const int64_t end = io::integer(offsets[1], where + ": data_offsets", begin, limit);
+  const int64_t begin = io::check_integer(offsets[0], where + ": data_offsets", 0, limit);
+  const int64_t end = io::check_integer(offsets[1], where + ": data_offsets", begin, limit);
   if (end - begin != *bytes) {
     source.reject(fmt::format("{}: data_offsets [{}, {}] hold {} bytes, but {} [{}] needs {}", where, begin, end,
                               end - begin, known->name, fmt::join(info.shape, ", "), *bytes));
@@ -88,13 +90,13 @@ TensorInfo parse_tensor(const ByteSource& source, const std::string& name, const
   return info;
 }
 
-Metadata parse_metadata(const ByteSource& source, const json& entry) {
+Metadata parse_metadata(const ByteSource& source, const Json& entry) {
   Metadata metadata;
-  for (const auto& [key, value] : io::object(entry, kMetadata).items()) {
-    if (!value.is_string()) {
-      source.reject(fmt::format("{}: {}: got {}; allowed: a string", kMetadata, io::shown(key), io::brief(value)));
+  for (const auto& [key, value] : io::object(entry, kMetadata)) {
+    if (value.string() == nullptr) {
+      source.reject(fmt::format("{}: {}: got {}; allowed: a string", kMetadata, io::shown(key), value.brief()));
     }
-    metadata[key] = value.get<std::string>();
+    metadata[key] = *value.string();
   }
   return metadata;
 }
@@ -120,8 +122,8 @@ Header parse_header(const ByteSource& source) {
   const uint64_t data_begin = kLengthBytes + length;
   const uint64_t data_bytes = source.size() - data_begin;
   try {
-    const json root = io::parse_json(text, kMaxDepth);
-    for (const auto& [name, entry] : root.items()) {
+    const Json root = io::parse_json(text, kMaxDepth);
+    for (const auto& [name, entry] : io::object(root, "header")) {
       if (name == kMetadata) {
         header.metadata = parse_metadata(source, entry);
       } else {
@@ -175,13 +177,34 @@ struct Item {
   std::function<void(io::AtomicFile&)> write;
 };
 
+std::string quoted(std::string_view text, const char* argument) {
+  try {
+    return io::quoted(text);
+  } catch (const std::invalid_argument&) {
+    fail(argument, io::shown(text) + ", which is not UTF-8", "UTF-8");
+  }
+}
+
+// The name of the next member of the header.
+void append_member(std::string& header, std::string_view name, const char* argument) {
+  if (header.size() > 1) header += ',';
+  header += quoted(name, argument) + ':';
+}
+
 void write_items(const std::string& path, std::vector<Item> items, const Metadata& metadata) {
   // Wide elements first, so that each tensor is aligned to its element (the header is padded to 8).
   std::stable_sort(items.begin(), items.end(),
                    [](const Item& a, const Item& b) { return size_of(a.dtype) > size_of(b.dtype); });
-  nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  std::string text = "{";
   std::set<std::string_view> names;
-  if (!metadata.empty()) header[kMetadata] = metadata;
+  if (!metadata.empty()) {
+    append_member(text, kMetadata, "metadata");
+    for (char separator = '{'; const auto& [key, value] : metadata) {
+      text += std::exchange(separator, ',');
+      text += quoted(key, "metadata") + ':' + quoted(value, "metadata");
+    }
+    text += '}';
+  }
   int64_t offset = 0;
   for (const Item& item : items) {
     if (item.name == kMetadata || item.name.find('\0') != std::string::npos || !names.insert(item.name).second) {
@@ -191,18 +214,12 @@ void write_items(const std::string& path, std::vector<Item> items, const Metadat
                                      [&](const DTypeName& candidate) { return candidate.dtype == item.dtype; });
     int64_t end = 0;
     if (__builtin_add_overflow(offset, item.bytes, &end)) fail("tensors", "more than 2^63 bytes", "what a file holds");
-    auto& entry = header[item.name];
-    entry["dtype"] = known->name;
-    entry["shape"] = item.shape;
-    entry["data_offsets"] = {offset, end};
+    append_member(text, item.name, "tensors");
+    fmt::format_to(std::back_inserter(text), "{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                   known->name, fmt::join(item.shape, ","), offset, end);
     offset = end;
   }
-  std::string text;
-  try {
-    text = header.dump();
-  } catch (const json::exception&) {
-    fail("tensors", "a name or metadata that is not UTF-8", "UTF-8");
-  }
+  text += '}';
   text.resize((text.size() + 7) / 8 * 8, ' ');
   if (text.size() > kMaxHeader) fail("tensors", fmt::format("a header of {} bytes", text.size()), "at most 100 MB");
   std::string prefix(kLengthBytes, '\0');

@@ -5,6 +5,8 @@ TypeError of one line that names an argument, what came and what is allowed; nev
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -269,3 +271,24 @@ def test_errors_suggest():
         tessera.PatternConfig("strided").strde = 3
     with pytest.raises(ValueError, match="hierarchical$"):
         patterns.make("xyzzy", 64)
+
+
+def test_memory_that_cannot_be_had_is_torchs_error_for_it():
+    """Pages of a cache, of a tensor that takes no memory itself."""
+    program = """
+import resource, torch, tessera
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+cache = tessera.KVCache(1, 64, 4096)
+k = torch.zeros(1, 1, 64, 4096).expand(1, 1 << 16, 64, 4096)
+try:
+    cache.append(k, k)
+except torch.OutOfMemoryError as e:
+    print(e)
+cache.append(k[:, :2], k[:, :2])
+print(cache.lengths.tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout + done.stderr
+    assert lines[0].startswith("memory: could not allocate"), lines
+    assert lines[1] == "[2]", "what failed has changed nothing"
