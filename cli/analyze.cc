@@ -132,10 +132,12 @@ void judge(Context& context, const AnalyzeFlags& flags, const Qkv& x, std::vecto
   }
 }
 
-void write_pictures(Context& context, const std::string& folder, const Qkv& x, const std::vector<Judged>& all,
-                    Executor& executor) {
+Written write_pictures(Context& context, const std::string& folder, const Qkv& x, const std::vector<Judged>& all,
+                       Executor& executor) {
   const std::filesystem::path dir(folder);
   make_folder(dir);
+  Written written;
+  WriteTogether together;
   std::vector<CurvePoint> points;
   for (const Judged& j : all) {
     context.progress.show("drawing " + j.label);
@@ -150,13 +152,17 @@ void write_pictures(Context& context, const std::string& folder, const Qkv& x, c
                                  ? fmt::format("{}-{}-b{}", j.fields["pattern"].get<std::string>(),
                                                j.fields["requested_density"].get<double>(), s.block_q)
                                  : fmt::format("{}-b{}", std::filesystem::path(j.label).stem().string(), s.block_q);
-    write_png((dir / (stem + ".png")).string(), draw_sheet(panels, panels.size() > 4 ? 3 : 2));
+    written.emplace_back((dir / (stem + ".png")).string(), "the pattern beside the true attention mass");
+    write_png(written.back().first, draw_sheet(panels, panels.size() > 4 ? 3 : 2));
     points.push_back(
         {j.fields["pattern"].get<std::string>(), j.quality->density, j.quality->coverage, j.quality->oracle_coverage});
   }
   if (const std::optional<Image> curve = draw_quality_curves(points)) {
-    write_png((dir / "quality.png").string(), *curve);
+    written.emplace_back((dir / "quality.png").string(), "coverage against density");
+    write_png(written.back().first, *curve);
   }
+  together.commit();
+  return written;
 }
 
 std::string options_text(const PatternSpec& s) {
@@ -223,6 +229,7 @@ void analyze(Context& context, const AnalyzeFlags& flags) {
   }
   if (flags.target && flags.pattern.from_file()) throw UsageError("--target-coverage searches named patterns");
   (void)flags.pattern.choices();
+  if (!flags.png.empty()) check_folder(flags.png);
   context.progress.show("reading");
   const Qkv x = load_qkv(flags.input);
   ThreadPool pool(flags.threads);
@@ -230,7 +237,8 @@ void analyze(Context& context, const AnalyzeFlags& flags) {
 
   std::vector<Judged> all = collect(flags, x);
   judge(context, flags, x, all, pool);
-  if (!flags.png.empty()) write_pictures(context, flags.png, x, all, pool);
+  Written written;
+  if (!flags.png.empty()) written = write_pictures(context, flags.png, x, all, pool);
   context.progress.clear();
   std::vector<Column> columns(std::begin(kAnalyzeColumns), std::end(kAnalyzeColumns));
   if (!flags.per_head) std::ranges::find(columns, "head", &Column::key)->header = {};
@@ -253,6 +261,7 @@ void analyze(Context& context, const AnalyzeFlags& flags) {
     }
   }
   writer.finish();
+  list_written(context, written);
 }
 
 }  // namespace
@@ -282,6 +291,7 @@ void add_analyze(CLI::App& app, Context& context) {
   command
       ->add_option("--png", flags->png,
                    "Folder for pictures: each pattern beside the true attention mass, and quality against density")
+      ->check(check_folder_name)
       ->type_name("DIR");
   command->callback([&context, flags] { analyze(context, *flags); });
 }

@@ -44,7 +44,7 @@ constexpr Column kFields[] = {
     {"error_ratio", "error / bound on rounding", 0, Style::number},
     {"lse_error_ratio", "... of lse", 0, Style::number},
     {"check", "check", 0, Style::text},
-    {"output", "output", 0, Style::text},
+    {"output", ""},
 };
 
 struct AttendFlags {
@@ -59,20 +59,24 @@ struct AttendFlags {
 
 bool ends_with_npy(const std::string& path) { return path.size() > 4 && path.ends_with(".npy"); }
 
-// out in the layout of the input; lse [B, H, Sq].
-void write_result(const std::string& path, const Tensor& out, const Tensor& lse) {
+// out in the layout of the input; lse [B, H, Sq]. Both files or none.
+Written write_result(const std::string& path, const Tensor& out, const Tensor& lse) {
   if (!ends_with_npy(path)) {
     write_safetensors(path, {{"out", out.view()}, {"lse", lse.view()}});
-    return;
+    return {{path, "out and lse"}};
   }
+  const std::string lse_path = path.substr(0, path.size() - 4) + ".lse.npy";
+  WriteTogether together;
   write_npy(path, out);
-  write_npy(path.substr(0, path.size() - 4) + ".lse.npy", lse);
+  write_npy(lse_path, lse);
+  together.commit();
+  return {{path, "out"}, {lse_path, "lse"}};
 }
 
 // Runs, times, checks and writes a call of either kind, and adds to the record what came of it.
 template <class Call>
-void run(Context& context, const AttendFlags& flags, const Qkv& x, int64_t pairs, Call& call, ThreadPool& pool,
-         Record& record) {
+Written run(Context& context, const AttendFlags& flags, const Qkv& x, int64_t pairs, Call& call, ThreadPool& pool,
+            Record& record) {
   context.progress.show("attention");
   ForwardInfo info;
   const double seconds = time_once([&] { info = call(pool); });
@@ -91,11 +95,10 @@ void run(Context& context, const AttendFlags& flags, const Qkv& x, int64_t pairs
     record["check"] = error.passed ? "passed" : "FAILED";
     if (!error.passed) context.exit_status = 1;
   }
-  if (!flags.output.empty()) {
-    context.progress.show("writing");
-    write_result(flags.output, call.out, call.lse);
-    record["output"] = flags.output;
-  }
+  if (flags.output.empty()) return {};
+  context.progress.show("writing");
+  record["output"] = flags.output;
+  return write_result(flags.output, call.out, call.lse);
 }
 
 void attend(Context& context, const AttendFlags& flags) {
@@ -159,6 +162,7 @@ void attend(Context& context, const AttendFlags& flags) {
                    {"causal", causal}};
   if (token_window) record["token_window"] = *token_window;
 
+  Written written;
   if (choice.dilated()) {
     const Dilation dilation = choice.dilation();
     const int64_t pairs =
@@ -169,7 +173,7 @@ void attend(Context& context, const AttendFlags& flags) {
     record["block_k"] = choice.spec.block_k;
     record["density"] = dilated_density(pairs, x.seqlen_q(), causal, x.batch(), x.heads());
     DilatedCall call(x, dilation, options, isa);
-    run(context, flags, x, pairs, call, pool, record);
+    written = run(context, flags, x, pairs, call, pool, record);
   } else {
     record["block_q"] = pattern.shape().block_q;
     record["block_k"] = pattern.shape().block_k;
@@ -177,10 +181,11 @@ void attend(Context& context, const AttendFlags& flags) {
     record["kept_blocks"] = pattern.num_blocks();
     const int64_t pairs = admitted_pairs(pattern, options, x.batch(), x.heads());
     ForwardCall call(x, pattern, options, isa);
-    run(context, flags, x, pairs, call, pool, record);
+    written = run(context, flags, x, pairs, call, pool, record);
   }
   context.progress.clear();
   write_single(context.output, context.format, record, kFields);
+  list_written(context, written);
   if (context.exit_status != 0) complain("the result is further from fp64 than rounding explains");
 }
 

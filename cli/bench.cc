@@ -1,7 +1,10 @@
 // tessera bench: how fast the kernels are, as a share of what this machine's units can do.
 #include <algorithm>
 #include <map>
+#include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include <fmt/format.h>
 
@@ -9,6 +12,7 @@
 #include "measure.h"
 #include "options.h"
 #include "tensors.h"
+#include "tessera/io.h"
 #include "tessera/pattern_statistics.h"
 
 namespace tessera::cli {
@@ -63,6 +67,7 @@ struct BenchFlags {
   std::string pass = "fwd", layout = "bhsd", isa;
   std::vector<std::string> dtypes{"fp32"};
   std::vector<int64_t> seqlens{8192};
+  CLI::Option* seq = nullptr;
   std::vector<int> threads{0};
   int64_t batch = 1, heads = 8, head_dim = 64;
   std::optional<int64_t> kv_heads, head_dim_v, queries;
@@ -78,7 +83,8 @@ class Bench {
       : context_(context), flags_(flags), isa_(parse_isa(flags.isa)), layout_(parse_layout(flags.layout)) {}
 
   void run() {
-    const std::vector<PatternChoice> choices = flags_.pattern.choices();
+    std::vector<PatternChoice> choices = flags_.pattern.choices();
+    if (flags_.pattern.from_file()) choices = {read_file()};
     if (decode() && std::ranges::any_of(choices, &PatternChoice::dilated)) {
       throw UsageError("--segment-lengths: dilated attention has as many queries as keys; --pass decode has not");
     }
@@ -87,19 +93,19 @@ class Bench {
     for (const std::string& name : flags_.dtypes) dtypes.push_back(parse_dtype(name));
     const std::vector<Column> columns = shown_columns();
     RecordWriter writer(context_.output, context_.format, columns);
-    const size_t total = dtypes.size() * flags_.seqlens.size() * flags_.threads.size() * choices.size();
+    const size_t total = dtypes.size() * seqlens().size() * flags_.threads.size() * choices.size();
     size_t done = 0;
     // Threads outermost: one pool each. Inputs are made once for a dtype and a length.
     for (int threads : flags_.threads) {
       ThreadPool pool(threads);
       for (DType dtype : dtypes) {
-        for (int64_t seqlen : flags_.seqlens) {
+        for (int64_t seqlen : seqlens()) {
           const QkvShape shape = make_shape(seqlen);
           progress(done, total, fmt::format("inputs, {} tokens", seqlen));
           const Inputs x = make_inputs(shape, dtype, pool);
           dense_.clear();
           for (const PatternChoice& choice : choices) {
-            progress(done++, total, fmt::format("{} {} {} tokens", name_of(dtype), pattern_label(choice.spec), seqlen));
+            progress(done++, total, fmt::format("{} {} {} tokens", name_of(dtype), label(choice), seqlen));
             const Record record = measure(x, shape, choice, pool);
             context_.progress.clear();
             writer.add(record);
@@ -111,6 +117,43 @@ class Bench {
   }
 
  private:
+  // --pattern-file: what it holds, and a choice of nothing but its blocks and causality.
+  PatternChoice read_file() {
+    file_pattern_ = read_pattern(flags_.pattern.file());
+    const PatternShape& shape = file_pattern_->shape();
+    PatternChoice choice;
+    choice.spec.block_q = shape.block_q;
+    choice.spec.block_k = shape.block_k;
+    choice.spec.causal = shape.causal || flags_.pattern.causal();
+    choice.token_window = flags_.pattern.token_window() ? flags_.pattern.token_window() : flags_.pattern.window();
+    const auto must_be = [](const char* flag, int64_t got, const std::string& allowed, bool right) {
+      if (!right) throw UsageError(fmt::format("{}: got {}; allowed: {}, as --pattern-file", flag, got, allowed));
+    };
+    if (flags_.seq->count() > 0) {
+      for (int64_t n : flags_.seqlens) must_be("--seq", n, std::to_string(shape.seqlen_k), n == shape.seqlen_k);
+    }
+    if (!decode() && shape.seqlen_q != shape.seqlen_k) {
+      throw UsageError(
+          fmt::format("--pattern-file: got {} queries and {} keys; allowed: equally many (or --pass decode)",
+                      shape.seqlen_q, shape.seqlen_k));
+    }
+    if (decode()) {
+      must_be("--queries", flags_.queries.value_or(1), std::to_string(shape.seqlen_q),
+              flags_.queries.value_or(1) == shape.seqlen_q);
+    }
+    must_be("--heads", flags_.heads, shape.heads == 1 ? "any" : std::to_string(shape.heads),
+            shape.heads == 1 || shape.heads == flags_.heads);
+    must_be("--batch", flags_.batch, shape.batches == 1 ? "any" : std::to_string(shape.batches),
+            shape.batches == 1 || shape.batches == flags_.batch);
+    return choice;
+  }
+  std::vector<int64_t> seqlens() const {
+    return file_pattern_ ? std::vector<int64_t>{file_pattern_->shape().seqlen_k} : flags_.seqlens;
+  }
+  std::string label(const PatternChoice& choice) const {
+    return file_pattern_ ? flags_.pattern.file() : pattern_label(choice.spec);
+  }
+
   // The table leaves out what this sweep does not measure.
   std::vector<Column> shown_columns() const {
     std::vector<Column> columns(std::begin(kBenchColumns), std::end(kBenchColumns));
@@ -167,7 +210,10 @@ class Bench {
     const PatternSpec& spec = choice.spec;
     const DType dtype = x.qkv.q.dtype();
     BlockPattern pattern;  // dilated attention makes its own
-    const double pattern_seconds = choice.dilated() ? 0 : time_once([&] { pattern = make(spec, s); });
+    const double pattern_seconds = choice.dilated() ? 0 : time_once([&] {
+      pattern = file_pattern_ ? *file_pattern_ : make(spec, s);
+      if (pass() != Pass::forward) pattern.transposed();
+    });
     AttentionOptions options;
     if (spec.causal) options.causal = true;
     set_token_window(options, spec.causal, choice.token_window);
@@ -195,11 +241,14 @@ class Bench {
     const double flops = call.flops();
     const double peak = peaks.gflops(dtype);
 
-    Record r = {{"pass", flags_.pass},     {"dtype", name_of(dtype)},    {"batch", s.batch},
-                {"heads", s.heads},        {"kv_heads", s.kv_heads},     {"seq", s.seqlen_k},
-                {"head_dim", s.head_dim},  {"head_dim_v", s.head_dim_v}, {"block", spec.block_q},
-                {"block_k", spec.block_k}, {"layout", flags_.layout},    {"pattern", name_of(spec.kind)},
-                {"causal", spec.causal}};
+    Record r = {
+        {"pass", flags_.pass},     {"dtype", name_of(dtype)},
+        {"batch", s.batch},        {"heads", s.heads},
+        {"kv_heads", s.kv_heads},  {"seq", s.seqlen_k},
+        {"head_dim", s.head_dim},  {"head_dim_v", s.head_dim_v},
+        {"block", spec.block_q},   {"block_k", spec.block_k},
+        {"layout", flags_.layout}, {"pattern", file_pattern_ ? flags_.pattern.file() : std::string(name_of(spec.kind))},
+        {"causal", spec.causal}};
     if (decode()) r["queries"] = s.seqlen_q;
     if (spec.density) r["requested_density"] = *spec.density;
     if (choice.token_window) r["window"] = *choice.token_window;
@@ -261,6 +310,7 @@ class Bench {
     return dense_[key] = time_calls(std::min(flags_.repeat, 3), [&] { call(pool); }).median;
   }
 
+  std::optional<BlockPattern> file_pattern_;
   Context& context_;
   const BenchFlags& flags_;
   Isa isa_;
@@ -295,7 +345,10 @@ void add_bench(CLI::App& app, Context& context) {
   add_list(*command, "--dtype", flags->dtypes, "fp32, bf16, fp16 or fp64 (the slow reference). Default fp32")
       ->check(one_of({"fp32", "bf16", "fp16", "fp64"}))
       ->type_name("NAME,..");
-  add_list(*command, "--seq", flags->seqlens, "Tokens; decode: keys. Default 8192")->check(positive)->type_name("N,..");
+  flags->seq = counts_tokens(add_list(*command, "--seq", flags->seqlens,
+                                      "Tokens; decode: keys. Default 8192, or the lengths of --pattern-file")
+                                 ->check(positive));
+  flags->seq->type_name("N,..");
   command->add_option("--queries", flags->queries, "decode: queries, up to 16. Default 1")
       ->check(integer(1, kMostDecodeQueries))
       ->type_name("N");
@@ -315,7 +368,7 @@ void add_bench(CLI::App& app, Context& context) {
       ->check(one_of({"bshd", "bhsd"}))
       ->type_name("bshd|bhsd")
       ->capture_default_str();
-  flags->pattern.add_to(*command, {.file = false, .attention = true, .dilation = true, .fallback = "dilated_sparse"});
+  flags->pattern.add_to(*command, {.file = true, .attention = true, .dilation = true, .fallback = "dilated_sparse"});
   add_list(*command, "--threads", flags->threads, "Threads; 0: all CPUs. Default 0")
       ->check(integer(0, 1024))
       ->type_name("N,..");
@@ -325,7 +378,7 @@ void add_bench(CLI::App& app, Context& context) {
       ->type_name("N")
       ->capture_default_str();
   command->add_option("--input-seed", flags->seed, "Seed of the random inputs")
-      ->check(integer(0))
+      ->check(check_seed)
       ->type_name("N")
       ->capture_default_str();
   command->add_flag("--vs-dense", flags->vs_dense, "Time the dense pattern too");

@@ -109,7 +109,7 @@ void add_check(CLI::App& app, Context& context) {
       ->type_name("N")
       ->capture_default_str();
   command->add_option("--seed", flags->seed, "Seed of the cases")
-      ->check(integer(0))
+      ->check(check_seed)
       ->type_name("N")
       ->capture_default_str();
   command->add_option("--first-case", flags->first_case, "Number of the first case")

@@ -3,6 +3,8 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
@@ -31,6 +33,12 @@ void add_analyze(CLI::App& app, Context& context);
 void add_bench(CLI::App& app, Context& context);
 void add_check(CLI::App& app, Context& context);
 void add_info(CLI::App& app, Context& context);
+void add_completions(CLI::App& app, Context& context);  // after all others, which it describes
+void add_man(CLI::App& app, Context& context);
+
+// Says below a table which files were written, and what they show.
+using Written = std::vector<std::pair<std::string, std::string>>;
+void list_written(Context& context, const Written& files);
 
 // A subcommand with its description, examples and --format.
 CLI::App* add_command(CLI::App& app, Context& context, const std::string& name, const std::string& description,

@@ -83,7 +83,8 @@ void write_csv(Context& context, const Record& results) {
 void demo(Context& context, const DemoFlags& flags) {
   const std::string path = flags.input.empty() ? find_sample() : flags.input;
   const std::filesystem::path folder(flags.out);
-  make_folder(folder);  // before minutes of work, not after
+  check_folder(folder);  // before minutes of work, not after
+  Pictures pictures;
   ThreadPool pool(flags.threads);
   double seconds = 0;
   Record results;
@@ -116,12 +117,21 @@ void demo(Context& context, const DemoFlags& flags) {
     results["times"] = demo_times(context, sample, flags.quick, pool);
     results["training"] = demo_training(context, sample, flags.quick, pool);
     results["scale"] = demo_scale(context, flags.longest.value_or(flags.quick ? kQuickLongest : kLongest), pool);
-    results["pictures"] = demo_pictures(context, sample, results["scale"], flags.quick, folder, pool);
+    results["pictures"] = demo_pictures(context, sample, results["scale"], flags.quick, folder, pictures, pool);
   });
   results["seconds"] = seconds;
   const std::string json_path = (folder / "results.json").string();
+  // All at once: an interrupted demo leaves nothing half made, and no folder.
+  make_folder(folder);
+  WriteTogether all;
+  for (const auto& [file, png] : pictures) write_file(file, std::as_bytes(std::span(png)));
   write_file(json_path, std::string_view(results.dump(2, ' ', false, Record::error_handler_t::replace) + "\n"));
+  all.commit();
   context.progress.clear();
+
+  Written written;
+  for (const Record& r : results["pictures"]) written.emplace_back(r["file"], r["shows"]);
+  written.emplace_back(json_path, "everything above as JSON");
 
   bool passed = true;
   for (const Record& r : results["errors"]) passed &= r["passed"].get<bool>();
@@ -129,14 +139,11 @@ void demo(Context& context, const DemoFlags& flags) {
     case Format::json: write_json(context.output, results); break;
     case Format::csv: write_csv(context, results); break;
     case Format::table: {
-      std::string text = "\nWritten\n";
-      for (const Record& r : results["pictures"]) {
-        text += fmt::format("  {:<34} {}\n", r["file"].get<std::string>(), r["shows"].get<std::string>());
-      }
-      text += fmt::format("  {:<34} everything above as JSON\n\n{:.0f} seconds. {}\n", json_path, seconds,
-                          passed ? "Every result is within the rounding error of its dtype."
-                                 : "A result is further from fp64 than rounding explains: see section 1.");
-      context.output.write(text);
+      list_written(context, written);
+      context.output.write(fmt::format("\n{:.0f} seconds. {}\n", seconds,
+                                       passed
+                                           ? "Every result is within the rounding error of its dtype."
+                                           : "A result is further from fp64 than rounding explains: see section 1."));
     }
   }
   if (!passed) {
@@ -164,6 +171,7 @@ void add_demo(CLI::App& app, Context& context) {
                     "Fewer patterns, up to 16,384 tokens: some seconds instead of a minute "
                     "or two");
   command->add_option("--out", flags->out, "Folder for the pictures and results.json")
+      ->check(check_folder_name)
       ->type_name("DIR")
       ->capture_default_str();
   command
@@ -171,9 +179,10 @@ void add_demo(CLI::App& app, Context& context) {
                    "Other queries, keys and values (safetensors with q, k, v in [B, H, S, D], causal). Default: the "
                    "sample that comes with Tessera")
       ->type_name("FILE");
-  command
-      ->add_option("--longest", flags->longest, "Longest sequence of the scale table. Default 131072; --quick: 16384")
-      ->check(integer(0))
+  counts_tokens(
+      command
+          ->add_option("--longest", flags->longest, "Longest sequence of the scale table. Default 128k; --quick: 16k")
+          ->check(integer(0)))
       ->type_name("N");
   add_threads(*command, flags->threads);
   command->callback([&context, flags] { demo(context, *flags); });

@@ -1,8 +1,10 @@
 // The parts of `tessera demo`: what they measure, as records, and how they are shown.
 #pragma once
 
+#include <cstddef>
 #include <filesystem>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "command.h"
@@ -35,9 +37,11 @@ Record demo_times(Context& context, const DemoSample& sample, bool quick, Thread
 Record demo_training(Context& context, const DemoSample& sample, bool quick, ThreadPool& pool);
 Record demo_scale(Context& context, int64_t longest, ThreadPool& pool);  // rows up to `longest` tokens
 
-// Writes the pictures into the folder and returns {file, what it shows} records.
+using Pictures = std::vector<std::pair<std::string, std::vector<std::byte>>>;  // file, PNG
+
+// Adds the pictures to be written into the folder, and returns {file, what it shows} records.
 Record demo_pictures(Context& context, const DemoSample& sample, const Record& scale, bool quick,
-                     const std::filesystem::path& folder, Executor& executor);
+                     const std::filesystem::path& folder, Pictures& pictures, Executor& executor);
 
 // A table's row from the records of the dtypes: every field also as DTYPE_field.
 void add_beside(Record& row, const Record& record);

@@ -283,11 +283,11 @@ Record demo_training(Context& context, const DemoSample& sample, bool quick, Thr
 }
 
 Record demo_pictures(Context& context, const DemoSample& sample, const Record& scale, bool quick,
-                     const std::filesystem::path& folder, Executor& executor) {
+                     const std::filesystem::path& folder, Pictures& pictures, Executor& executor) {
   Record files = Record::array();
   const auto write = [&](const std::string& name, const Image& image, const std::string& shows) {
     const std::string path = (folder / name).string();
-    write_png(path, image);
+    pictures.emplace_back(path, encode_png(image));
     files.push_back({{"file", path}, {"shows", shows}});
   };
   const AnalysisInput input{sample.fp32.q_view(), sample.fp32.k_view(), {}, sample.options};

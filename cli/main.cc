@@ -11,6 +11,7 @@
 #include "command.h"
 #include "options.h"
 #include "tessera/error.h"
+#include "tessera/io.h"
 #include "tessera/version.h"
 
 namespace tessera::cli {
@@ -93,6 +94,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   app.footer(
       "`tessera help COMMAND` tells a command's options, with examples.\n"
+      "Counts of tokens may be 64k (65,536) or 1M.\n"
       "Results go to stdout, progress to stderr. Exit status: 0, 1 (failed) or 2 (usage).\n\n"
       "Example:\n"
       "  tessera demo --quick");
@@ -103,6 +105,8 @@ int run(int argc, char** argv) {
   add_bench(app, context);
   add_check(app, context);
   add_info(app, context);
+  add_completions(app, context);
+  add_man(app, context);
 
   const auto blame = [&](const std::string& message, int status) {
     context.progress.clear();
@@ -168,6 +172,16 @@ int run(int argc, char** argv) {
 
 }  // namespace
 
+void list_written(Context& context, const Written& files) {
+  if (files.empty() || context.format != Format::table) return;
+  context.progress.clear();
+  size_t width = 0;
+  for (const auto& [file, shows] : files) width = std::max(width, file.size());
+  std::string text = "\nWritten\n";
+  for (const auto& [file, shows] : files) text += fmt::format("  {:<{}}  {}\n", file, width, shows);
+  context.output.write(text);
+}
+
 CLI::App* add_command(CLI::App& app, Context& context, const std::string& name, const std::string& description,
                       const std::string& examples) {
   CLI::App* command = app.add_subcommand(name, description);
@@ -186,9 +200,19 @@ CLI::App* add_command(CLI::App& app, Context& context, const std::string& name, 
 
 }  // namespace tessera::cli
 
+// What is being written is gone, and the shell sees what ended the program.
+extern "C" void end_by_signal(int signal) {
+  tessera::remove_temporary_files();
+  std::signal(signal, SIG_DFL);
+  (void)std::raise(signal);
+}
+
 int main(int argc, char** argv) {
   // A reader that closes the pipe early shows up as a write error, which ends the program quietly.
   std::signal(SIGPIPE, SIG_IGN);
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+    if (std::signal(signal, end_by_signal) == SIG_IGN) std::signal(signal, SIG_IGN);  // nohup
+  }
   try {
     return tessera::cli::run(argc, argv);
   } catch (const std::exception& e) {

@@ -106,6 +106,41 @@ std::function<std::string(const std::string&)> integer(int64_t min, int64_t max)
   };
 }
 
+CLI::Option* counts_tokens(CLI::Option* option) {
+  return option->transform(std::function<std::string(std::string)>([](std::string text) {
+    const char unit = text.size() > 1 ? text.back() : '0';
+    const int64_t factor = unit == 'k' || unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1;
+    if (factor == 1) return text;
+    int64_t value = 0, product = 0;
+    const char* last = text.data() + text.size() - 1;
+    const auto [end, error] = std::from_chars(text.data(), last, value);
+    const bool whole = error == std::errc() && end == last && !__builtin_mul_overflow(value, factor, &product);
+    return whole ? fmt::format("{}", product) : text;  // which the check then refuses as it came
+  }));
+}
+
+std::string check_seed(const std::string& text) {
+  uint64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc() && end == text.data() + text.size()) return {};
+  return fmt::format("got {}; allowed: a whole number from 0 to 2^64 - 1", text);
+}
+
+std::function<std::string(const std::string&)> ends_with(std::string extension) {
+  return [extension = std::move(extension)](const std::string& text) -> std::string {
+    if (text.size() > extension.size() && text.ends_with(extension)) return {};
+    return fmt::format("got {}; allowed: a name that ends in {}", text, extension);
+  };
+}
+
+std::string check_folder_name(const std::string& text) {
+  for (const char* picture : {".png", ".jpg", ".jpeg", ".svg", ".pdf"}) {
+    if (text.ends_with(picture))
+      return fmt::format("got {}; allowed: a folder (its pictures get names of their own)", text);
+  }
+  return {};
+}
+
 void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   flags_ = flags;
   const std::string group = "Pattern";
@@ -143,14 +178,15 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
   std::string window = "Tokens of the pattern's window (" + names_where(&Takes::window) + ")";
   if (flags.attention) {
     window += ". Every other pattern: the token-exact window, as --token-window";
-    app.add_option("--token-window", token_window_,
-                   "Token-exact attention window with any pattern: causal admits 0 <= q - k <= N, otherwise "
-                   "|q - k| <= N / 2")
-        ->check(integer(0))
+    counts_tokens(app.add_option("--token-window", token_window_,
+                                 "Token-exact attention window with any pattern: causal admits 0 <= q - k <= N, "
+                                 "otherwise |q - k| <= N / 2")
+                      ->check(integer(0)))
         ->type_name("N")
         ->group(group);
   }
-  app.add_option("--window", window_, window)->check(integer(1))->type_name("N")->group(group);
+  CLI::Option* window_option = counts_tokens(app.add_option("--window", window_, window)->check(integer(1)));
+  window_option->type_name("N")->group(group);
   std::string rates =
       "dilated_sparse: distances in blocks (default 1,2,4,8,16); dilated_segments: one a segment length";
   std::string segments = "dilated_segments: tokens of a segment, one a rate";
@@ -161,15 +197,17 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
         "with the pattern inside each dilated segment (default here: dense)";
   }
   add_list(app, "--dilation-rates", dilation_rates_, rates)->check(integer(1))->type_name("R,..")->group(group);
-  add_list(app, "--segment-lengths", segment_lengths_, segments)->check(integer(1))->type_name("N,..")->group(group);
-  app.add_option("--global-tokens", global_tokens_,
-                 "Tokens that see and are seen by all (" + names_where(&Takes::global) + ")")
-      ->check(integer(0))
+  counts_tokens(add_list(app, "--segment-lengths", segment_lengths_, segments)->check(integer(1)))
+      ->type_name("N,..")
+      ->group(group);
+  counts_tokens(app.add_option("--global-tokens", global_tokens_,
+                               "Tokens that see and are seen by all (" + names_where(&Takes::global) + ")")
+                    ->check(integer(0)))
       ->type_name("N")
       ->group(group);
   app.add_option("--stride", stride_, "strided: blocks")->check(integer(1))->type_name("N")->group(group);
   app.add_option("--seed", seed_, "Seed of the random pairs (" + names_where(&Takes::seed) + ")")
-      ->check(integer(0))
+      ->check(check_seed)
       ->type_name("N")
       ->group(group);
   app.add_option("--pattern-heads", heads_,
@@ -195,6 +233,11 @@ void PatternOptions::add_to(CLI::App& app, const PatternFlags& flags) {
       ->check(check_share)
       ->type_name("D")
       ->group(group);
+  for (const CLI::Option* option : app.get_options()) {
+    const std::string& name = option->get_lnames().empty() ? "" : option->get_lnames().front();
+    const bool of_call = name == "causal" || name == "token-window" || (flags.attention && name == "window");
+    if (option->get_group() == group && !of_call) of_named_.push_back(option);
+  }
   if (flags.file) {
     app.add_option("--pattern-file", file_, "A pattern as JSON (what `tessera pattern --output` writes)")
         ->type_name("FILE")
@@ -240,12 +283,20 @@ PatternChoice PatternOptions::choice(PatternKind kind, std::optional<double> den
   return c;
 }
 
+// What the file says itself is not to be said beside it: it would be dropped.
+void PatternOptions::refuse_beside_file() const {
+  for (const CLI::Option* option : of_named_) {
+    if (option->count() == 0) continue;
+    throw UsageError(
+        fmt::format("--{}: got it beside --pattern-file; allowed: one of them (the file has the pattern "
+                    "whole)",
+                    option->get_lnames().front()));
+  }
+}
+
 std::vector<PatternChoice> PatternOptions::choices() const {
   if (from_file()) {
-    if (!patterns_.empty() && patterns_ != std::vector<std::string>{flags_.fallback}) {
-      throw UsageError("--pattern and --pattern-file exclude each other");
-    }
-    if (!segment_lengths_.empty()) throw UsageError("--segment-lengths and --pattern-file exclude each other");
+    refuse_beside_file();
     return {};
   }
   std::vector<std::string> patterns = patterns_;
@@ -354,6 +405,10 @@ Layout parse_layout(const std::string& name) { return name == "bshd" ? Layout::b
 
 Isa parse_isa(const std::string& name) {
   if (name.empty()) return Isa::automatic;
+  std::vector<std::string> known;
+  for (Isa i : compiled_isas()) known.emplace_back(name_of(i));
+  const std::string wrong = name == "auto" ? "" : one_of(known)(name);
+  if (!wrong.empty() && !suggestion(name, known).empty()) throw UsageError("--isa: " + wrong);
   const Isa isa = as_usage([&] { return isa_of(name); });
   if (isa == Isa::automatic || std::ranges::count(usable_isas(), isa) > 0) return isa;
   std::vector<std::string_view> names;

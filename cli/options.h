@@ -33,6 +33,18 @@ std::function<std::string(const std::string&)> one_of(std::vector<std::string> n
 // Validator of a whole number in min..max: nothing before it, nothing after it, nothing that overflows.
 std::function<std::string(const std::string&)> integer(int64_t min, int64_t max = INT64_MAX);
 
+// Takes 64k and 1M (65,536 and 1,048,576) for what they are, in an option that counts tokens.
+CLI::Option* counts_tokens(CLI::Option* option);
+
+// Validator of a seed: 0 to 2^64 - 1.
+std::string check_seed(const std::string& text);
+
+// Validator of a file name that must end so, ".png"; nothing is written as something else.
+std::function<std::string(const std::string&)> ends_with(std::string extension);
+
+// Validator of the name of a folder for pictures: none that looks like a picture.
+std::string check_folder_name(const std::string& text);
+
 struct PatternFlags {
   bool file = false;       // --pattern-file is taken
   bool attention = false;  // the pattern is used by attention: --causal, --window reach token level
@@ -73,11 +85,13 @@ class PatternOptions {
   size_t num_blocks() const { return blocks_.size(); }  // values of --block
 
  private:
+  void refuse_beside_file() const;
   PatternChoice choice(PatternKind kind, std::optional<double> density, int block) const;
   bool dilated(PatternKind kind) const;
 
   PatternFlags flags_;
   const CLI::Option* pattern_ = nullptr;
+  std::vector<const CLI::Option*> of_named_;  // what a --pattern-file says itself
   std::vector<std::string> patterns_;
   std::vector<double> densities_;
   std::vector<int> blocks_{128};

@@ -49,6 +49,7 @@ struct PatternFlagsValues {
   std::optional<int64_t> seqlen_k;
   int64_t heads = 1;
   std::string output, png;
+  CLI::Option *seq = nullptr, *seq_k = nullptr, *heads_option = nullptr;
   bool ascii = false;
 };
 
@@ -89,8 +90,10 @@ void show(Context& context, const PatternFlagsValues& flags) {
   const std::vector<PatternChoice> choices = flags.pattern.choices();
   const bool from_file = flags.pattern.from_file();
   if (!from_file && flags.seqlen < 1) throw UsageError("--seq is required");
-  if (from_file && (flags.seqlen > 0 || flags.seqlen_k)) {
-    throw UsageError("--seq: the pattern file has its own lengths");
+  for (const CLI::Option* option : {flags.seq, flags.seq_k, flags.heads_option}) {
+    if (!from_file || option->count() == 0) continue;
+    throw UsageError(fmt::format("--{}: got it beside --pattern-file; allowed: one of them (the file has its own)",
+                                 option->get_lnames().front()));
   }
   if (choices.size() > 1 && !flags.output.empty()) {
     throw UsageError("--output takes one pattern; this command line sweeps over several");
@@ -99,6 +102,7 @@ void show(Context& context, const PatternFlagsValues& flags) {
 
   RecordWriter writer(context.output, context.format, kPatternColumns);
   std::vector<Image> panels;
+  WriteTogether together;
   for (size_t i = 0; i < std::max<size_t>(1, choices.size()); ++i) {
     BlockPattern pattern;
     Record record;
@@ -134,7 +138,13 @@ void show(Context& context, const PatternFlagsValues& flags) {
   } else if (!panels.empty()) {
     write_png(flags.png, draw_sheet(panels, panels.size() > 4 ? 3 : 2));
   }
+  together.commit();
   writer.finish();
+  Written written;
+  if (!flags.output.empty()) written.emplace_back(flags.output, "the pattern as JSON");
+  if (!flags.png.empty())
+    written.emplace_back(flags.png, panels.size() > 1 ? "the patterns, drawn" : "the pattern, drawn");
+  list_written(context, written);
 }
 
 }  // namespace
@@ -146,17 +156,22 @@ void add_pattern(CLI::App& app, Context& context) {
       "  tessera pattern --pattern local_window,bigbird --seq 65536 --density 0.05,0.1 --causal --png sheet.png\n"
       "  tessera pattern --pattern global_local --seq 8192 --window 512 --global-tokens 64 --output p.json");
   auto flags = std::make_shared<PatternFlagsValues>();
-  command->add_option("--seq", flags->seqlen, "Tokens: queries, and keys unless --seq-k")
-      ->check(integer(0))
-      ->type_name("N");
-  command->add_option("--seq-k", flags->seqlen_k, "Keys")->check(integer(0))->type_name("N");
-  command->add_option("--heads", flags->heads, "Query heads, for patterns that differ by head")
-      ->check(integer(1))
-      ->type_name("N")
-      ->capture_default_str();
+  flags->seq = counts_tokens(
+      command->add_option("--seq", flags->seqlen, "Tokens: queries, and keys unless --seq-k")->check(integer(0)));
+  flags->seq->type_name("N");
+  flags->seq_k = counts_tokens(command->add_option("--seq-k", flags->seqlen_k, "Keys")->check(integer(0)));
+  flags->seq_k->type_name("N");
+  flags->heads_option = command->add_option("--heads", flags->heads, "Query heads, for patterns that differ by head")
+                            ->check(integer(1))
+                            ->type_name("N")
+                            ->capture_default_str();
   flags->pattern.add_to(*command, {.file = true, .attention = false, .fallback = ""});
-  command->add_option("--output", flags->output, "Write the pattern as JSON")->type_name("FILE");
-  command->add_option("--png", flags->png, "Draw the pattern; a sweep becomes one sheet")->type_name("FILE");
+  command->add_option("--output", flags->output, "Write the pattern as JSON, a .json file")
+      ->check(ends_with(".json"))
+      ->type_name("FILE");
+  command->add_option("--png", flags->png, "Draw the pattern, a .png file; a sweep becomes one sheet")
+      ->check(ends_with(".png"))
+      ->type_name("FILE");
   command->add_flag("--ascii", flags->ascii, "Draw it in characters ('#' kept, '+' partial, '.' skipped)");
   command->callback([&context, flags] { show(context, *flags); });
 }

@@ -10,6 +10,20 @@
 
 namespace tessera::cli {
 
+void check_folder(const std::filesystem::path& folder) {
+  std::error_code error;
+  std::filesystem::path place = std::filesystem::absolute(folder, error);
+  while (!std::filesystem::exists(place, error) && place.has_relative_path()) place = place.parent_path();
+  if (!std::filesystem::is_directory(place, error)) {
+    fail("output folder", fmt::format("{} ({} is no folder)", folder.string(), place.string()),
+         "a folder that can be made");
+  }
+  if (access(place.c_str(), W_OK | X_OK) != 0) {
+    fail("output folder", fmt::format("{} (no permission to write into {})", folder.string(), place.string()),
+         "a folder that can be written into");
+  }
+}
+
 void make_folder(const std::filesystem::path& folder) {
   std::error_code error;
   std::filesystem::create_directories(folder, error);

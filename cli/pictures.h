@@ -11,8 +11,9 @@
 
 namespace tessera::cli {
 
-// Makes the folder and its parents; Error if it cannot be written into.
-void make_folder(const std::filesystem::path& folder);
+// A folder for results: said to be possible before minutes of work, made when there is something to put there.
+void check_folder(const std::filesystem::path& folder);  // Error if it cannot be made or written into
+void make_folder(const std::filesystem::path& folder);   // and its parents; Error likewise
 
 // Attention mass per block of one head of batch 0, logarithmic.
 Image draw_mass(const MassMap& mass, int64_t head, const std::string& title, int size = 512);

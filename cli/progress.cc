@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 
 #include <fmt/format.h>
 #include <unistd.h>
@@ -20,10 +21,18 @@ void put(std::string_view text) {
 
 }  // namespace
 
-Progress::Progress() : terminal_(isatty(STDERR_FILENO) == 1) {}
+Progress::Progress() : terminal_(isatty(STDERR_FILENO) == 1) {
+  const char *term = std::getenv("TERM"), *no_color = std::getenv("NO_COLOR");
+  plain_ = (term != nullptr && std::string_view(term) == "dumb") || (no_color != nullptr && *no_color != 0);
+}
 
 void Progress::show(std::string_view what, double fraction) {
   if (!terminal_) return;
+  if (plain_) {
+    if (what != shown_) put(fmt::format("tessera: {}\n", what));
+    shown_ = what;
+    return;
+  }
   const auto now = std::chrono::steady_clock::now();
   if (visible_ && what == shown_ && fraction < 1 && now - last_ < kInterval) return;
   last_ = now;

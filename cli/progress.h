@@ -1,4 +1,5 @@
-// Progress on stderr: a bar where stderr is a terminal, nothing elsewhere.
+// Progress on stderr: a bar where stderr is a terminal, nothing elsewhere. Where TERM=dumb or NO_COLOR ask for no
+// escapes, each step is a line of its own.
 #pragma once
 
 #include <chrono>
@@ -16,7 +17,7 @@ class Progress {
   void clear();  // wipes the line: before anything else is printed
 
  private:
-  bool terminal_;
+  bool terminal_, plain_;
   bool visible_ = false;
   std::string shown_;
   std::chrono::steady_clock::time_point last_{};

@@ -9,6 +9,7 @@
 #include <fmt/ranges.h>
 
 #include "command.h"
+#include "options.h"
 #include "tessera/error.h"
 
 namespace tessera::cli {
@@ -114,6 +115,13 @@ Qkv load_qkv(const InputFlags& flags) {
   check_tensor(x.q, "q");
   check_tensor(x.k, "k");
   check_tensor(x.v, "v");
+  // Heads are few and tokens many; so many more heads than tokens are the other layout, most of the time.
+  if (x.heads() > 128 && x.heads() >= 4 * x.seqlen_q()) {
+    complain(fmt::format("warning: --layout {} makes [{}] {} heads of {} tokens; where it is {} say --layout {}",
+                         flags.layout, fmt::join(x.q.shape(), ", "), x.heads(), x.seqlen_q(),
+                         x.layout == Layout::bhsd ? "[B, S, H, D]" : "[B, H, S, D]",
+                         x.layout == Layout::bhsd ? "bshd" : "bhsd"));
+  }
   return x;
 }
 

@@ -12,12 +12,16 @@ import json
 import math
 import os
 import pathlib
+import platform
 import pty
 import random
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 PROGRAM = sys.argv.pop(1) if len(sys.argv) > 1 else None
@@ -197,7 +201,10 @@ class CliTest(unittest.TestCase):
     def test_suggestions(self):
         for args, words in (
             (["analyse"], "no command analyse; allowed: .*; did you mean analyze[?]"),
-            (["xyzzy"], r"no command xyzzy; allowed: demo, .*, info \(try"),
+            (["xyzzy"], r"no command xyzzy; allowed: demo, .*, man \(try"),
+            (["bench", "--isa", "avx51"], "--isa: got avx51; .*; did you mean avx512[?]")
+            if platform.machine() == "x86_64"
+            else (["bench", "--isa", "nen"], "--isa: got nen; .*; did you mean neon[?]"),
             (["pattern", "--pattern", "local_windw"], "--pattern: got local_windw; .*; did you mean local_window[?]"),
             (["bench", "--dtype", "fp23"], "--dtype: got fp23; .*; did you mean fp32[?]"),
             (["info", "--format", "jsn"], "--format: got jsn; .*; did you mean json[?]"),
@@ -1042,9 +1049,152 @@ class CliTest(unittest.TestCase):
         self.assertEqual(process.returncode, 1)
         self.assertIn("tessera: standard output", process.stderr)
 
-    def test_progress_on_a_terminal_only(self):
+    def test_counts_of_tokens(self):
+        for text, n in (("64k", 65536), ("1K", 1024), ("2M", 2097152), ("77", 77)):
+            args = ["pattern", "--pattern", "dense", "--seq", text, "--block", "256", "--format", "json"]
+            self.assertEqual(json.loads(self.ok(*args))[0]["seqlen_q"], n)
+        out = self.ok("pattern", "--pattern", "local_window", "--window", "1k", "--seq", "4k", "--format", "json")
+        same = self.ok("pattern", "--pattern", "local_window", "--window", "1024", "--seq", "4096", "--format", "json")
+        self.assertEqual(json.loads(out)[0]["kept_blocks"], json.loads(same)[0]["kept_blocks"])
+        for text in ("k", "1G", "1kk", "1.5k", "-1k", "99999999999999999M"):
+            self.refused(2, "pattern", "--pattern", "dense", "--seq", text)
+
+    def test_seeds_to_the_end(self):
+        self.ok("pattern", "--pattern", "random", "--seq", "64", "--seed", 2**64 - 1)
+        self.ok("check", "--cases", "1", "--seed", 2**64 - 1)
+        self.ok(*TINY_BENCH, "--pattern", "dense", "--input-seed", 2**64 - 1)
+        for seed in (2**64, -1, "x"):
+            self.refused(2, "pattern", "--pattern", "random", "--seq", "64", "--seed", seed)
+
+    def test_what_a_pattern_file_says_is_said_once(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path, x = pathlib.Path(folder, "p.json"), pathlib.Path(folder, "x.safetensors")
+            self.ok("pattern", "--pattern", "dense", "--seq", "64", "--block", "16", "--output", path)
+            numbers = [0.1] * (64 * 8)
+            write_safetensors(x, dict.fromkeys("qkv", ((1, 1, 64, 8), numbers)))
+            beside = ["pattern", "density", "budget", "block", "block-k", "dilation-rates", "global-tokens", "stride"]
+            beside += ["seed", "pattern-heads", "ranks", "ranks-per-node", "local-density", "global-density"]
+            beside += ["inter-node-density", "segment-lengths"]
+            values = {"pattern": "dense", "budget": "even", "density": "0.5", "block": "16", "block-k": "16"}
+            for name in beside:
+                value = values.get(name, "0.5" if "density" in name else "1")
+                for command in (["pattern"], TINY_BENCH[:1], ["attend", "--input", x], ["analyze", "--input", x]):
+                    says = f"--{name}: got it beside --pattern-file"
+                    self.refused(2, *command, "--pattern-file", path, f"--{name}", value, says=says)
+            for name in ("seq", "seq-k", "heads"):
+                self.refused(2, "pattern", "--pattern-file", path, f"--{name}", "1")
+            self.refused(2, "pattern", "--pattern-file", path, "--window", "9")  # of named patterns; attention has one
+            self.ok("attend", "--input", x, "--pattern-file", path, "--window", "9", "--causal", "--check")
+
+    def test_bench_of_a_pattern_file(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "p.json")
+            common = ["--heads", "1", "--head-dim", "8", "--repeat", "1", "--format", "json", "--pattern-file", path]
+            self.ok("pattern", "--pattern", "local_window", "--density", "0.5", "--seq", "80", "--block", "16",
+                    "--causal", "--output", path)  # fmt: skip
+            for passes in ("fwd", "bwd", "fwdbwd"):
+                row = json.loads(self.ok("bench", "--pass", passes, *common))[0]
+                self.assertEqual((row["seq"], row["block"], row["causal"]), (80, 16, True))
+                self.assertEqual(row["pattern"], str(path))
+                self.assertGreater(row["gflops"], 0)
+            self.refused(2, "bench", "--seq", "96", *common)
+            self.refused(2, "bench", "--pass", "decode", *common)  # 80 queries
+            self.ok("pattern", "--pattern", "dense", "--seq", "1", "--seq-k", "80", "--block", "16", "--output", path)
+            self.assertEqual(json.loads(self.ok("bench", "--pass", "decode", *common))[0]["seq"], 80)
+            self.refused(2, "bench", *common)
+
+    def test_names_of_outputs(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for args in (
+                ["pattern", "--pattern", "dense", "--seq", "64", "--png", f"{folder}/x.jpg"],
+                ["pattern", "--pattern", "dense", "--seq", "64", "--png", f"{folder}/.png".replace("/.png", "/x")],
+                ["pattern", "--pattern", "dense", "--seq", "64", "--output", f"{folder}/x.png"],
+                ["demo", "--out", f"{folder}/x.png"],
+                ["analyze", "--input", "none", "--png", f"{folder}/x.jpg"],
+            ):
+                self.refused(2, *args)
+            self.assertEqual(os.listdir(folder), [])
+
+    def test_written_files_are_listed(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder)
+            numbers = [0.1 * (i % 7) for i in range(40 * 8)]
+            write_safetensors(path / "x.safetensors", dict.fromkeys("qkv", ((1, 1, 40, 8), numbers)))
+            common = ["--input", path / "x.safetensors", "--pattern", "local_window", "--block", "16"]
+            listed = self.ok("attend", *common, "--output", path / "o.npy").split("Written\n")[1]
+            self.assertEqual(listed.split(), [f"{path}/o.npy", "out", f"{path}/o.lse.npy", "lse"])
+            listed = self.ok("analyze", *common, "--density", "0.5,1", "--png", path / "pictures").split("Written\n")[1]
+            files = [line.split()[0] for line in listed.splitlines()]
+            self.assertEqual(len(files), 3)
+            self.assertEqual(sorted(files), sorted(str(f) for f in (path / "pictures").iterdir()))
+            drawn = ["--png", path / "p.png", "--output", path / "p.json"]
+            listed = self.ok("pattern", "--pattern", "dense", "--seq", "64", *drawn).split("Written\n")[1]
+            self.assertEqual(
+                [line.split()[0] for line in listed.splitlines()], [str(path / "p.json"), str(path / "p.png")]
+            )
+
+    def test_both_files_of_attend_or_none(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder)
+            write_safetensors(path / "x.safetensors", dict.fromkeys("qkv", ((1, 1, 40, 8), [0.1] * 320)))
+            (path / "o.npy").write_bytes(b"old")
+            (path / "o.lse.npy").mkdir()
+            args = ["--input", path / "x.safetensors", "--pattern", "dense", "--block", "16"]
+            self.refused(1, "attend", *args, "--output", path / "o.npy")
+            self.assertEqual((path / "o.npy").read_bytes(), b"old")
+
+    def test_a_layout_that_makes_no_sense_is_a_warning(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "x.safetensors")
+            write_safetensors(path, dict.fromkeys("qkv", ((1, 256, 4, 8), [0.1] * (256 * 32))))
+            args = ["attend", "--input", path, "--pattern", "dense", "--block", "16"]
+            result = run(*args)
+            self.assertEqual(result.returncode, 0)
+            self.assertRegex(result.stderr, r"warning: .*256 heads of 4 tokens.*--layout bshd")
+            self.assertEqual(run(*args, "--layout", "bshd").stderr, "")
+
+    def test_an_interrupted_demo_leaves_nothing(self):
+        with tempfile.TemporaryDirectory() as folder:
+            out = pathlib.Path(folder, "demo")
+            source = pathlib.Path(__file__).parents[1] / "data/byte_lm_qkv.safetensors"
+            for number in (signal.SIGINT, signal.SIGTERM):
+                process = subprocess.Popen(
+                    [PROGRAM, "demo", "--quick", "--input", source, "--out", out],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                )
+                time.sleep(0.5)
+                process.send_signal(number)
+                self.assertEqual(process.communicate(timeout=60)[1], b"")
+                self.assertEqual(process.returncode, -number)
+                self.assertEqual(os.listdir(folder), [])
+
+    def test_completions_and_manual(self):
+        for shell in ("bash", "zsh"):
+            script = self.ok("completions", shell)
+            for word in (*COMMANDS, "--pattern-file", "bigbird", "bhsd", "--out"):
+                self.assertIn(word, script)
+            if shutil.which(shell):
+                subprocess.run([shell, "-n"], input=script, text=True, check=True)
+        complete = """
+            source /dev/stdin
+            ask() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _tessera; echo "${COMPREPLY[@]}"; }
+            ask tessera b; ask tessera bench --pas; ask tessera bench --pass b; ask tessera help an
+            ask tessera attend --pattern glo"""
+        script = self.ok("completions", "bash")
+        done = subprocess.run(["bash", "-c", complete], input=script, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout.splitlines(), ["bench", "--pass", "bwd", "analyze", "global_local"])
+        page = self.ok("man")
+        for word in (*COMMANDS, r"\-\-segment\-lengths", "1,048,576"):
+            self.assertIn(word, page)
+        self.refused(2, "completions", "fish")
+        self.refused(2, "completions")
+
+    def terminal(self, **environment):
+        """What a terminal shows of a check."""
         master, slave = pty.openpty()
-        process = subprocess.Popen([PROGRAM, "check", "--cases", "40"], stdout=subprocess.PIPE, stderr=slave)
+        process = subprocess.Popen([PROGRAM, "check", "--cases", "40"], stdout=subprocess.PIPE, stderr=slave,
+                                   env=os.environ | environment)  # fmt: skip
         os.close(slave)
         seen = b""
         while True:
@@ -1058,6 +1208,17 @@ class CliTest(unittest.TestCase):
         process.communicate(timeout=300)
         os.close(master)
         self.assertEqual(process.returncode, 0)
+        return seen
+
+    def test_plain_lines_where_escapes_are_not_wanted(self):
+        for environment in ({"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}):
+            seen = self.terminal(**environment)
+            self.assertNotIn(b"\x1b", seen)
+            self.assertNotIn(b"\r", seen.replace(b"\r\n", b"\n"))
+            self.assertRegex(seen, rb"tessera: case \d+ of 40\r?\n")
+
+    def test_progress_on_a_terminal_only(self):
+        seen = self.terminal(TERM="xterm", NO_COLOR="")
         self.assertIn(b"case ", seen)
         self.assertTrue(seen.endswith(b"\r\x1b[K"), "the bar is wiped")
 

@@ -1,9 +1,13 @@
 // Files: they appear whole or not at all, and paths that are no regular files are an Error, never a hang.
 #include "io_files.h"
 
+#include <csignal>
 #include <filesystem>
 
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 namespace tessera {
 namespace {
@@ -39,6 +43,80 @@ TEST(Files, FollowsLinksAndKeepsTheMode) {
   struct stat info {};
   ASSERT_EQ(::stat((folder / "target").c_str(), &info), 0);
   EXPECT_EQ(info.st_mode & 0777, 0640u);
+}
+
+// Whoever replaces a file becomes its owner: set-user-id must not go over.
+TEST(Files, TheModeIsKeptWithoutSetUserId) {
+  test::TemporaryFolder folder;
+  write_file(folder / "program", "old");
+  ASSERT_EQ(::chmod((folder / "program").c_str(), 06755), 0);
+  write_file(folder / "program", "new");
+  struct stat info {};
+  ASSERT_EQ(::stat((folder / "program").c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 07777, 0755u);
+}
+
+TEST(Files, WrittenTogetherOrNotAtAll) {
+  test::TemporaryFolder folder;
+  const Tensor x = test::numbered(DType::f32, {3}), y = test::numbered(DType::f32, {5});
+  write_npy(folder / "a.npy", x);
+  {
+    WriteTogether all;
+    write_npy(folder / "a.npy", y);
+    EXPECT_THROW(write_npy(folder / "none/b.npy", y), Error);
+    test::expect_equal(read_npy(folder / "a.npy"), x);
+  }
+  test::expect_equal(read_npy(folder / "a.npy"), x);
+  EXPECT_EQ(folder.files(), 1u) << "nothing is left of what was prepared";
+  WriteTogether all;
+  EXPECT_THROW(WriteTogether(), Error);
+  write_npy(folder / "a.npy", y);
+  write_npy(folder / "b.npy", x);
+  EXPECT_EQ(folder.files(), 1u);
+  all.commit();
+  test::expect_equal(read_npy(folder / "a.npy"), y);
+  test::expect_equal(read_npy(folder / "b.npy"), x);
+  write_npy(folder / "c.npy", x);  // as ever after commit()
+  EXPECT_EQ(folder.files(), 3u);
+}
+
+// A child is killed in the middle of writing, as by the user or by the kernel: nothing is left beside the old file, and
+// what is written of a private one is never readable by others.
+TEST(Files, NothingIsLeftOfAWriterThatIsKilled) {
+  for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGKILL}) {
+    test::TemporaryFolder folder;
+    const int nameless = ::open((folder / "").c_str(), O_TMPFILE | O_WRONLY, 0600);
+    if (nameless < 0) GTEST_SKIP() << "this file system knows no files without names";
+    ::close(nameless);
+    const std::string path = folder / "x.npy";
+    write_npy(path, test::numbered(DType::f32, {3}));
+    ASSERT_EQ(::chmod(path.c_str(), 0600), 0);
+    int ready[2];
+    ASSERT_EQ(::pipe(ready), 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+      ::signal(signal, SIG_DFL);
+      WriteTogether all;
+      write_file(path, std::string(1 << 20, 'x'));
+      (void)!::write(ready[1], "x", 1);
+      ::pause();
+    }
+    char byte;
+    ASSERT_EQ(::read(ready[0], &byte, 1), 1);
+    for (const auto& entry : std::filesystem::directory_iterator(folder / "")) {
+      struct stat info {};
+      ASSERT_EQ(::stat(entry.path().c_str(), &info), 0);
+      EXPECT_EQ(info.st_mode & 0077, 0u) << entry.path();
+    }
+    ::kill(child, signal);
+    int status = 0;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    EXPECT_EQ(WTERMSIG(status), signal);
+    EXPECT_EQ(folder.files(), 1u) << "after signal " << signal;
+    EXPECT_EQ(read_npy(path).numel(), 3);
+    ::close(ready[0]);
+    ::close(ready[1]);
+  }
 }
 
 TEST(Files, WhatCannotBeWritten) {

@@ -2,9 +2,10 @@
 //
 // Readers are strict: every size is checked against the file before anything is allocated, and whatever is not
 // exactly as the format says is an Error that names the path, what is wrong and, where it helps, the byte offset.
-// Writers write a temporary file in the same folder, sync it and rename it, so a reader never sees half a file; on
-// failure the temporary file is removed. Sizes are 64-bit: files beyond 4 GiB are ordinary. Files are little-endian,
-// and so must be the machine.
+// Writers write a file without a name in the same folder, sync it and put it in place, so a reader never sees half a
+// file, and a failure or a signal leaves nothing (file systems that know no files without names:
+// remove_temporary_files). Where one replaces another it has the mode of the old one, without set-user-id. Sizes are
+// 64-bit: files beyond 4 GiB are ordinary. Files are little-endian, and so must be the machine.
 //
 // safetensors: https://github.com/huggingface/safetensors (format section).
 // npy: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html, versions 1.0, 2.0, 3.0.
@@ -116,5 +117,24 @@ void write_pattern(const std::string& path, const BlockPattern& pattern);
 // Writes beside and renames, as above.
 void write_file(const std::string& path, std::span<const std::byte> content);
 void write_file(const std::string& path, std::string_view content);
+
+// While one lives, the files that its thread writes are prepared and put in place by commit(), all of them, or none
+// where one cannot be written. (Should renaming itself fail for one of them, those before it are in place.)
+class WriteTogether {
+ public:
+  WriteTogether();
+  ~WriteTogether();  // without commit(): nothing was written
+  WriteTogether(const WriteTogether&) = delete;
+  WriteTogether& operator=(const WriteTogether&) = delete;
+  void commit();
+
+ private:
+  struct Files;
+  std::unique_ptr<Files> files_;
+};
+
+// Removes the temporary files of writers that are at work. For the handler of a signal that ends the process: it may be
+// called at any moment, on any thread.
+void remove_temporary_files();
 
 }  // namespace tessera

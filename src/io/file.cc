@@ -1,6 +1,7 @@
 #include "io/file.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <memory>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -30,6 +32,53 @@ std::string folder_of(const std::string& path) {
   if (slash == std::string::npos) return ".";
   return slash == 0 ? "/" : path.substr(0, slash);
 }
+
+std::string temporary_name(const std::string& folder) {
+  static std::atomic<uint64_t> counter{0};
+  return fmt::format("{}/.tessera-{}-{}.tmp", folder, ::getpid(), counter++);
+}
+
+// Names of temporary files that exist, for a signal handler: it may come at any moment, on any thread.
+class Unfinished {
+ public:
+  void enter(const std::string& name) {
+    if (name.size() >= sizeof(Slot::name)) return;
+    for (Slot& slot : slots_) {
+      int expected = kFree;
+      if (!slot.state.compare_exchange_strong(expected, kChanging)) continue;
+      std::memcpy(slot.name, name.c_str(), name.size() + 1);
+      slot.state = kHeld;
+      return;
+    }
+  }
+  void leave(const std::string& name) {
+    for (Slot& slot : slots_) {
+      int expected = kHeld;
+      if (slot.state != kHeld || name != slot.name) continue;
+      if (slot.state.compare_exchange_strong(expected, kFree)) return;
+    }
+  }
+  void remove_all() const {
+    for (const Slot& slot : slots_) {
+      if (slot.state == kHeld) ::unlink(slot.name);
+    }
+  }
+
+ private:
+  enum State { kFree, kChanging, kHeld };
+  struct Slot {
+    std::atomic<int> state{kFree};
+    char name[4096];
+  };
+  std::array<Slot, 16> slots_;
+};
+Unfinished& unfinished() {
+  static Unfinished all;
+  return all;
+}
+
+// Where this thread's WriteTogether collects.
+thread_local std::vector<AtomicFile>* together = nullptr;
 
 }  // namespace
 
@@ -117,22 +166,44 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path), target_(path) {
       if (::stat(target_.c_str(), &info) != 0) fail_system("cannot be examined");
     }
     if (!S_ISREG(info.st_mode)) throw Error("path", path_ + ": exists and is not a regular file");
-    mode = info.st_mode & 07777;
+    mode = info.st_mode & 0777;
     exists = true;
   }
-  static std::atomic<uint64_t> counter{0};
-  for (int attempt = 0; attempt < 1000; ++attempt) {
-    temporary_ = fmt::format("{}/.tessera-{}-{}.tmp", folder_of(target_), ::getpid(), counter++);
-    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    if (fd_ >= 0 || errno != EEXIST) break;
-  }
-  if (fd_ < 0) fail_system("cannot be written (no temporary file beside it)");
+  // Private until its mode is known to be another; never more than the old file's, nor set-user-id: the owner is new.
+  open_temporary(exists ? 0600 : 0666);
   if (exists) (void)::fchmod(fd_, mode);  // somebody else's file system may not know modes: the content counts
 }
 
+void AtomicFile::open_temporary(mode_t mode) {
+#ifdef O_TMPFILE
+  fd_ = ::open(folder_of(target_).c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, mode);
+  if (fd_ >= 0) return;
+#endif
+  for (int attempt = 0; attempt < 1000; ++attempt) {
+    temporary_ = temporary_name(folder_of(target_));
+    unfinished().enter(temporary_);
+    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+    if (fd_ >= 0) return;
+    const int code = errno;
+    unfinished().leave(temporary_);
+    temporary_.clear();
+    errno = code;
+    if (code != EEXIST) break;
+  }
+  fail_system("cannot be written (no temporary file beside it)");
+}
+
+AtomicFile::AtomicFile(AtomicFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      target_(std::move(other.target_)),
+      temporary_(std::exchange(other.temporary_, {})),
+      fd_(std::exchange(other.fd_, -1)) {}
+
 AtomicFile::~AtomicFile() {
   if (fd_ >= 0) ::close(fd_);
-  if (!temporary_.empty()) ::unlink(temporary_.c_str());
+  if (temporary_.empty()) return;
+  ::unlink(temporary_.c_str());
+  unfinished().leave(temporary_);
 }
 
 void AtomicFile::write(std::span<const std::byte> bytes) {
@@ -146,9 +217,37 @@ void AtomicFile::write(std::span<const std::byte> bytes) {
 
 void AtomicFile::commit() {
   if (::fsync(fd_) != 0) fail_system("cannot be synced");
+  if (together != nullptr) {
+    together->push_back(std::move(*this));
+  } else {
+    put_in_place();
+  }
+}
+
+// A name for the file that has none, which only a rename can put over another.
+void AtomicFile::name_temporary() {
+  const std::string from = fmt::format("/proc/self/fd/{}", fd_);
+  for (int attempt = 0; attempt < 1000; ++attempt) {
+    std::string name = temporary_name(folder_of(target_));
+    unfinished().enter(name);
+    if (::linkat(AT_FDCWD, from.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0) {
+      temporary_ = std::move(name);
+      return;
+    }
+    const int code = errno;
+    unfinished().leave(name);
+    errno = code;
+    if (code != EEXIST) break;
+  }
+  fail_system("cannot be renamed into place");
+}
+
+void AtomicFile::put_in_place() {
+  if (temporary_.empty()) name_temporary();
   const int fd = std::exchange(fd_, -1);
   if (::close(fd) != 0) fail_system("cannot be written");
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail_system("cannot be renamed into place");
+  unfinished().leave(temporary_);
   temporary_.clear();
   // The file is whole by now; the folder's sync only makes the name survive a power cut.
   const int folder = ::open(folder_of(target_).c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -161,6 +260,27 @@ void AtomicFile::commit() {
 }  // namespace tessera::io
 
 namespace tessera {
+
+struct WriteTogether::Files {
+  std::vector<io::AtomicFile> list;
+};
+
+WriteTogether::WriteTogether() : files_(std::make_unique<Files>()) {
+  if (io::together != nullptr) fail("WriteTogether", "a second one on this thread", "one at a time");
+  io::together = &files_->list;
+}
+
+WriteTogether::~WriteTogether() {
+  if (files_ != nullptr) io::together = nullptr;
+}
+
+void WriteTogether::commit() {
+  io::together = nullptr;
+  const std::unique_ptr<Files> files = std::move(files_);
+  for (io::AtomicFile& file : files->list) file.put_in_place();
+}
+
+void remove_temporary_files() { io::unfinished().remove_all(); }
 
 void write_file(const std::string& path, std::span<const std::byte> content) {
   io::AtomicFile file(path);

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include <sys/types.h>
+
 namespace tessera::io {
 
 // Text from a file as it may stand in a message: printable, at most ~80 characters.
@@ -34,24 +36,31 @@ class ByteSource {
   uint64_t size_ = 0;
 };
 
-// Writes into a temporary file in the folder of `path`; commit() syncs it and renames it to `path`. Without commit()
-// the temporary file is removed and what stood at `path` is untouched.
+// Writes into a file without a name in the folder of `path`; commit() syncs it and puts it at `path`. Without commit()
+// nothing is left of it, however the process ends, and what stood at `path` is untouched. Where the file system knows
+// no files without names it has a temporary one, which remove_temporary_files() knows. Inside a WriteTogether, commit()
+// only syncs, and WriteTogether::commit() puts it in its place.
 class AtomicFile {
  public:
   explicit AtomicFile(const std::string& path);
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
+  AtomicFile(AtomicFile&& other) noexcept;
   ~AtomicFile();
 
   void write(std::span<const std::byte> bytes);
   void write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
   void commit();
+  void put_in_place();  // of a synced one
 
  private:
   [[noreturn]] void fail_system(const std::string& what) const;
-  std::string path_;    // as the caller named it
-  std::string target_;  // with symbolic links followed
-  std::string temporary_;
+  void open_temporary(mode_t mode);
+  void name_temporary();
+
+  std::string path_;       // as the caller named it
+  std::string target_;     // with symbolic links followed
+  std::string temporary_;  // empty: without a name
   int fd_ = -1;
 };
 
