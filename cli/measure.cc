@@ -218,7 +218,7 @@ ReferenceError compare_outputs(const Args& a, Reference reference) {
     const double difference = std::abs(got - want);
     if (!(difference <= bound)) result.passed = false;  // also when difference is NaN
     if (std::isnan(difference)) return;
-    error = std::max(error, difference);
+    if (!(difference <= error)) error = difference;  // a NaN, too
     ratio = std::max(ratio, bound > 0 ? difference / bound : std::numeric_limits<double>::infinity());
   };
   const double* want = static_cast<const double*>(out.data());

@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <iterator>
+#include <set>
 
 #include "attention_inputs.h"
 #include "call/philox.h"
@@ -34,6 +36,17 @@ TEST(Dropout, EveryFieldCounts) {
     EXPECT_NE(x, dropout_random({.p = 0.5, .seed = d.seed + (uint64_t{1} << shift), .offset = 2}, 3, 4, 5));
     EXPECT_NE(x, dropout_random({.p = 0.5, .seed = 1, .offset = d.offset + (uint64_t{1} << shift)}, 3, 4, 5));
   }
+}
+
+// Joined by XOR the halves of these cancelled.
+TEST(Dropout, SeedsAndOffsetsDoNotCancel) {
+  const Dropout pairs[] = {{.seed = 0, .offset = 0},
+                           {.seed = uint64_t{1} << 63, .offset = uint64_t{1} << 63},
+                           {.seed = uint64_t{1} << 32, .offset = uint64_t{1} << 32},
+                           {.seed = uint64_t{3} << 32, .offset = uint64_t{3} << 32}};
+  std::set<uint32_t> seen;
+  for (const Dropout& d : pairs) seen.insert(dropout_random(d, 3, 4, 5));
+  EXPECT_EQ(seen.size(), std::size(pairs));
 }
 
 TEST(Dropout, RateIsP) {

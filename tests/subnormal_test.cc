@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -108,6 +109,39 @@ TEST(Subnormals, LogitsOfEverySizeAreRight) {
   }
   EXPECT_FALSE(executor.left_flushing);
   EXPECT_TRUE(knows_subnormals());
+}
+
+// The largest and least numbers that are allowed, with scores of 0 and of 1: never NaN.
+TEST(EdgesOfOptions, AreRightOrRefused) {
+  InlineExecutor executor;
+  for (const Isa isa : usable_isas()) {
+    for (const int64_t queries : {int64_t{1}, int64_t{20}}) {
+      for (const double scale : {1e30, -1e30, 1e-30, 0.0, 1.0}) {
+        for (const double softcap : {0.0, 1e30, 1e-30}) {
+          for (const double q : {0.0, 1.0}) {
+            Call call({.seqlen_q = queries, .seqlen_k = 20}, DType::f32, dense_pattern(queries, 20));
+            for (int64_t i = 0; i < queries; ++i) call.q.set(i, q);
+            call.args.isa = isa;
+            call.args.options.scale = scale;
+            call.args.options.softcap = softcap;
+            forward(call.args, executor);
+            for (const double x : call.out.values()) {
+              EXPECT_TRUE(std::isfinite(x)) << name_of(isa) << " scale " << scale << " softcap " << softcap;
+            }
+          }
+        }
+      }
+    }
+  }
+  Call call({.seqlen_q = 20, .seqlen_k = 20}, DType::f32, dense_pattern(20, 20));
+  for (const double beyond : {3e38, 1e-40, std::numeric_limits<double>::quiet_NaN()}) {
+    call.args.options = {};
+    call.args.options.scale = beyond;
+    EXPECT_EQ(error_argument([&] { forward(call.args, executor); }), "scale") << beyond;
+    call.args.options = {};
+    call.args.options.softcap = beyond;
+    EXPECT_EQ(error_argument([&] { forward(call.args, executor); }), "softcap") << beyond;
+  }
 }
 
 }  // namespace

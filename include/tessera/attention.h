@@ -40,7 +40,7 @@ struct Dropout {
 };
 
 struct AttentionOptions {
-  std::optional<double> scale;  // softmax scale, finite; default 1 / sqrt(D)
+  std::optional<double> scale;  // softmax scale: 0, or 1e-30 to 1e30 in magnitude; default 1 / sqrt(D)
   // Position of query i is i + q_offset, of key j is j + k_offset. Default q_offset: where the pattern stands, else
   // Sk - Sq (bottom-right alignment). A pattern that is causal, or rows of a longer one, was made for one distance
   // between query 0 and key 0: with another one the call is an Error, unless every pair that is admitted there is kept.
@@ -56,7 +56,7 @@ struct AttentionOptions {
   // align_to_key_lengths: then the default q_offset of batch b is key_lengths[b] - Sq (decode with a cache).
   std::span<const int64_t> key_lengths;
   bool align_to_key_lengths = false;
-  double softcap = 0;       // > 0: scores become softcap * tanh(score / softcap), before biases. 0: off
+  double softcap = 0;       // 1e-30 to 1e30: scores become softcap * tanh(score / softcap), before biases. 0: off
   TensorView alibi_slopes;  // fp32 [H] or [B, H]: adds -slope * |query position - key position| (Press et al. 2022)
   // fp32 [B or 1, H or 1, entries]: added to all scores of the kept block at that entry of the pattern. Where the
   // pattern differs by head or batch, entries are those of all of them, and each uses its own.

@@ -27,10 +27,18 @@ struct Philox {
   }
 };
 
-// Key and counter of a pair. The counter's words are 32 bits wide: the offset's upper half goes into the key, so that
-// all 64 bits of it count.
+// Key and counter of a pair. The counter's words are 32 bits wide: the offset's upper half is hashed into the key
+// (Steele, Lea and Flood's mixer), so that all 64 bits of it count. (Joined by XOR, seeds and offsets that differ could
+// agree.)
 constexpr Philox::Key dropout_key(const Dropout& d) {
-  return {static_cast<uint32_t>(d.seed), static_cast<uint32_t>(d.seed >> 32) ^ static_cast<uint32_t>(d.offset >> 32)};
+  uint64_t key = d.seed;
+  if (const uint64_t upper = d.offset >> 32; upper != 0) {
+    key += upper * 0x9e3779b97f4a7c15u;
+    key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9u;
+    key = (key ^ (key >> 27)) * 0x94d049bb133111ebu;
+    key ^= key >> 31;
+  }
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 constexpr Philox::Counter dropout_counter(const Dropout& d, uint64_t batch_head, int64_t q_position,
                                           int64_t k_position) {

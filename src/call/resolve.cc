@@ -114,11 +114,13 @@ void resolve_pages(const ForwardArgs& args, Problem& p) {
 
 void resolve_numbers(const AttentionOptions& o, Problem& p) {
   p.scale = o.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
-  if (!std::isfinite(p.scale) || std::abs(p.scale) > std::numeric_limits<float>::max()) {
-    fail("scale", fmt::format("{}", p.scale), "a finite fp32 number");
+  // Kernels multiply with them, and with log2(e), in fp32: these stay normal numbers.
+  constexpr double kLeast = 1e-30, kMost = 1e30;
+  if (p.scale != 0 && !(std::abs(p.scale) >= kLeast && std::abs(p.scale) <= kMost)) {
+    fail("scale", fmt::format("{}", p.scale), "0, or 1e-30 to 1e30 in magnitude");
   }
-  if (!(o.softcap >= 0) || o.softcap > std::numeric_limits<float>::max()) {
-    fail("softcap", fmt::format("{}", o.softcap), "a finite fp32 number > 0, or 0 for off");
+  if (o.softcap != 0 && !(o.softcap >= kLeast && o.softcap <= kMost)) {
+    fail("softcap", fmt::format("{}", o.softcap), "1e-30 to 1e30, or 0 for off");
   }
   p.softcap = o.softcap;
   if (!(o.dropout.p >= 0 && o.dropout.p < 1)) fail("dropout", fmt::format("p = {}", o.dropout.p), "p in [0, 1)");

@@ -7,6 +7,8 @@
 #define TESSERA_CPU_MODIFY_INL_H_
 #endif
 
+#include <algorithm>
+
 #include "call/pair_mask.h"
 #include "call/philox.h"
 #include "call/scores.h"
@@ -30,7 +32,9 @@ struct LaneScores {
       : capped(t.softcap > 0), sloped(t.has_slope), shifted(t.has_shift) {
     const Floats d;
     factor = hn::Set(d, product_factor);
-    to_cap = hn::Set(d, capped ? static_cast<float>(product_factor * kLn2 / t.softcap) : 0.0f);
+    // A quotient beyond fp32 saturates tanh as 1e38 does.
+    const double quotient = capped ? std::clamp(product_factor * kLn2 / t.softcap, -1e38, 1e38) : 0.0;
+    to_cap = hn::Set(d, static_cast<float>(quotient));
     cap = hn::Set(d, static_cast<float>(t.softcap) * kLog2e);
     slope = hn::Set(d, Slope(t));
     shift = hn::Set(d, BiasInLog2(t.shift(entry)));
