@@ -16,18 +16,21 @@ naming the argument.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
 from .pattern import BlockPattern
+from .pattern.checks import check_block, check_int
+from .pattern.mask_mod import pattern_of_mask_mod
 from .pattern.spec import NAMES, CacheStats, PatternCache, Request, Spec, cache, filled, of_spec, spec
 
 __all__ = [
     "NAMES", "CacheStats", "Named", "PatternCache", "Request", "Spec", "bigbird", "cache", "causal", "dense",
-    "dilated_segments", "dilated_sparse", "global_local", "hierarchical", "local_window", "make", "of_spec", "random",
-    "spec", "strided",
+    "dilated_segments", "dilated_sparse", "from_mask_mod", "global_local", "hierarchical", "local_window", "make",
+    "of_spec", "random", "spec", "strided",
 ]  # fmt: skip
 
 
@@ -174,6 +177,31 @@ def hierarchical(
         "hierarchical", seqlen_q, seqlen_k, block=block, density=density, local_density=local_density,
         global_density=global_density, inter_node_density=inter_node_density, ranks=ranks,
         ranks_per_node=ranks_per_node, causal=causal, heads=heads, **rows,
+    )  # fmt: skip
+
+
+def from_mask_mod(
+    mask_mod: Callable[..., Tensor], seqlen_q: int, seqlen_k: int | None = None, *,
+    block: int | Sequence[int] = 128, heads: int = 1, batches: int = 1, device: torch.device | str = "cpu",
+) -> BlockPattern:  # fmt: skip
+    """The pairs that FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` admits, exactly: blocks with some pairs only get
+    a bitmap. Every pair is asked once (a second at 16,384 tokens), many in one go under ``torch.vmap``, nothing of
+    ``seqlen_q x seqlen_k`` is held.
+
+    Args:
+        mask_mod: from int64 scalars to a bool. It may read tensors, which are on ``device``.
+        heads, batches: how many of them it tells apart; h counts to heads - 1, b to batches - 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also if mask_mod does not return a bool tensor.
+    """
+    if not callable(mask_mod):
+        raise TypeError(f"mask_mod: got {type(mask_mod).__name__}; allowed: a function of (b, h, q_idx, kv_idx)")
+    seqlen_q = check_int("seqlen_q", seqlen_q, 0)
+    return pattern_of_mask_mod(
+        mask_mod, seqlen_q=seqlen_q, seqlen_k=seqlen_q if seqlen_k is None else check_int("seqlen_k", seqlen_k, 0),
+        block=check_block(block), heads=check_int("heads", heads, 1), batches=check_int("batches", batches, 1),
+        device=device,
     )  # fmt: skip
 
 

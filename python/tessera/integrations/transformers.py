@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from .. import patterns
 from ..attention import block_sparse_attention
-from ..interop.flex import pattern_of_pairs
 from ..pattern import BlockPattern, Request
 from ..pattern.checks import check_int, suggestion
+from ..pattern.mask_mod import pattern_of_mask_mod
 from ._versions import check_version
 
 Window = tuple[int | None, int | None]  # tokens that a query sees before and after it; None: no limit
@@ -583,7 +583,7 @@ def _ask(plan: AttentionPlan, block: tuple[int, int]) -> BlockPattern:
     def pair(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return mask_function(b, h, q + plan.q_offset, k + plan.kv_offset)
 
-    return pattern_of_pairs(
+    return pattern_of_mask_mod(
         pair, batches=plan.batch_size, seqlen_q=plan.q_length, seqlen_k=plan.kv_length, block=block, device=plan.device
     )
 

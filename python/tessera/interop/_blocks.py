@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 
 from ..pattern import BlockPattern
+from ..pattern.mask_mod import pack
 
-
-def pack(masks: Tensor) -> Tensor:
-    """bool ``[n, block_q, block_k]`` as bitmaps, int64 ``[n, block_q, ceil(block_k / 64)]``: key k is bit ``k % 64`` of
-    word ``k // 64``."""
-    n, block_q, block_k = masks.shape
-    words = -(-block_k // 64)
-    bits = torch.zeros(n, block_q, words * 64, dtype=torch.int64)
-    bits[..., :block_k] = masks
-    # Bit 63 is the sign: the sum wraps around to it.
-    return (bits.view(n, block_q, words, 64) << torch.arange(64)).sum(-1)
+__all__ = ["Entries", "entries", "from_entries", "pack", "token_blocks", "unpack"]
 
 
 def unpack(bitmaps: Tensor, block_k: int) -> Tensor:
-    """The inverse of :func:`pack`."""
+    """The inverse of :func:`tessera.pattern.mask_mod.pack`."""
     bits = (bitmaps.unsqueeze(-1) >> torch.arange(64)) & 1
     return bits.flatten(2)[..., :block_k].bool()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..pattern import BlockPattern
 from ..pattern.checks import check_int
-from ._blocks import Entries, entries, from_entries, pack
+from ._blocks import Entries, entries
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -93,39 +93,6 @@ def _ask(
         k = (col[:, None] * block_k + torch.arange(block_k, device=device)).clamp(max=max(seqlen_k - 1, 0))
         answers.append(ask(b, h, q, k).bool().cpu())
     return torch.cat(answers)
-
-
-def pattern_of_pairs(
-    mask_mod: Callable[..., Tensor], *, seqlen_q: int, seqlen_k: int, block: tuple[int, int] = (128, 128),
-    heads: int = 1, batches: int = 1, device: torch.device | str = "cpu",
-) -> BlockPattern:  # fmt: skip
-    """The pattern of all pairs that ``mask_mod(b, h, q, k)`` admits, asked block by block: nothing of ``seqlen_q x
-    seqlen_k`` is held."""
-    block_q, block_k = block
-    rows, cols = -(-seqlen_q // block_q), -(-seqlen_k // block_k)
-    kept, index, bitmaps = [], [], [torch.zeros(0, block_q, -(-block_k // 64), dtype=torch.int64)]
-    step, count = max(1, _PAIRS // (block_q * block_k)), 0
-    for first in range(0, batches * heads * rows * cols, step):
-        flat = torch.arange(first, min(first + step, batches * heads * rows * cols))
-        at = Entries(*torch.unravel_index(flat, (batches, heads, rows, cols)))
-        pairs = _ask(mask_mod, at, block_q, block_k, seqlen_q, seqlen_k, device)
-        some, partial = pairs.flatten(1).any(1), ~pairs.flatten(1).all(1)
-        number = torch.where(partial, (partial & some).cumsum(0) - 1 + count, -1)
-        kept.append(torch.stack(at)[:, some])
-        index.append(number[some])
-        bitmaps.append(pack(pairs[partial & some]))
-        count += bitmaps[-1].shape[0]
-    found = torch.cat(kept, 1) if kept else torch.zeros(4, 0, dtype=torch.int64)
-    return from_entries(
-        Entries(*found),
-        torch.cat(index) if index else torch.zeros(0, dtype=torch.int64),
-        torch.cat(bitmaps),
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        block=block,
-        heads=heads,
-        batches=batches,
-    )
 
 
 def to_block_mask(pattern: BlockPattern, *, device: torch.device | str = "cpu") -> BlockMask:
