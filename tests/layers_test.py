@@ -75,6 +75,7 @@ PYTHON_ALLOWED = {
 # Other people's Python packages: nowhere but here.
 PYTHON_LIBRARIES = {
     "torch": {"__init__", *PYTHON_ALLOWED},
+    "matplotlib": {"pattern"},
     "scipy": {"interop"},
     "lightning": {"integrations"},
     "pytorch_lightning": {"integrations"},

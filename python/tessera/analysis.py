@@ -16,7 +16,7 @@ from . import patterns as named_patterns
 from .attention.functional import pack_options
 from .pattern import BlockPattern
 from .pattern.block_pattern import by_name
-from .pattern.checks import check_block, check_bool, check_int, check_tensor
+from .pattern.checks import axes, check_block, check_bool, check_index, check_int, check_tensor
 
 _t = torch.ops.tessera
 
@@ -192,10 +192,45 @@ class AttentionMass:
         best, *others = (_candidate(x) for x in (found.pop("best"), *found.pop("candidates")))
         return OptimizeResult(*best, **found, candidates=others)
 
+    def plot(self, ax: Any = None, *, pattern: BlockPattern | None = None, head: int = 0, batch: int = 0) -> Any:
+        """Draws one head's mass (logarithmic) on matplotlib's axes (default: the current ones) and returns them. With a
+        pattern of this length and block its blocks are framed, and the title says what of the mass they keep.
+
+        Example:
+            >>> q = torch.randn(1, 512, 1, 16)
+            >>> mass = tessera.analysis.attention_mass(q, q, block=64, causal=True)
+            >>> ax = mass.plot(pattern=mass.oracle_pattern(0.2))  # doctest: +SKIP
+        """
+        batches, heads, rows, cols = self.values.shape
+        values = self.values[check_index("batch", batch, batches), check_index("head", head, heads)]
+        width, height = cols * self.block[1], rows * self.block[0]
+        ax = axes(ax)
+        shown = values.clamp(min=1e-4).log10().masked_fill(values <= 0, float("nan"))  # nothing there: no colour
+        image = ax.imshow(shown, cmap="viridis", vmin=-4, vmax=0, interpolation="nearest", extent=(0, width, height, 0))
+        ax.figure.colorbar(image, ax=ax, label="log10 of the share of a row's attention")
+        title = f"attention mass, head {head}"
+        if pattern is not None:
+            coverage, density = self.coverage(pattern)
+            kept = pattern.to_mask().expand(batches, heads, -1, -1)[batch, head].float()
+            _frame(ax, kept, self.block)
+            title += f"\nthe pattern keeps {coverage:.1%} at density {density:.2g} (all heads)"
+        ax.set(xlabel="key", ylabel="query", title=title)
+        return ax
+
     def make(self, spec: dict[str, Any]) -> BlockPattern:
         """The pattern of a spec that :meth:`optimize` gave."""
         options = dict(spec)
         return named_patterns.make(options.pop("name"), *self.shape, block=self.block, **options)
+
+
+def _frame(ax: Any, kept: Tensor, block: tuple[int, int]) -> None:
+    """Lines between kept blocks and others, and around all of them."""
+    padded = torch.nn.functional.pad(kept, (1, 1, 1, 1))
+    across, down = padded.diff(dim=0)[:, 1:-1].nonzero(), padded.diff(dim=1)[1:-1].nonzero()
+    y, x = across[:, 0] * block[0], across[:, 1] * block[1]
+    ax.hlines(y, x, x + block[1], colors="red", linewidths=0.8)
+    y, x = down[:, 0] * block[0], down[:, 1] * block[1]
+    ax.vlines(x, y, y + block[0], colors="red", linewidths=0.8)
 
 
 def attention_mass(

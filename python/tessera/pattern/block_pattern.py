@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops
-from .checks import check_block, check_bool, check_int, check_list, check_tensor, field_kinds
+from .checks import axes, check_block, check_bool, check_index, check_int, check_list, check_tensor, field_kinds
 
 _t = torch.ops.tessera
 _Slice = slice  # the built-in one, inside a class that has a method of that name
@@ -470,6 +472,46 @@ class BlockPattern:
         if self.batches > 1:
             parts.append(f"{self.batches} batches")
         return ", ".join(parts) + ")"
+
+    def _repr_png_(self) -> bytes:
+        """What notebooks show: the first head, by the program's own picture."""
+        return _t.encode_png(_t.draw_pattern(*self.op_args, "", 0, 0, None, 320, True)).numpy().tobytes()
+
+    def _repr_html_(self) -> str:
+        picture = base64.b64encode(self._repr_png_()).decode()
+        return f'<code>{html.escape(repr(self))}</code><br><img alt="" src="data:image/png;base64,{picture}">'
+
+    def plot(self, ax: Any = None, *, head: int = 0, batch: int = 0) -> Any:
+        """Draws one head on matplotlib's axes (default: the current ones) and returns them: full blocks dark, partial
+        ones (with a bitmap, or cut by causality) lighter, tokens as coordinates.
+
+        Example:
+            >>> ax = tessera.patterns.bigbird(1024, block=64, density=0.3).plot()  # doctest: +SKIP
+        """
+        head, batch = check_index("head", head, self.heads), check_index("batch", batch, self.batches)
+        kept = self.to_mask().expand(self.batches, self.heads, -1, -1)[batch, head].float()
+        line = (batch * self.heads + head) * self.rows
+        row = torch.repeat_interleave(self.indptr[line : line + self.rows + 1].diff().long())
+        begin, end = int(self.indptr[line]), int(self.indptr[line + self.rows])
+        col = self.indices[begin:end].long()
+        if self.bitmap_index is not None:
+            partial = self.bitmap_index[begin:end] >= 0
+            kept[row[partial], col[partial]] = 0.5
+        if self.causal:
+            cut = (col + 1) * self.block_k - 1 > row * self.block_q - self.q_skip + self._diagonal
+            kept[row[cut], col[cut]] = 0.5
+        ax = axes(ax)
+        width, top = self.cols * self.block_k, -self.q_skip  # the first block row may begin before query 0
+        ax.imshow(
+            kept,
+            cmap="Blues",
+            vmin=0,
+            vmax=1.2,
+            interpolation="nearest",
+            extent=(0, width, self.rows * self.block_q + top, top),
+        )
+        ax.set(xlabel="key", ylabel="query", title=f"{self.num_blocks} blocks, density {self.density:.3g}")
+        return ax
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name}: a BlockPattern is immutable")

@@ -57,6 +57,14 @@ def is_bool_scalar(value: Any) -> bool:
     return str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and getattr(value, "ndim", None) == 0
 
 
+def check_index(name: str, value: Any, count: int) -> int:
+    """``value`` in 0 .. count - 1."""
+    value = check_int(name, value, 0)
+    if value >= count:
+        raise ValueError(f"{name}: got {value}; allowed: 0..{count - 1}")
+    return value
+
+
 def check_block(block: int | Sequence[int]) -> tuple[int, int]:
     """(block_q, block_k) of an int or a pair."""
     if isinstance(block, (tuple, list)):
@@ -89,3 +97,16 @@ def check_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}; allowed: torch.Tensor")
     return value
+
+
+def axes(ax: Any) -> Any:
+    """matplotlib's axes: those given, else the current ones."""
+    if ax is not None:
+        if not hasattr(ax, "imshow"):
+            raise TypeError(f"ax: got {type(ax).__name__}; allowed: matplotlib axes or None")
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as e:
+        raise ImportError("ax: got None without matplotlib; allowed: pip install matplotlib, or axes of yours") from e
+    return pyplot.gca()
