@@ -51,7 +51,7 @@ def _fit(callback, model, epochs=1, **kwargs):
     log = Log()
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 512, 64)), batch_size=1)
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=log, callbacks=[callback], enable_progress_bar=False,
+        max_epochs=epochs, accelerator="cpu", devices=1, logger=log, callbacks=callback, enable_progress_bar=False,
         enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1, **kwargs,
     )  # fmt: skip
     trainer.fit(model, data, data)
@@ -71,6 +71,31 @@ def test_logs_density_speedup_and_quality():
     assert last["tessera/quality"] == pytest.approx(stats["quality_score"]) and 0 < last["tessera/quality"] < 1
     assert last["tessera/attention/density"] == last["tessera/density"]
     assert all(math.isfinite(x) for x in last.values())
+
+
+@pytest.mark.parametrize("validation", [0, 1.0])
+def test_callbacks_can_watch_them(validation):
+    class Watch(pl.Callback):
+        """After each training batch, and at the end."""
+
+        seen = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.seen.append(dict(trainer.callback_metrics))
+
+        def on_train_end(self, trainer, _):
+            self.seen.append(dict(trainer.callback_metrics))
+
+    watch = Watch()
+    watch.seen = []
+    stop = pl.callbacks.EarlyStopping("tessera/density", mode="min", check_on_train_epoch_end=True)
+    callbacks = [AttentionStats(every_n_steps=2, sample_every=1), watch, stop]
+    entries = _fit(callbacks, Model(), limit_val_batches=validation, num_sanity_val_steps=0)
+    assert "tessera/density" not in watch.seen[0]
+    assert watch.seen[1]["tessera/quality"].item() == pytest.approx(entries[0]["tessera/quality"])
+    for name, value in entries[-1].items():
+        assert watch.seen[-1][name].item() == pytest.approx(value), name
+    assert len(entries) == (3 if validation else 2)  # loggers get each once
 
 
 def test_steps_count_over_epochs():

@@ -50,7 +50,8 @@ class AttentionStats(Callback):
     """Turns the monitors of a model's attention modules on while it trains and validates, and logs their means over the
     modules: ``density`` (kept share, as achieved), ``speedup`` (measured against dense attention on sampled calls),
     ``quality`` (share of the true attention mass that is kept, measured on sampled rows), ``output_error``,
-    ``forward_ms``. What was not measured yet is not logged.
+    ``forward_ms``. What was not measured yet is not logged. They are in ``trainer.callback_metrics`` as well, for
+    callbacks that watch one (``EarlyStopping(monitor="tessera/quality", mode="max")``).
 
     Args:
         every_n_steps: training batches between two entries of the log, counted over all epochs; the end of validation
@@ -112,8 +113,10 @@ class AttentionStats(Callback):
         self._batches += 1
         if self._batches % self.every_n_steps == 0:
             # Straight to the loggers: what log_dict holds is logged again in the steps between.
+            stats = self.stats(pl_module)
             for logger in trainer.loggers:
-                logger.log_metrics(self.stats(pl_module), step=trainer.global_step)
+                logger.log_metrics(stats, step=trainer.global_step)
+            pl_module.log_dict(stats, on_step=True, on_epoch=False, logger=False)  # to trainer.callback_metrics
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
