@@ -1,5 +1,6 @@
 """Judging patterns against the true attention of real queries and keys, and pictures. Exact and streamed: nothing of
-size Sq x Sk is held. q: ``[B, Sq, H, D]``, k: ``[B, Sk, Hkv, D]``, v: ``[B, Sk, Hkv, Dv]``."""
+size Sq x Sk is held. q: ``[B, Sq, H, D]``, k: ``[B, Sk, Hkv, D]``, v: ``[B, Sk, Hkv, Dv]``, or with
+``layout="bhsd"`` heads before tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import _ops
 from . import patterns as named_patterns
-from .attention.functional import pack_options
+from .attention.functional import as_bshd, other_layout, pack_options
 from .pattern import BlockPattern
 from .pattern.block_pattern import by_name
 from .pattern.checks import axes, check_block, check_bool, check_index, check_int, check_tensor
@@ -69,6 +70,7 @@ def quality(
     sample_rows: int = 0,
     seed: int = 0,
     per_head: bool = False,
+    layout: str = "bshd",
     **options: Unpack[Options],
 ) -> Any:
     """Quality of a pattern (:class:`Quality`) or of several (a list: those of one block size share a pass).
@@ -76,10 +78,11 @@ def quality(
     The true attention is the dense one under ``causal`` (None: as the pattern) and ``options`` (:class:`Options`). Mass
     is shared among keys: what ``sinks`` take is left out.
     ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
+    ``layout``: "bshd", or "bhsd" for heads before tokens.
     """
     several = not isinstance(pattern, BlockPattern)
     patterns = [pattern] if isinstance(pattern, BlockPattern) else list(pattern)
-    found = _judge(q, k, v, patterns, causal, sample_rows, seed, options)
+    found = _judge(q, k, v, patterns, causal, sample_rows, seed, options, layout)
     results = found if per_head else [whole for whole, _ in found]
     return results if several else results[0]
 
@@ -96,23 +99,29 @@ def quality_if_finite(
 
 def _judge(
     q: Tensor, k: Tensor, v: Tensor | None, patterns: list[Any], causal: bool | None, sample_rows: int, seed: int,
-    options: Options, **how: bool,
+    options: Options, layout: str = "bshd", **how: bool,
 ) -> list[tuple[Quality, list[Quality]]]:  # fmt: skip
     """Of each pattern: all together, and each (batch, head)."""
-    check_tensor("q", q), check_tensor("k", k)
     for p in patterns:
         if not isinstance(p, BlockPattern):
             raise TypeError(f"pattern: got {type(p).__name__}; allowed: BlockPattern, or several")
-    names, figures = _t.quality(
-        q.detach(),
-        k.detach(),
-        None if v is None else check_tensor("v", v).detach(),
-        *_ops.pattern_lists(patterns),
-        check_int("sample_rows", sample_rows, 0),
-        check_int("seed", seed),
-        **how,
-        **_options(causal, options, bool(patterns) and all(p.causal for p in patterns)),
-    )
+    tensors = as_bshd(layout, q=q, k=k, **({} if v is None else {"v": v}))
+    packed = _options(causal, options, bool(patterns) and all(p.causal for p in patterns))
+    try:
+        names, figures = _t.quality(
+            tensors["q"],
+            tensors["k"],
+            tensors.get("v"),
+            *_ops.pattern_lists(patterns),
+            check_int("sample_rows", sample_rows, 0),
+            check_int("seed", seed),
+            **how,
+            **packed,
+        )
+    except ValueError as error:
+        if patterns and (hint := other_layout(tensors["q"], tensors["k"], patterns[0], layout)):
+            raise ValueError(f"{error}{hint}") from None
+        raise
     found = [[by_name(Quality, dict(zip(names, row))) for row in table] for table in figures.tolist()]
     return [(table[0], table[1:]) for table in found]
 
@@ -240,14 +249,15 @@ def attention_mass(
     block: int | tuple[int, int] = 128,
     causal: bool | None = None,
     max_bytes: int = 1 << 32,
+    layout: str = "bshd",
     **options: Unpack[Options],
 ) -> AttentionMass:
-    """The true attention of q and k summed over blocks. ``options``: :class:`Options`. ValueError if it would need more
-    than ``max_bytes``."""
-    check_tensor("q", q), check_tensor("k", k)
+    """The true attention of q and k summed over blocks. ``options``: :class:`Options`; ``layout`` as
+    :func:`quality`. ValueError if it would need more than ``max_bytes``."""
+    tensors = as_bshd(layout, q=q, k=k)
     sizes = check_block(block)
     parts = _t.attention_mass(
-        q.detach(), k.detach(), *sizes, check_int("max_bytes", max_bytes), **_options(causal, options)
+        tensors["q"], tensors["k"], *sizes, check_int("max_bytes", max_bytes), **_options(causal, options)
     )
     return AttentionMass(parts, bool(causal))
 

@@ -37,6 +37,29 @@ def test_quality_is_the_mass_that_a_pattern_keeps():
     assert mass.coverage(mass.make(best.spec)) == pytest.approx((best.coverage, best.density), abs=1e-5)
 
 
+def test_heads_before_tokens():
+    q, k, v = (torch.randn(1, S, h, 16) for h in (4, 2, 2))
+    heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    p = patterns.local_window(S, block=BLOCK, window=64, causal=True)
+    bias = torch.randn(1, 4, S, S)
+    want = analysis.quality(q, k, v, p, attn_bias=bias, per_head=True)
+    assert analysis.quality(*heads_first, p, attn_bias=bias, per_head=True, layout="bhsd") == want
+    assert analysis.quality(*heads_first[:2], None, p, layout="bhsd") != want
+    mass = analysis.attention_mass(*heads_first[:2], block=BLOCK, causal=True, layout="bhsd")
+    assert torch.equal(mass.values, analysis.attention_mass(q, k, block=BLOCK, causal=True).values)
+    for tensors, layout, other in ((heads_first, "bshd", "bhsd"), ((q, k, v), "bhsd", "bshd")):
+        with pytest.raises(ValueError, match=f'q looks like the other layout: layout="{other}"'):
+            analysis.quality(*tensors, p, layout=layout)
+    with pytest.raises(ValueError) as plain:  # another mistake
+        analysis.quality(q, k[:, :, :, :8], v, p)
+    assert "layout" not in str(plain.value)
+    for of in (lambda **o: analysis.quality(q, k, v, p, **o), lambda **o: analysis.attention_mass(q, k, **o)):
+        with pytest.raises(ValueError, match='^layout: got \'sbhd\'; allowed: "bshd" or "bhsd"'):
+            of(layout="sbhd")
+    with pytest.raises(ValueError, match="^q: got 3 dimensions"):
+        analysis.attention_mass(q[0], k, layout="bhsd")
+
+
 def _truth(q, k, bias=0.0, softcap=0.0, sinks=None, admitted=None):
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / q.shape[-1] ** 0.5
     if softcap:

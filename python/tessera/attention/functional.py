@@ -121,6 +121,24 @@ def _check_layout(layout: Any) -> bool:
     raise ValueError(f'layout: got {layout!r}; allowed: "bshd" or "bhsd"')
 
 
+def as_bshd(layout: Any, **tensors: Tensor) -> dict[str, Tensor]:
+    """Tensors by name without gradients as [B, S, H, D]; TypeError or ValueError that names one."""
+    swap = _check_layout(layout)
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise _type_error(name, t, "torch.Tensor")
+    return {name: (_to_bshd(name, t) if swap else t).detach() for name, t in tensors.items()}
+
+
+def other_layout(q: Tensor, k: Tensor, pattern: BlockPattern, layout: str) -> str:
+    """What an error adds where q and k, [B, S, H, D] as ``layout`` has it, fit the pattern in the other one only."""
+    if q.is_nested or k.is_nested or q.dim() != 4 or k.dim() != 4:
+        return ""
+    if pattern.shape == (q.shape[2], k.shape[2]) != (q.shape[1], k.shape[1]):
+        return f'; q looks like the other layout: layout="{"bshd" if layout == "bhsd" else "bhsd"}"?'
+    return ""
+
+
 def _to_bshd(name: str, t: Tensor) -> Tensor:
     if t.dim() != 4:
         raise ValueError(f"{name}: got {t.dim()} dimensions; allowed: 4, [B, H, S, D]")
@@ -286,13 +304,8 @@ def block_sparse_attention(
     try:
         out, lse = op(q, k, v, *pattern.op_args, **options)
     except ValueError as error:
-        if (
-            not (q.is_nested or k.is_nested)
-            and q.dim() == k.dim() == 4
-            and pattern.shape == (q.shape[2], k.shape[2]) != (q.shape[1], k.shape[1])
-        ):
-            other = "bshd" if swap else "bhsd"
-            raise ValueError(f'{error}; q looks like the other layout: layout="{other}"?') from None
+        if hint := other_layout(q, k, pattern, layout):
+            raise ValueError(f"{error}{hint}") from None
         raise
     if swap:
         out = out.transpose(1, 2)
