@@ -23,7 +23,14 @@ _t = torch.ops.tessera
 
 
 class Quality(NamedTuple):
-    """How much of the true attention a pattern holds."""
+    """How much of the true attention a pattern holds.
+
+    Example:
+        >>> q, k = (torch.randn(1, 512, 2, 32) for _ in range(2))
+        >>> found = tessera.analysis.quality(q, k, None, tessera.patterns.causal(512))
+        >>> round(found.coverage, 4), found.density, found.rows
+        (1.0, 1.0, 1024)
+    """
 
     coverage: float  # share of the true attention mass in the kept blocks: mean over rows, 0..1
     coverage_p5: float  # ... the row at the 5th percentile
@@ -39,7 +46,13 @@ class Quality(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """What the true attention is, as arguments of :func:`tessera.block_sparse_attention`."""
+    """What the true attention is, as arguments of :func:`tessera.block_sparse_attention`.
+
+    Example:
+        >>> options: tessera.analysis.Options = {"window": 128, "softcap": 30.0}
+        >>> q, k = (torch.randn(1, 512, 2, 32) for _ in range(2))
+        >>> mass = tessera.analysis.attention_mass(q, k, causal=True, **options)
+    """
 
     scale: float | None
     window: int | tuple[int | None, int | None] | None
@@ -79,6 +92,13 @@ def quality(
     is shared among keys: what ``sinks`` take is left out.
     ``sample_rows``: about so many token rows of each head, 0: all. ``per_head``: (all, [one a (batch, head)]).
     ``layout``: "bshd", or "bhsd" for heads before tokens.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> pattern = tessera.patterns.local_window(512, block=64, density=0.3, causal=True)
+        >>> found = tessera.analysis.quality(q, k, v, pattern)
+        >>> 0 < found.coverage <= found.bound_coverage < 1
+        True
     """
     several = not isinstance(pattern, BlockPattern)
     patterns = [pattern] if isinstance(pattern, BlockPattern) else list(pattern)
@@ -92,7 +112,14 @@ def quality_if_finite(
     **options: Unpack[Options],
 ) -> Quality | None:  # fmt: skip
     """:func:`quality`; None where an admitted score or value is NaN or infinite, which attention takes and a share of
-    its mass cannot be said of."""
+    its mass cannot be said of.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> pattern = tessera.patterns.causal(512)
+        >>> tessera.analysis.quality_if_finite(q / 0, k, v, pattern) is None
+        True
+    """
     found = _judge(q, k, v, [pattern], causal, sample_rows, 0, options, skip_not_finite=True)
     return found[0][0] if found else None
 
@@ -127,7 +154,14 @@ def _judge(
 
 
 class OptimizeResult(NamedTuple):
-    """What :meth:`AttentionMass.optimize` found."""
+    """What :meth:`AttentionMass.optimize` found.
+
+    Example:
+        >>> q, k = (torch.randn(1, 512, 2, 32) for _ in range(2))
+        >>> found = tessera.analysis.attention_mass(q, k, block=64, causal=True).optimize(0.8)
+        >>> found.reached, found.bound_density <= found.density
+        (True, True)
+    """
 
     spec: dict[str, Any]  # name and options of the cheapest pattern that reaches the target (or of most coverage)
     coverage: float
@@ -148,7 +182,16 @@ def _candidate(found: dict[str, Any]) -> tuple[dict[str, Any], float, float, boo
 
 class AttentionMass:
     """The true attention summed over blocks, from :func:`attention_mass`. ``values``: fp32 ``[B, H, rows, cols]``, the
-    mean over a row's tokens of their mass in the block."""
+    mean over a row's tokens of their mass in the block.
+
+    Example:
+        >>> q, k = (torch.randn(1, 512, 2, 32) for _ in range(2))
+        >>> mass = tessera.analysis.attention_mass(q, k, block=64, causal=True)
+        >>> pattern = mass.oracle_pattern(0.3)
+        >>> coverage, density = mass.coverage(pattern)
+        >>> coverage <= mass.coverage(mass.bound_pattern(density))[0] + 1e-6
+        True
+    """
 
     def __init__(self, parts: Sequence[Any], causal: bool) -> None:
         self._parts = tuple(parts)
@@ -253,7 +296,16 @@ def attention_mass(
     **options: Unpack[Options],
 ) -> AttentionMass:
     """The true attention of q and k summed over blocks. ``options``: :class:`Options`; ``layout`` as
-    :func:`quality`. ValueError if it would need more than ``max_bytes``."""
+    :func:`quality`. ValueError if it would need more than ``max_bytes``.
+
+    Example:
+        >>> q, k = (torch.randn(1, 512, 2, 32) for _ in range(2))
+        >>> mass = tessera.analysis.attention_mass(q, k, block=64, causal=True)
+        >>> mass.values.shape
+        torch.Size([1, 2, 8, 8])
+        >>> torch.allclose(mass.values.sum(-1), torch.ones(1, 2, 8))  # a row's attention is 1
+        True
+    """
     tensors = as_bshd(layout, q=q, k=k)
     sizes = check_block(block)
     parts = _t.attention_mass(
@@ -282,7 +334,13 @@ def draw_pattern(
     legend: bool = True,
 ) -> Tensor:
     """Kept blocks full or partial; ``causal`` (None: the pattern's own) shades what causality excludes. ValueError or
-    TypeError naming the argument."""
+    TypeError naming the argument.
+
+    Example:
+        >>> image = tessera.analysis.draw_pattern(tessera.patterns.causal(512, block=64), "causal")
+        >>> image.dtype, image.shape[2]
+        (torch.uint8, 3)
+    """
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern: got {type(pattern).__name__}; allowed: BlockPattern")
     return _t.draw_pattern(
@@ -293,12 +351,25 @@ def draw_pattern(
 
 def draw_heat_map(values: Tensor, title: str = "", **options: Any) -> Tensor:
     """Values ``[rows, cols]`` as colours. Options: seqlen_q, seqlen_k (for the axes), value_label, min, max, log_scale,
-    size."""
+    size.
+
+    Example:
+        >>> image = tessera.analysis.draw_heat_map(torch.rand(8, 8), "mass", seqlen_q=512, seqlen_k=512)
+        >>> image.dtype
+        torch.uint8
+    """
     return _t.draw_heat_map(check_tensor("values", values).detach(), _check_text("title", title), **options)
 
 
 def draw_sheet(images: Sequence[Tensor], columns: int, title: str = "") -> Tensor:
-    """Images in a grid, row by row."""
+    """Images in a grid, row by row.
+
+    Example:
+        >>> images = [tessera.analysis.draw_pattern(tessera.patterns.causal(n), str(n)) for n in (512, 1024)]
+        >>> sheet = tessera.analysis.draw_sheet(images, 2, "two lengths")
+        >>> sheet.shape[1] > images[0].shape[1]
+        True
+    """
     return _t.draw_sheet(list(images), check_int("columns", columns, 1), _check_text("title", title))
 
 
@@ -312,7 +383,13 @@ def draw_lines(
     log_y: bool = False,
     dashed: Sequence[str] = (),
 ) -> Tensor:
-    """Curves: name -> (x, y)."""
+    """Curves: name -> (x, y).
+
+    Example:
+        >>> image = tessera.analysis.draw_lines({"coverage": ([0.1, 0.5, 1], [0.6, 0.9, 1])}, x_label="density")
+        >>> image.dtype
+        torch.uint8
+    """
     x, y = ([torch.as_tensor(s[i], dtype=torch.float64) for s in series.values()] for i in (0, 1))
     which = [i for i, name in enumerate(series) if name in dashed]
     texts = [_check_text(n, x) for n, x in (("title", title), ("x_label", x_label), ("y_label", y_label))]
@@ -320,10 +397,20 @@ def draw_lines(
 
 
 def write_png(image: Tensor, path: str | os.PathLike[str]) -> None:
-    """Writes beside the path and renames."""
+    """Writes beside the path and renames.
+
+    Example:
+        >>> image = tessera.analysis.draw_pattern(tessera.patterns.causal(512), "causal")
+        >>> tessera.analysis.write_png(image, "causal.png")
+    """
     _t.write_png(check_tensor("image", image), os.fspath(path))
 
 
 def encode_png(image: Tensor) -> bytes:
-    """The bytes of a PNG file."""
+    """The bytes of a PNG file.
+
+    Example:
+        >>> tessera.analysis.encode_png(torch.zeros(16, 16, 3, dtype=torch.uint8))[1:4]
+        b'PNG'
+    """
     return _t.encode_png(check_tensor("image", image)).numpy().tobytes()

@@ -35,7 +35,13 @@ __all__ = [
 
 
 class Named:
-    """A source: the pattern of one name with its options, for any lengths; made once a process."""
+    """A source: the pattern of one name with its options, for any lengths; made once a process.
+
+    Example:
+        >>> named = tessera.patterns.Named("random", block=64, density=0.3, seed=7)
+        >>> tessera.BlockSparseAttention(named).pattern is named
+        True
+    """
 
     def __init__(self, name: str, *, block: int | Sequence[int] = 128, **options: Any) -> None:
         self.template = spec(name, 0, 0, block=block, **options)
@@ -64,7 +70,12 @@ def make(
     cached: bool = False,
     **options: Any,
 ) -> BlockPattern:
-    """The pattern of that name, with the options of the function of that name. ``cached``: through :data:`cache`."""
+    """The pattern of that name, with the options of the function of that name. ``cached``: through :data:`cache`.
+
+    Example:
+        >>> tessera.patterns.make("strided", 512, block=64, stride=4, causal=True)
+        BlockPattern(512 x 512, block 64 x 64, 19 blocks, density 0.5278, causal)
+    """
     defined = spec(name, seqlen_q, seqlen_k, block=block, causal=causal, heads=heads, **options)
     return cache.find(defined) if cached else of_spec(defined)
 
@@ -73,7 +84,12 @@ def dense(
     seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, causal: bool = False,
     heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
-    """Every admissible pair."""
+    """Every admissible pair.
+
+    Example:
+        >>> tessera.patterns.dense(512, 256, block=64)
+        BlockPattern(512 x 256, block 64 x 64, 32 blocks, density 1)
+    """
     return make("dense", seqlen_q, seqlen_k, block=block, causal=causal, heads=heads, **rows)
 
 
@@ -81,7 +97,12 @@ def causal(
     seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, heads: int = 1,
     **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
-    """Every pair that causality admits. Calls that take it are causal to the token."""
+    """Every pair that causality admits. Calls that take it are causal to the token.
+
+    Example:
+        >>> tessera.patterns.causal(512, block=64)
+        BlockPattern(512 x 512, block 64 x 64, 36 blocks, density 1, causal)
+    """
     return make("causal", seqlen_q, seqlen_k, block=block, causal=True, heads=heads, **rows)
 
 
@@ -90,7 +111,17 @@ def local_window(
     density: float | None = None, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
     """Pairs whose tokens come within ``window / 2`` on either side (causal: ``window`` back), or with ``density`` alone
-    the nearest pairs up to the budget."""
+    the nearest pairs up to the budget.
+
+    Example:
+        >>> print(tessera.patterns.local_window(384, block=64, window=64, causal=True).ascii())
+        #.....
+        ##....
+        .##...
+        ..##..
+        ...##.
+        ....##
+    """
     return make(
         "local_window", seqlen_q, seqlen_k, block=block, window=window, density=density, causal=causal, heads=heads,
         **rows,
@@ -102,7 +133,12 @@ def dilated_sparse(
     dilation_rates: Sequence[int] | None = None, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
     """The budget shared round-robin among ``dilation_rates`` (blocks; default 1, 2, 4, 8, 16): each rate r in turn adds
-    its next unused nearest pair at distance +-r, +-2r, ..."""
+    its next unused nearest pair at distance +-r, +-2r, ...
+
+    Example:
+        >>> tessera.patterns.dilated_sparse(1024, block=64, density=0.2, causal=True)
+        BlockPattern(1024 x 1024, block 64 x 64, 31 blocks, density 0.2279, causal)
+    """
     return make(
         "dilated_sparse", seqlen_q, seqlen_k, block=block, density=density, dilation_rates=dilation_rates,
         causal=causal, heads=heads, **rows,
@@ -114,7 +150,17 @@ def global_local(
     window: int | None = None, density: float | None = None, causal: bool = False, heads: int = 1,
     **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
-    """The first ``global_tokens`` (default 64) as rows and columns, and the local window (or density)."""
+    """The first ``global_tokens`` (default 64) as rows and columns, and the local window (or density).
+
+    Example:
+        >>> print(tessera.patterns.global_local(384, block=64, global_tokens=64, window=64).ascii())
+        ######
+        ###...
+        ####..
+        #.###.
+        #..###
+        #...##
+    """
     return make(
         "global_local", seqlen_q, seqlen_k, block=block, global_tokens=global_tokens, window=window, density=density,
         causal=causal, heads=heads, **rows,
@@ -125,7 +171,17 @@ def strided(
     seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, stride: int | None = None,
     density: float | None = None, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
-    """``(i - j) % stride == 0``, or neighbours (Child et al. 2019)."""
+    """``(i - j) % stride == 0``, or neighbours (Child et al. 2019).
+
+    Example:
+        >>> print(tessera.patterns.strided(384, block=64, stride=3, causal=True).ascii())
+        #.....
+        ##....
+        .##...
+        #.##..
+        .#.##.
+        ..#.##
+    """
     return make(
         "strided", seqlen_q, seqlen_k, block=block, stride=stride, density=density, causal=causal, heads=heads,
         **rows,
@@ -136,7 +192,12 @@ def random(
     seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, density: float, seed: int = 0,
     causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
-    """Random pairs, exactly the budget a row; every (seed, head, row) draws on its own."""
+    """Random pairs, exactly the budget a row; every (seed, head, row) draws on its own.
+
+    Example:
+        >>> tessera.patterns.random(1024, block=64, density=0.25, heads=4)
+        BlockPattern(1024 x 1024, block 64 x 64, 256 blocks, density 0.25, 4 heads)
+    """
     return make(
         "random", seqlen_q, seqlen_k, block=block, density=density, seed=seed, causal=causal, heads=heads, **rows,
     )  # fmt: skip
@@ -147,7 +208,12 @@ def bigbird(
     global_tokens: int | None = None, window: int | None = None, seed: int = 0, causal: bool = False, heads: int = 1,
     **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
-    """Global, window and random pairs up to the budget (Zaheer et al. 2020)."""
+    """Global, window and random pairs up to the budget (Zaheer et al. 2020).
+
+    Example:
+        >>> tessera.patterns.bigbird(1024, block=64, density=0.3, seed=1)
+        BlockPattern(1024 x 1024, block 64 x 64, 76 blocks, density 0.2969)
+    """
     return make(
         "bigbird", seqlen_q, seqlen_k, block=block, density=density, global_tokens=global_tokens, window=window,
         seed=seed, causal=causal, heads=heads, **rows,
@@ -159,7 +225,12 @@ def dilated_segments(
     dilation_rates: Sequence[int], causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
     """LongNet on blocks (Ding et al. 2023): for some (w, r) the same segment of w tokens and i = j = offset (mod r),
-    the offset shifting by head."""
+    the offset shifting by head.
+
+    Example:
+        >>> tessera.patterns.dilated_segments(1024, block=64, segment_lengths=(256, 1024), dilation_rates=(1, 4))
+        BlockPattern(1024 x 1024, block 64 x 64, 76 blocks, density 0.2969)
+    """
     return make(
         "dilated_segments", seqlen_q, seqlen_k, block=block, segment_lengths=segment_lengths,
         dilation_rates=dilation_rates, causal=causal, heads=heads, **rows,
@@ -172,7 +243,13 @@ def hierarchical(
     ranks: int = 1, ranks_per_node: int = 1, causal: bool = False, heads: int = 1, **rows: Unpack[Rows],
 ) -> BlockPattern:  # fmt: skip
     """By place: one density inside a rank, one inside a node, one across nodes (``density`` for those not given); far
-    parts keep the same columns for all rows of a rank."""
+    parts keep the same columns for all rows of a rank.
+
+    Example:
+        >>> tessera.patterns.hierarchical(1024, block=64, local_density=0.5, global_density=0.1,
+        ...     inter_node_density=0.1, ranks=4)
+        BlockPattern(1024 x 1024, block 64 x 64, 48 blocks, density 0.1875)
+    """
     return make(
         "hierarchical", seqlen_q, seqlen_k, block=block, density=density, local_density=local_density,
         global_density=global_density, inter_node_density=inter_node_density, ranks=ranks,
@@ -194,6 +271,16 @@ def from_mask_mod(
 
     Raises:
         TypeError, ValueError: naming the argument; also if mask_mod does not return a bool tensor.
+
+    Example:
+        >>> sinks = lambda b, h, q, k: (q >= k) & ((q - k < 128) | (k < 4))
+        >>> print(tessera.patterns.from_mask_mod(sinks, 384, block=64).ascii())
+        +.....
+        #+....
+        +#+...
+        ++#+..
+        +.+#+.
+        +..+#+
     """
     if not callable(mask_mod):
         raise TypeError(f"mask_mod: got {type(mask_mod).__name__}; allowed: a function of (b, h, q_idx, kv_idx)")

@@ -23,7 +23,15 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 class AttentionWeights(NamedTuple):
-    """Normalised weights of the kept blocks only."""
+    """Normalised weights of the kept blocks only.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> pattern = tessera.patterns.local_window(512, block=64, window=128)
+        >>> weights = tessera.attention_weights(q, k, pattern)
+        >>> weights.block_values.shape == (pattern.num_blocks * 4, 64, 64)
+        True
+    """
 
     block_indices: Tensor  # int64 [blocks, 4]: batch, head, block row, block column
     block_values: Tensor  # fp32 [blocks, block_q, block_k]; 0 where masked and past the ends
@@ -287,6 +295,12 @@ def block_sparse_attention(
 
     Returns:
         out, as q but with Dv columns; 0 in rows that see no key. Or (out, lse).
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> pattern = tessera.patterns.local_window(512, block=64, window=128, causal=True)
+        >>> tessera.block_sparse_attention(q, k, v, pattern).shape
+        torch.Size([1, 512, 4, 32])
     """
     if not (type(q) is Tensor and type(k) is Tensor and type(v) is Tensor and type(pattern) is BlockPattern):
         _check_given(q=q, k=k, v=v)
@@ -360,6 +374,12 @@ def decode(
         page_table: int32 ``[B, ceil(Sk / block_k)]``.
 
     Others and result as :func:`block_sparse_attention`.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, n, 4, 32) for n in (1, 300, 300))
+        >>> pattern = tessera.patterns.dense(1, 300)
+        >>> tessera.decode(q, k, v, pattern).shape
+        torch.Size([1, 1, 4, 32])
     """
     _check_given(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_pattern("pattern", pattern)
@@ -426,6 +446,13 @@ def varlen_attention(
 
     Returns:
         out ``[total_q, H, Dv]``, or (out, lse), lse fp32 ``[H, total_q]``.
+
+    Example:
+        >>> q, k, v = (torch.randn(300, 4, 32) for _ in range(3))  # sequences of 100 and 200 tokens
+        >>> ends = torch.tensor([0, 100, 300])
+        >>> patterns = [tessera.patterns.causal(n, block=64) for n in (100, 200)]
+        >>> tessera.varlen_attention(q, k, v, ends, ends, patterns).shape
+        torch.Size([300, 4, 32])
     """
     _check_given(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if isinstance(patterns, BlockPattern) or not isinstance(patterns, Sequence):
@@ -495,6 +522,11 @@ def dilated_attention(
         attn_bias: of token pairs, ``[B or 1, H or 1, S or 1, S or 1]``; has a gradient, which takes memory of its size.
 
     Others as :func:`block_sparse_attention`.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> tessera.dilated_attention(q, k, v, segment_lengths=(128, 512), dilation_rates=(1, 4)).shape
+        torch.Size([1, 512, 4, 32])
     """
     _check_given(q=q, k=k, v=v)
     segments = _check_list("segment_lengths", segment_lengths), _check_list("dilation_rates", dilation_rates)
@@ -532,7 +564,18 @@ def dilated_attention(
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "bshd") -> tuple[Tensor, Tensor]:
     """Joins partial results over disjoint sets of keys, with gradients. out: ``[B, S, H, Dv]`` (or ``[B, H, S, Dv]``),
-    lse: fp32 ``[B, H, S]``. A side with lse -inf contributes nothing; both -inf gives 0 and -inf."""
+    lse: fp32 ``[B, H, S]``. A side with lse -inf contributes nothing; both -inf gives 0 and -inf.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> dense = tessera.patterns.dense(512, 256)
+        >>> first = tessera.block_sparse_attention(q, k[:, :256], v[:, :256], dense, return_lse=True)
+        >>> second = tessera.block_sparse_attention(q, k[:, 256:], v[:, 256:], dense, return_lse=True)
+        >>> out, lse = tessera.merge(*first, *second)
+        >>> whole = tessera.block_sparse_attention(q, k, v, tessera.patterns.dense(512))
+        >>> torch.allclose(out, whole, atol=1e-5)
+        True
+    """
     _check_given(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if not _check_layout(layout):
         return _ops.merge(out_a, lse_a, out_b, lse_b)
@@ -560,7 +603,15 @@ def attention_weights(
 ) -> AttentionWeights:
     """Normalised weights of the kept blocks only, before dropout. Arguments as :func:`block_sparse_attention`.
     ValueError if they would need more than 16 GiB. No gradients: attn_bias, block_bias and sinks are detached; where q
-    or k require grad, so does the result, and its backward is an error."""
+    or k require grad, so does the result, and its backward is an error.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> pattern = tessera.patterns.causal(512, block=64)
+        >>> weights = tessera.attention_weights(q, k, pattern)
+        >>> weights.shape, weights.block_size
+        ((1, 4, 512, 512), (64, 64))
+    """
     _check_given(q=q, k=k)
     _check_pattern("pattern", pattern)
     options = pack_options(pattern.causal, {

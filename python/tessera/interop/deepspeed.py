@@ -30,7 +30,13 @@ from ..pattern.checks import check_int, check_tensor
 
 def from_layout(layout: Tensor, *, block: int, seqlen: int | None = None) -> BlockPattern:
     """The pattern of a layout: integer or bool ``[heads, rows, cols]``. ``seqlen``: default ``rows * block``. Heads
-    that are all alike become one pattern head."""
+    that are all alike become one pattern head.
+
+    Example:
+        >>> layout = torch.eye(8, dtype=torch.int64)[None]  # [heads, rows, cols]
+        >>> tessera.interop.from_layout(layout, block=64).num_blocks
+        8
+    """
     check_tensor("layout", layout)
     if layout.dim() != 3 or layout.shape[1] != layout.shape[2]:
         raise ValueError(f"layout: got {list(layout.shape)}; allowed: [heads, rows, rows]")
@@ -43,7 +49,12 @@ def from_layout(layout: Tensor, *, block: int, seqlen: int | None = None) -> Blo
 
 def to_layout(pattern: BlockPattern, num_heads: int | None = None) -> Tensor:
     """The layout of a pattern: int64 ``[heads, rows, cols]``; a pattern of one head is repeated ``num_heads`` times.
-    ValueError for patterns that a layout cannot say (bitmaps, batches, unequal block sizes)."""
+    ValueError for patterns that a layout cannot say (bitmaps, batches, unequal block sizes).
+
+    Example:
+        >>> tessera.interop.to_layout(tessera.patterns.causal(512, block=64), num_heads=2).shape
+        torch.Size([2, 8, 8])
+    """
     if pattern.bitmaps is not None or pattern.batches != 1 or pattern.block_q != pattern.block_k:
         raise ValueError(f"pattern: got {pattern!r}; allowed: full square blocks, one batch")
     layout = pattern.to_mask()[0].long()
@@ -56,7 +67,14 @@ def to_layout(pattern: BlockPattern, num_heads: int | None = None) -> Tensor:
 
 def from_sparsity_config(config: Any, seqlen: int) -> BlockPattern:
     """The pattern that a config makes for a length: one of the classes here, DeepSpeed's own, or anything with
-    ``block`` and ``make_layout(seq_len)``."""
+    ``block`` and ``make_layout(seq_len)``.
+
+    Example:
+        >>> from tessera.interop.deepspeed import FixedSparsityConfig
+        >>> config = FixedSparsityConfig(num_heads=2, block=64)
+        >>> tessera.interop.from_sparsity_config(config, 512).shape
+        (512, 512)
+    """
     if not hasattr(config, "make_layout") or not hasattr(config, "block"):
         raise TypeError(f"config: got {type(config).__name__}; allowed: an object with block and make_layout(seq_len)")
     return from_layout(torch.as_tensor(config.make_layout(seqlen)), block=config.block, seqlen=seqlen)

@@ -35,6 +35,12 @@ def from_block_mask(mask: BlockMask, *, seqlen_q: int | None = None, seqlen_k: i
 
     Raises:
         TypeError: not a BlockMask. ValueError: counts or columns that cannot be, or a block listed twice.
+
+    Example:
+        >>> from torch.nn.attention.flex_attention import create_block_mask
+        >>> mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 512, 512, device="cpu")
+        >>> tessera.interop.from_block_mask(mask).shape
+        (512, 512)
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -98,7 +104,13 @@ def _ask(
 def to_block_mask(pattern: BlockPattern, *, device: torch.device | str = "cpu") -> BlockMask:
     """The pattern as a block mask for ``flex_attention``: full blocks as such, partial ones with a ``mask_mod`` that
     reads their bitmaps. Causality and windows that were options of the attention call are not part of a pattern:
-    combine ``mask_mod`` with them. The format grows with rows x cols of blocks."""
+    combine ``mask_mod`` with them. The format grows with rows x cols of blocks.
+
+    Example:
+        >>> mask = tessera.interop.to_block_mask(tessera.patterns.local_window(512, window=128))
+        >>> mask.BLOCK_SIZE
+        (128, 128)
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     if not isinstance(pattern, BlockPattern):

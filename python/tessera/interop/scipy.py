@@ -18,6 +18,12 @@ def from_scipy(
 
     BSR is token pairs with blocks of its own; any other format is a matrix of blocks ``[rows, cols]``, for which
     ``seqlen_q`` and ``seqlen_k`` are needed. As :func:`tessera.interop.from_torch`.
+
+    Example:
+        >>> import scipy.sparse
+        >>> kept = scipy.sparse.csr_array(torch.eye(8).numpy())
+        >>> tessera.interop.from_scipy(kept, seqlen_q=512, seqlen_k=512, block=64).num_blocks
+        8
     """
     import scipy.sparse
 
@@ -47,7 +53,12 @@ def from_scipy(
 
 def to_scipy(pattern: BlockPattern, format: str = "csr", *, head: int = 0, batch: int = 0) -> Any:
     """One head of a pattern as a ``scipy.sparse`` array of bool: "csr" (blocks ``[rows, cols]``) or "bsr" (token
-    pairs). As :func:`tessera.interop.to_torch`."""
+    pairs). As :func:`tessera.interop.to_torch`.
+
+    Example:
+        >>> tessera.interop.to_scipy(tessera.patterns.causal(512, block=64)).nnz
+        36
+    """
     import scipy.sparse
 
     if format not in ("csr", "bsr"):

@@ -33,6 +33,11 @@ def from_torch(
 
     Raises:
         TypeError: no tensor. ValueError: another layout, or sizes that do not fit together.
+
+    Example:
+        >>> kept = torch.eye(8).to_sparse_csr()
+        >>> tessera.interop.from_torch(kept, seqlen_q=512, seqlen_k=512, block=64).num_blocks
+        8
     """
     check_tensor("tensor", tensor)
     tensor = tensor.detach().cpu()
@@ -129,6 +134,10 @@ def to_torch(
             "bsr": token pairs ``[rows * block_q, cols * block_k]``, zero past the ends and where a bitmap says so.
             The dense form is :meth:`tessera.BlockPattern.to_mask`.
         head, batch: which one, 0 .. heads - 1 and 0 .. batches - 1 of the pattern.
+
+    Example:
+        >>> tessera.interop.to_torch(tessera.patterns.causal(512, block=64)).layout
+        torch.sparse_csr
     """
     if not isinstance(pattern, BlockPattern):
         raise TypeError(f"pattern: got {type(pattern).__name__}; allowed: tessera.BlockPattern")

@@ -25,6 +25,12 @@ class BlockSparseAttention(Monitored, nn.Module):
         causal: True, or None: as the pattern (a named one is made causal where causal is True).
         scale, window, softcap, layout: as the function.
         dropout: on the normalised weights, in training.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 4, 32) for _ in range(3))
+        >>> attention = tessera.BlockSparseAttention("dilated_sparse", density=0.2, block=64, causal=True)
+        >>> attention(q, k, v).shape
+        torch.Size([1, 512, 4, 32])
     """
 
     def __init__(

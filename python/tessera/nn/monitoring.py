@@ -68,6 +68,14 @@ class PerformanceMonitor:
     Args:
         sample_every: 1, 1 + n, 1 + 2n, ... are the calls that are compared with dense attention and cost extra time.
         sample_rows: query rows of each head on which quality is judged.
+
+    Example:
+        >>> attention = tessera.BlockSparseAttention("local_window", density=0.5, block=64)
+        >>> monitor = attention.performance_monitor.enable()
+        >>> x = torch.randn(1, 512, 2, 16)
+        >>> out = attention(x, x, x)
+        >>> attention.get_performance_stats()["forwards"]
+        1
     """
 
     def __init__(self, sample_every: int = 100, sample_rows: int = 32) -> None:

@@ -60,6 +60,13 @@ class MultiheadAttention(Monitored, nn.MultiheadAttention):
     Raises:
         ValueError (also an AssertionError and a RuntimeError, as torch raises): shapes, mask dtypes, a pattern of other
             lengths. TypeError: what is not a tensor or pattern.
+
+    Example:
+        >>> attention = tessera.MultiheadAttention(64, 4, pattern="local_window", batch_first=True)
+        >>> x = torch.randn(2, 300, 64)
+        >>> out, weights = attention(x, x, x)
+        >>> out.shape, weights
+        (torch.Size([2, 300, 64]), None)
     """
 
     _pattern: Any = None  # what unpickled torch modules have

@@ -34,6 +34,11 @@ class PatternStatistics(NamedTuple):
 
     Densities count admissible pairs only: all, or with causality those that hold a (q, k) with
     ``k <= q + q_offset``.
+
+    Example:
+        >>> figures = tessera.patterns.causal(512, block=64).statistics()
+        >>> figures.rows, figures.density, figures.empty_rows
+        (8, 1.0, 0)
     """
 
     rows: int  # block rows and columns of one head
@@ -78,6 +83,15 @@ class BlockPattern:
         q_offset: position of query 0 among the keys; None: ``seqlen_k - seqlen_q``, and a pattern without causality may
             stand anywhere.
         q_skip: int, queries of the first block row that come before query 0 (rows of a longer sequence).
+
+    Example:
+        >>> kept = torch.eye(8, dtype=torch.bool)
+        >>> kept[:, 0] = True
+        >>> pattern = tessera.BlockPattern.from_mask(kept, seqlen_q=512, seqlen_k=512, block=64, causal=True)
+        >>> pattern
+        BlockPattern(512 x 512, block 64 x 64, 15 blocks, density 0.4167, causal)
+        >>> (pattern | tessera.patterns.local_window(512, block=64, window=64, causal=True)).num_blocks
+        21
     """
 
     indptr: Tensor

@@ -119,6 +119,11 @@ class PatternConfig:
 
     Fields may be assigned later; each assignment is checked, and takes effect at the next call. ValueError or TypeError
     names the field, what came, and what is allowed.
+
+    Example:
+        >>> config = tessera.PatternConfig("local_window", sparsity_ratio=0.25, block_size=64)
+        >>> tessera.MultiheadAttention(64, 4, pattern=config).pattern == config
+        True
     """
 
     pattern_type: str

@@ -33,7 +33,12 @@ NAMES = (
 
 
 class Spec(NamedTuple):
-    """Everything that defines a named pattern, in the order of the operators that take it; the key of :data:`cache`."""
+    """Everything that defines a named pattern, in the order of the operators that take it; the key of :data:`cache`.
+
+    Example:
+        >>> tessera.patterns.spec("strided", 512, block=64, stride=4).stride
+        4
+    """
 
     kind: str
     seqlen_q: int
@@ -60,7 +65,13 @@ class Spec(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a call asks a source of patterns for. A source is what has ``pattern_for(request) -> BlockPattern``."""
+    """What a call asks a source of patterns for. A source is what has ``pattern_for(request) -> BlockPattern``.
+
+    Example:
+        >>> named = tessera.patterns.Named("local_window", block=64, density=0.5)
+        >>> named.pattern_for(tessera.patterns.Request(512, 512, causal=True))
+        BlockPattern(512 x 512, block 64 x 64, 21 blocks, density 0.5833, causal)
+    """
 
     seqlen_q: int
     seqlen_k: int
@@ -108,7 +119,13 @@ _OPTIONAL = {n for n, kind in _KINDS.items() if kind.endswith("None") or kind.st
 def spec(
     name: str, seqlen_q: int, seqlen_k: int | None = None, *, block: int | Sequence[int] = 128, **options: Any
 ) -> Spec:
-    """The arguments of :func:`tessera.patterns.make`, checked: the one form that operators and the cache take."""
+    """The arguments of :func:`tessera.patterns.make`, checked: the one form that operators and the cache take.
+
+    Example:
+        >>> tessera.patterns.spec("local_window", 512, density=0.2) == tessera.patterns.spec("local_window",
+        ...     512, 512, density=0.2)
+        True
+    """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}; allowed: one of {', '.join(NAMES)}")
     if name not in NAMES:
@@ -134,7 +151,12 @@ def filled(template: Spec, request: Request, heads: int) -> Spec:
 
 
 def of_spec(defined: Spec) -> BlockPattern:
-    """A pattern anew; in a traced graph by the operator that makes it when the graph runs."""
+    """A pattern anew; in a traced graph by the operator that makes it when the graph runs.
+
+    Example:
+        >>> tessera.patterns.of_spec(tessera.patterns.spec("causal", 512, block=64))
+        BlockPattern(512 x 512, block 64 x 64, 36 blocks, density 1, causal)
+    """
     return BlockPattern._make((_t.named_pattern if _traced() else _t.make_pattern)(*defined))
 
 
@@ -144,7 +166,15 @@ def _traced() -> bool:
 
 
 class CacheStats(NamedTuple):
-    """Counts of :data:`cache`."""
+    """Counts of :data:`cache`.
+
+    Example:
+        >>> cache = tessera.patterns.PatternCache(max_entries=1)
+        >>> made = [cache.get("causal", n) for n in (256, 512, 512)]
+        >>> figures = cache.stats()
+        >>> figures.hits, figures.misses, figures.evictions
+        (1, 2, 1)
+    """
 
     hits: int
     misses: int
@@ -158,7 +188,14 @@ class CacheStats(NamedTuple):
 class PatternCache:
     """Named patterns by everything that defines them, the least recently used out first. Modules, integrations and
     graphs ask the process's :data:`cache`, so they share patterns, their transposed forms included. Safe from several
-    threads; two that ask for the same one at once may both make it, and get the same."""
+    threads; two that ask for the same one at once may both make it, and get the same.
+
+    Example:
+        >>> cache = tessera.patterns.PatternCache()
+        >>> first = cache.get("bigbird", 1024, density=0.5)
+        >>> cache.get("bigbird", 1024, density=0.5) is first
+        True
+    """
 
     def __init__(self, max_entries: int = 1024, max_bytes: int = 256 << 20) -> None:
         self.max_entries, self.max_bytes = max_entries, max_bytes
