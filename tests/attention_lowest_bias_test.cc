@@ -3,6 +3,7 @@
 // query: the kernel for decoding.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -129,6 +130,48 @@ TEST(LowestBias, GradientsOfTheOtherRowsAreTheirs) {
     }
     for (int64_t i = 0; i < queries * kDim; ++i) EXPECT_NEAR(dq.get(i), dq64.get(i), tolerance) << i;
   });
+}
+
+// Padding at the left, a row of -inf for all queries: whole blocks of it are skipped, a block that it ends in is not,
+// and what K and V hold there does not matter. As the call on the keys behind it.
+TEST(PaddingAtTheLeft, IsTheCallOnTheOtherKeys) {
+  constexpr int64_t kPadded = 40;  // two blocks of 16 and a half
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+    for (const DType bias_dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+      for (const int64_t queries : {int64_t{20}, int64_t{70}, int64_t{1}}) {
+        for (const Isa isa : usable_isas()) {
+          SCOPED_TRACE(std::string(name_of(dtype)) + " bias " + std::string(name_of(bias_dtype)) + " " +
+                       std::to_string(queries) + " queries " + std::string(name_of(isa)));
+          const Shape shape{.seqlen_q = queries, .seqlen_k = 90, .head_dim = kDim, .head_dim_v = kDim};
+          const DType lse = dtype == DType::f64 ? DType::f64 : DType::f32;
+          Call call(shape, dtype, dense_pattern(queries, 90), dtype, lse);
+          Numbers bias(bias_dtype, {1, 1, 1, 90});
+          for (int64_t k = 0; k < 90; ++k) bias.set(k, k < kPadded ? -std::numeric_limits<double>::infinity() : 0.5);
+          for (int64_t i = 0; i < kPadded * kDim; ++i) {
+            call.k.set(i, 1000);
+            call.v.set(i, -1000);
+          }
+          call.args.options.attn_bias = bias.view;
+          if (dtype != DType::f64) call.args.isa = isa;
+          InlineExecutor executor;
+          forward(call.args, executor);
+
+          Shape rest = shape;
+          rest.seqlen_k -= kPadded;
+          Call other(rest, dtype, dense_pattern(queries, rest.seqlen_k), dtype, lse);
+          for (int64_t i = 0; i < rest.seqlen_k * kDim; ++i) {
+            other.k.set(i, call.k.get(kPadded * kDim + i));
+            other.v.set(i, call.v.get(kPadded * kDim + i));
+          }
+          if (dtype != DType::f64) other.args.isa = isa;
+          forward(other.args, executor);
+          const double tolerance = 16 * std::max(epsilon_of(dtype), epsilon_of(lse));
+          for (int64_t i = 0; i < queries * kDim; ++i) EXPECT_NEAR(call.out.get(i), other.out.get(i), tolerance);
+          for (int64_t i = 0; i < queries; ++i) EXPECT_NEAR(call.lse.get(i), other.lse.get(i) + 0.5, 16 * tolerance);
+        }
+      }
+    }
+  }
 }
 
 }  // namespace

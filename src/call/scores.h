@@ -44,9 +44,11 @@ class ScoreTerms {
 
   double shift(int64_t entry) const { return has_shift ? p_.block_bias[block_bias_ + entry * p_.bias_entry] : 0; }
   double bias(int64_t q, int64_t k) const {
-    if (!has_bias) return 0;
-    return load_as_double(p_.attn_bias, p_.attn_bias_dtype,
-                          attn_bias_ + q * p_.attn_bias_stride[2] + k * p_.attn_bias_stride[3]);
+    return has_bias ? load_as_double(p_.attn_bias, p_.attn_bias_dtype, bias_index(q, k)) : 0;
+  }
+  // Where the bias of a pair lies, in elements.
+  int64_t bias_index(int64_t q, int64_t k) const {
+    return attn_bias_ + q * p_.attn_bias_stride[2] + k * p_.attn_bias_stride[3];
   }
 
  private:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/convert-inl.h"
@@ -26,7 +27,7 @@ template <class T>
 using ProductOf = Fp32Product;
 #endif
 
-inline constexpr int kChunk = 128;  // keys; scores [kChunk][W] are 32 KiB on AVX-512
+inline constexpr int kChunk = kMostKeys;  // keys; scores [kChunk][W] are 32 KiB on AVX-512
 
 // Consecutive keys of one kept block.
 struct Segment {
@@ -53,7 +54,9 @@ class ChunkReader {
         paged_(p.page_table != nullptr),
         q_begin_(p.pattern.shape.query_begin(row)),
         q_end_(p.pattern.shape.query_end(row)),
-        special_(ScoreTerms::any(p) || p.dropout.p > 0) {
+        special_(ScoreTerms::any(p) || p.dropout.p > 0),
+        padded_(p.attn_bias != nullptr && p.attn_bias_stride[2] == 0),
+        terms_(p, b, h) {
     const int64_t id = p.pattern.row_id(b, h, row);
     entry_ = p.pattern.indptr[id];
     end_ = p.pattern.indptr[id + 1];
@@ -87,7 +90,7 @@ class ChunkReader {
   void Open() {
     for (; entry_ < end_; ++entry_) {
       keys_ = mask_.keys(entry_, q_begin_, q_end_);
-      if (keys_.empty()) continue;
+      if (keys_.empty() || Closed(keys_)) continue;
       masked_ = !mask_.full(entry_, q_begin_, q_end_, keys_);
       return;
     }
@@ -107,6 +110,16 @@ class ChunkReader {
     Open();
   }
 
+  // Does a bias of -inf, the same for all queries (padding), hide every one of these keys? An open one ends the search,
+  // most of the time the first.
+  bool Closed(const Interval& keys) const {
+    if (!padded_) return false;
+    for (int64_t k = keys.begin; k < keys.end; ++k) {
+      if (terms_.bias(q_begin_, k) != -std::numeric_limits<double>::infinity()) return false;
+    }
+    return true;
+  }
+
   // Are the entry's keys the neighbours in memory of the last ones of the chunk?
   bool Joins(const Chunk& chunk) const {
     if (chunk.count == 0 || entry_ == end_ || paged_) return false;
@@ -118,6 +131,8 @@ class ChunkReader {
   const bool in_place_, paged_;
   const int64_t q_begin_, q_end_;
   const bool special_;  // every segment alone
+  const bool padded_;
+  const ScoreTerms terms_;
   int64_t entry_ = 0, end_ = 0;
   Interval keys_;  // left of the entry
   bool masked_ = false;

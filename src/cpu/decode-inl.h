@@ -277,10 +277,9 @@ class DecodeKernel {
       }
     }
     for (int64_t row = 0; row < rows_ && terms_of(0).has_bias; ++row) {
-      const ScoreTerms terms = terms_of(row);
-      for (int64_t j = 0; j < tile.keys; ++j) {
-        s[j * row_slots_ + row] += BiasInLog2(terms.bias(row % p_.seqlen_q, tile.k + j));
-      }
+      float bias[kTile];
+      LoadBiasRow(p_, terms_of(row), row % p_.seqlen_q, tile.k, tile.keys, bias);
+      for (int64_t j = 0; j < tile.keys; ++j) s[j * row_slots_ + row] += bias[j];
     }
   }
 

@@ -209,16 +209,17 @@ class RowKernel {
     const PanelPlace place{b_, h_, panel.q, segment.k, panel.rows, keys, segment.entry};
     float factor = factor_;
     // A scale of 0 goes in before the masks do: 0 * -inf is no weight.
-    if (ScoreTerms::any(p_) || factor == 0) {
-      ModifyScores<NV>(p_, place, factor, scores_);
+    const bool modified = ScoreTerms::any(p_) || factor == 0;
+    if (modified) {
+      ModifyScores<NV>(p_, place, factor, scores_, max);
       factor = 1.0f;
     }
     uint64_t bits[kChunk];
     if (masked) {
       mask_.bits_by_key(segment.entry, panel.q, panel.rows, segment.k, keys, bits);
       MaskPanel<NV>(bits, keys, kNegInf, scores_);
+      ColumnMax<NV>(scores_, keys, max);
     }
-    ColumnMax<NV>(scores_, keys, max);
     Raise<NV>(panel, max, factor);
     if constexpr (kPairs) {
       Weights<NV, true>(scores_, keys, factor, panel.reference, panel.sum);

@@ -12,10 +12,14 @@
 #include "call/pair_mask.h"
 #include "call/philox.h"
 #include "call/scores.h"
+#include "cpu/panel-inl.h"
 #include "cpu/softmax-inl.h"
+#include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace tessera::cpu::TESSERA_KERNELS {
+
+inline constexpr int kMostKeys = 128;  // of a panel of scores
 
 // Where a panel of scores lies in the problem: `rows` queries from `q`, `keys` keys from `k`, all of one kept block.
 struct PanelPlace {
@@ -63,27 +67,99 @@ struct LaneScores {
   Vec slope, shift;  // of one head, or of each lane's
 };
 
-// scores [keys][W] * factor (log2 units) become scores with all their terms.
+// BiasInLog2 of a vector.
+HWY_INLINE Vec BiasInLog2(Vec bias) {
+  const Floats d;
+  const Vec bounded = AtLeast(hn::Set(d, static_cast<float>(kLowestBias)), bias);
+  return hn::Mul(hn::Set(d, kLog2e), hn::IfThenElse(hn::Eq(bias, hn::Set(d, kNegInf)), bias, bounded));
+}
+
+template <class T>
+HWY_INLINE void BiasRow(const T* from, int64_t n, float* to) {
+  const Floats d;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(BiasInLog2(LoadFloats(from + i)), d, to + i);
+  for (; i < n; ++i) to[i] = BiasInLog2(double{ToFloat(from[i])});
+}
+
+// Biases of query q and n keys from k on, in log2 units.
+HWY_INLINE void LoadBiasRow(const Problem& p, const ScoreTerms& terms, int64_t q, int64_t k, int64_t n, float* to) {
+  if (p.attn_bias_stride[3] == 0 && n > 0) {
+    std::fill_n(to, n, BiasInLog2(terms.bias(q, k)));
+    return;
+  }
+  if (p.attn_bias_stride[3] == 1) {
+    const int64_t at = terms.bias_index(q, k);
+    switch (p.attn_bias_dtype) {
+      case DType::f32: return BiasRow(reinterpret_cast<const float*>(p.attn_bias) + at, n, to);
+      case DType::bf16: return BiasRow(reinterpret_cast<const bfloat16*>(p.attn_bias) + at, n, to);
+      case DType::f16: return BiasRow(reinterpret_cast<const float16*>(p.attn_bias) + at, n, to);
+      default: break;
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) to[i] = BiasInLog2(terms.bias(q, k + i));
+}
+
+// Biases of a panel as vectors of queries: a row of them for each key, or one number where all queries have the same.
+class PanelBias {
+ public:
+  PanelBias(const Problem& p, const ScoreTerms& terms, const PanelPlace& place, int64_t width) : width_(width) {
+    if (!terms.has_bias) return;
+    if (p.attn_bias_stride[2] == 0) {
+      kind_ = kOfKey;
+      LoadBiasRow(p, terms, place.q, place.k, place.keys, lanes_);
+      return;
+    }
+    kind_ = kOfPair;
+    HWY_ALIGN float rows[kLanes * kMostKeys];
+    for (int64_t r = 0; r < width; r += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, place.rows - r);
+      for (int64_t i = 0; i < count; ++i) {
+        LoadBiasRow(p, terms, place.q + r + i, place.k, place.keys, rows + i * kMostKeys);
+      }
+      RowsToLanes<1>(static_cast<const float*>(rows), kMostKeys, count, place.keys, 1.0f, lanes_ + r, width);
+    }
+  }
+
+  // Of key i and the queries of vector v.
+  HWY_INLINE Vec Add(Vec x, int64_t i, int v) const {
+    const Floats d;
+    if (kind_ == kOfKey) return hn::Add(x, hn::Set(d, lanes_[i]));
+    return kind_ == kOfPair ? hn::Add(x, hn::Load(d, lanes_ + i * width_ + v * kLanes)) : x;
+  }
+
+ private:
+  enum Kind { kNone, kOfKey, kOfPair };
+  Kind kind_ = kNone;
+  const int64_t width_;
+  HWY_ALIGN float lanes_[kMostKeys * kMaxPanel];  // [keys][width], or [keys]
+};
+
+// scores [keys][W] * factor (log2 units) become scores with all their terms; their column maxima go to `max`.
 template <int NV>
-HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float factor, float* scores) {
+HWY_NOINLINE void ModifyScores(const Problem& p, const PanelPlace& place, float factor, float* scores, float* max) {
   const Floats d;
   constexpr int W = NV * kLanes;
   const ScoreTerms terms(p, place.b, place.h);
   const LaneScores lanes(terms, place.entry, factor);
+  const PanelBias bias(p, terms, place, W);
   const int64_t first_distance = place.q + terms.diagonal - place.k;
-  Vec derivative;
+  Vec derivative, most[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) most[v] = hn::Set(d, kNegInf);
   for (int64_t i = 0; i < place.keys; ++i) {
     const Vec distance = hn::Add(hn::Iota(d, 0), hn::Set(d, static_cast<float>(first_distance - i)));
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       float* s = scores + i * W + v * kLanes;
       const Vec gap = hn::Add(distance, hn::Set(d, static_cast<float>(v * kLanes)));
-      hn::Store(lanes.Score(hn::Load(d, s), gap, derivative), d, s);
+      const Vec x = bias.Add(lanes.Score(hn::Load(d, s), gap, derivative), i, v);
+      hn::Store(x, d, s);
+      most[v] = hn::Max(most[v], x);
     }
   }
-  if (!terms.has_bias) return;
-  for (int64_t r = 0; r < place.rows; ++r) {
-    for (int64_t i = 0; i < place.keys; ++i) scores[i * W + r] += BiasInLog2(terms.bias(place.q + r, place.k + i));
-  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) hn::Store(most[v], d, max + v * kLanes);
 }
 
 // Writes `value` where a query does not admit a key.

@@ -110,7 +110,7 @@ class ScoreModifier {
 
   // Biases of query q and `keys` keys from k on, in log2 units; 0 up to width. False: there are none.
   bool LoadBias(int64_t q, int64_t k, int64_t keys, int64_t width, float* to) const {
-    for (int64_t i = 0; i < keys && terms_.has_bias; ++i) to[i] = BiasInLog2(terms_.bias(q, k + i));
+    if (terms_.has_bias) LoadBiasRow(p_, terms_, q, k, keys, to);
     std::fill(to + keys, to + width, 0.0f);
     return terms_.has_bias;
   }

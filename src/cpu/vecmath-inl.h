@@ -27,9 +27,9 @@ inline constexpr double kLn2 = 0.6931471805599453;
 
 // A bias in log2 units. -inf means that there is no key, and no other number may become that: masks of the lowest float
 // are common, and a row of nothing else has weights. (Their differences are lost: they all count as -2.35e38.)
+inline constexpr double kLowestBias = -2.35e38;
 inline float BiasInLog2(double bias) {
-  constexpr double kLowest = -2.35e38;
-  if (bias < kLowest && bias != -std::numeric_limits<double>::infinity()) bias = kLowest;
+  if (bias < kLowestBias && bias != -std::numeric_limits<double>::infinity()) bias = kLowestBias;
   return kLog2e * static_cast<float>(bias);
 }
 
