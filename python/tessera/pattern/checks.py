@@ -23,13 +23,14 @@ def field_kinds(cls: Any) -> dict[str, str]:
 
 
 def check_int(name: str, value: Any, minimum: int | None = None) -> int:
-    """``value`` as int, or TypeError/ValueError that names the argument."""
+    """``value`` as int, also one of a traced graph, or TypeError/ValueError that names the argument."""
     if isinstance(value, bool):
         raise TypeError(f"{name}: got bool {value}; allowed: an integer")
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: an integer") from None
+    if type(value) is not int and not isinstance(value, torch.SymInt):  # index() would make a number of a symbol
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: got {type(value).__name__} {value!r}; allowed: an integer") from None
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: got {value}; allowed: integers of 64 bits")
     if minimum is not None and value < minimum:
