@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 
 import pytest
@@ -11,7 +11,9 @@ import tessera
 
 import torch
 
-MODULES = ["tessera", "tessera.patterns", "tessera.analysis", "tessera.interop"]
+MODULES = ["tessera", "tessera.patterns", "tessera.analysis", "tessera.interop", "tessera.interop.deepspeed"]
+if importlib.util.find_spec("lightning") is not None:
+    MODULES.append("tessera.integrations.lightning")
 
 
 def _names():

@@ -38,7 +38,14 @@ STATS = {
 
 
 def monitored(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules inside that measure themselves (``performance_monitor``, ``get_performance_stats``), by name."""
+    """The modules inside that measure themselves (``performance_monitor``, ``get_performance_stats``), by name.
+
+    Example:
+        >>> from tessera.integrations.lightning import monitored
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), tessera.MultiheadAttention(64, 4))
+        >>> list(monitored(model))
+        ['1']
+    """
     return {
         name: m
         for name, m in module.named_modules()
@@ -64,6 +71,11 @@ class AttentionStats(Callback):
     Raises:
         ImportError: Lightning is older than 2.6. ValueError: when training begins and the model has no module that
         measures itself.
+
+    Example:
+        >>> from tessera.integrations.lightning import AttentionStats
+        >>> AttentionStats(every_n_steps=10).every_n_steps
+        10
     """
 
     def __init__(

@@ -87,6 +87,11 @@ class SparsityConfig:
         num_heads: heads of the attention.
         block: tokens of a block, a multiple of 16 in 16..256.
         different_layout_per_head: heads have layouts of their own; otherwise all have that of the first.
+
+    Example:
+        >>> from tessera.interop.deepspeed import SparsityConfig
+        >>> SparsityConfig(num_heads=2, block=64).num_heads
+        2
     """
 
     attention = "bidirectional"
@@ -122,7 +127,13 @@ class SparsityConfig:
 
 
 class DenseSparsityConfig(SparsityConfig):
-    """Every block."""
+    """Every block.
+
+    Example:
+        >>> from tessera.interop.deepspeed import DenseSparsityConfig, from_sparsity_config
+        >>> from_sparsity_config(DenseSparsityConfig(num_heads=2, block=64), 1024).shape
+        (1024, 1024)
+    """
 
     def _fill(self, layout: Tensor, head: int) -> None:
         layout.fill_(1)
@@ -132,7 +143,13 @@ class FixedSparsityConfig(SparsityConfig):
     """Local windows of ``num_local_blocks``, one after the other, and in each window ``num_global_blocks``
     representatives that everybody sees (unidirectional: everybody after them): the last ones, or, with
     ``num_different_global_patterns``, by head the last, the last but one, ... group. ``horizontal_global_attention``:
-    they also see everybody."""
+    they also see everybody.
+
+    Example:
+        >>> from tessera.interop.deepspeed import FixedSparsityConfig, from_sparsity_config
+        >>> from_sparsity_config(FixedSparsityConfig(num_heads=2, block=64), 1024).shape
+        (1024, 1024)
+    """
 
     def __init__(
         self,
@@ -186,7 +203,13 @@ class FixedSparsityConfig(SparsityConfig):
 
 class VariableSparsityConfig(SparsityConfig):
     """Local windows of the sizes in ``local_window_blocks``, the last size again to the end; global blocks by index, or
-    ranges of them up to ``global_block_end_indices``; ``num_random_blocks`` a row."""
+    ranges of them up to ``global_block_end_indices``; ``num_random_blocks`` a row.
+
+    Example:
+        >>> from tessera.interop.deepspeed import VariableSparsityConfig, from_sparsity_config
+        >>> from_sparsity_config(VariableSparsityConfig(num_heads=2, block=64), 1024).shape
+        (1024, 1024)
+    """
 
     def __init__(
         self,
@@ -225,7 +248,13 @@ class VariableSparsityConfig(SparsityConfig):
 
 class BigBirdSparsityConfig(SparsityConfig):
     """``num_random_blocks`` a row, a sliding window of ``num_sliding_window_blocks`` around the diagonal, and the first
-    ``num_global_blocks`` as rows and columns."""
+    ``num_global_blocks`` as rows and columns.
+
+    Example:
+        >>> from tessera.interop.deepspeed import BigBirdSparsityConfig, from_sparsity_config
+        >>> from_sparsity_config(BigBirdSparsityConfig(num_heads=2, block=64), 1024).shape
+        (1024, 1024)
+    """
 
     def __init__(
         self,
@@ -254,7 +283,13 @@ class BigBirdSparsityConfig(SparsityConfig):
 
 class BSLongformerSparsityConfig(SparsityConfig):
     """A sliding window of ``num_sliding_window_blocks`` around the diagonal, and global blocks as rows and columns: by
-    index, or ranges of them up to ``global_block_end_indices``."""
+    index, or ranges of them up to ``global_block_end_indices``.
+
+    Example:
+        >>> from tessera.interop.deepspeed import BSLongformerSparsityConfig, from_sparsity_config
+        >>> from_sparsity_config(BSLongformerSparsityConfig(num_heads=2, block=64), 1024).shape
+        (1024, 1024)
+    """
 
     def __init__(
         self,
@@ -279,7 +314,13 @@ class BSLongformerSparsityConfig(SparsityConfig):
 
 class LocalSlidingWindowSparsityConfig(SparsityConfig):
     """A sliding window of ``num_sliding_window_blocks`` around the diagonal; unidirectional (the default here): its
-    earlier half."""
+    earlier half.
+
+    Example:
+        >>> from tessera.interop.deepspeed import LocalSlidingWindowSparsityConfig, from_sparsity_config
+        >>> from_sparsity_config(LocalSlidingWindowSparsityConfig(num_heads=2, block=64), 1024).shape
+        (1024, 1024)
+    """
 
     def __init__(
         self, num_heads: int, block: int = 16, num_sliding_window_blocks: int = 3, attention: str = "unidirectional"
