@@ -11,7 +11,8 @@ import tessera
 
 import torch
 
-MODULES = ["tessera", "tessera.patterns", "tessera.analysis", "tessera.interop", "tessera.interop.deepspeed"]
+MODULES = ["tessera", "tessera.patterns", "tessera.analysis", "tessera.interop", "tessera.interop.deepspeed",
+           "tessera.guides"]  # fmt: skip
 if importlib.util.find_spec("lightning") is not None:
     MODULES.append("tessera.integrations.lightning")
 

@@ -29,6 +29,11 @@ class BlockSparseRingDilatedAttention(Configured):
         dropout: probability with which a weight is dropped in training.
         ring_size: 1. use_adaptive_sparsity: False. Later versions take others.
         enable_memory_pool: taken, without effect: there is nothing to pool, as no buffer grows with the sequence.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> tessera.BlockSparseRingDilatedAttention(sparsity_ratio=0.25, block_size=64)(q, k, v).shape
+        torch.Size([1, 512, 2, 16])
     """
 
     def __init__(
@@ -95,7 +100,13 @@ class BlockSparseRingDilatedAttention(Configured):
 
 
 class BlockSparseRingDilatedAttentionV2(BlockSparseRingDilatedAttention):
-    """The same under its later name."""
+    """The same under its later name.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> tessera.BlockSparseRingDilatedAttentionV2(sparsity_ratio=0.25, block_size=64)(q, k, v).shape
+        torch.Size([1, 512, 2, 16])
+    """
 
 
 class BlockSparseRingMultiheadDilatedAttention(Configured, MultiheadAttention):
@@ -108,6 +119,12 @@ class BlockSparseRingMultiheadDilatedAttention(Configured, MultiheadAttention):
         embed_dim .. dtype: as torch.
         use_layer_norm: normalises the joined heads before the output projection (as LongNet does); has parameters.
         Others as BlockSparseRingDilatedAttention.
+
+    Example:
+        >>> x = torch.randn(1, 512, 64)
+        >>> attention = tessera.BlockSparseRingMultiheadDilatedAttention(64, 4, sparsity_ratio=0.25)
+        >>> attention(x)[0].shape
+        torch.Size([1, 512, 64])
     """
 
     def __init__(
@@ -220,6 +237,12 @@ class BlockSparseRingMultiheadDilatedAttentionV2(BlockSparseRingMultiheadDilated
     What calls it as an nn.MultiheadAttention must pass need_weights, as torch's own layers do: with need_weights given,
     also as False, the result is torch's (output, weights or None). Without it, ``attention(x)[0]`` is the first batch
     element.
+
+    Example:
+        >>> x = torch.randn(1, 512, 64)
+        >>> attention = tessera.BlockSparseRingMultiheadDilatedAttentionV2(64, 4, sparsity_ratio=0.25)
+        >>> attention(x).shape
+        torch.Size([1, 512, 64])
     """
 
     def forward(

@@ -37,7 +37,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 def create_block_sparse_attention(variant: str = "auto", **arguments: Any) -> nn.Module:
     """variant "base": BlockSparseRingDilatedAttention; "multihead": BlockSparseRingMultiheadDilatedAttention; "auto":
-    multihead where embed_dim is given, else base. arguments: those of the class."""
+    multihead where embed_dim is given, else base. arguments: those of the class.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> attention = tessera.create_block_sparse_attention("base", sparsity_ratio=0.25, block_size=64)
+        >>> attention(q, k, v).shape
+        torch.Size([1, 512, 2, 16])
+    """
     if variant == "auto":
         variant = "multihead" if "embed_dim" in arguments else "base"
     if variant == "base":
@@ -50,7 +57,14 @@ def create_block_sparse_attention(variant: str = "auto", **arguments: Any) -> nn
 def create_multihead_block_sparse(
     embed_dim: int, num_heads: int, **arguments: Any
 ) -> BlockSparseRingMultiheadDilatedAttention:
-    """BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments)."""
+    """BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments).
+
+    Example:
+        >>> x = torch.randn(1, 512, 64)
+        >>> attention = tessera.create_multihead_block_sparse(64, 4, sparsity_ratio=0.25)
+        >>> attention(x)[0].shape
+        torch.Size([1, 512, 64])
+    """
     return BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **arguments)
 
 
@@ -58,14 +72,27 @@ create_block_sparse_multihead_attention = create_multihead_block_sparse
 
 
 def get_block_sparse_preset(preset: str, **arguments: Any) -> nn.Module:
-    """An attention module made by create_block_sparse_attention with the preset's arguments; ``arguments`` override."""
+    """An attention module made by create_block_sparse_attention with the preset's arguments; ``arguments`` override.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> tessera.get_block_sparse_preset("local")(q, k, v).shape
+        torch.Size([1, 512, 2, 16])
+    """
     if preset not in _PRESETS:
         reject("preset", preset, ", ".join(_PRESETS))
     return create_block_sparse_attention(**{**_PRESETS[preset], **arguments})
 
 
 def create_dilated_attention(attention_type: str, **arguments: Any) -> nn.Module:
-    """attention_type block_sparse_ring: BlockSparseRingDilatedAttention."""
+    """attention_type block_sparse_ring: BlockSparseRingDilatedAttention.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> attention = tessera.create_dilated_attention("block_sparse_ring", sparsity_ratio=0.25)
+        >>> attention(q, k, v).shape
+        torch.Size([1, 512, 2, 16])
+    """
     if attention_type != "block_sparse_ring":
         reject("attention_type", attention_type, "block_sparse_ring")
     return BlockSparseRingDilatedAttention(**arguments)

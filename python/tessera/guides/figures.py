@@ -15,7 +15,13 @@ from .generator import as_pattern
 
 def pattern_statistics(pattern: Any, block_size: int = 128, causal: bool = False) -> dict[str, float]:
     """Figures of a BlockPattern, or of a bool tensor of blocks: density, sparsity, avg/min/max/std_row_density and
-    _column_density, diagonal_density, empty_rows, kept_blocks, load_imbalance."""
+    _column_density, diagonal_density, empty_rows, kept_blocks, load_imbalance.
+
+    Example:
+        >>> figures = tessera.pattern_statistics(tessera.patterns.causal(512, block=64), causal=True)
+        >>> figures["density"], figures["empty_rows"]
+        (1.0, 0)
+    """
     found = as_pattern(pattern, block_size).statistics(causal=causal)
     stats: dict[str, float] = {
         name: getattr(found, name)
@@ -44,7 +50,15 @@ def pattern_statistics(pattern: Any, block_size: int = 128, causal: bool = False
 
 
 class PatternVisualizer:
-    """Draws patterns."""
+    """Draws patterns.
+
+    Example:
+        >>> print(tessera.PatternVisualizer().visualize_pattern(tessera.patterns.causal(256, block=64)))
+        #...
+        ##..
+        ###.
+        ####
+    """
 
     def visualize_pattern(
         self,
@@ -76,7 +90,15 @@ class PatternMetrics(NamedTuple):
 
 
 class PatternQualityAnalyzer:
-    """Judges a pattern against the true attention."""
+    """Judges a pattern against the true attention.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> pattern = tessera.patterns.local_window(512, block=64, density=0.5)
+        >>> found = tessera.PatternQualityAnalyzer().analyze_pattern_quality(pattern, query=q, key=k)
+        >>> 0 < found.coverage_ratio < 1
+        True
+    """
 
     def analyze_pattern_quality(
         self,
@@ -140,7 +162,14 @@ class PatternQualityAnalyzer:
 
 
 class PatternOptimizer:
-    """Looks for the cheapest pattern that holds a share of the attention mass."""
+    """Looks for the cheapest pattern that holds a share of the attention mass.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 512, 2, 16) for _ in range(3))
+        >>> config, found = tessera.PatternOptimizer(0.8, block_size=64).optimize(q, k, causal=True)
+        >>> found.coverage >= 0.8
+        True
+    """
 
     def __init__(self, target_coverage: float = 0.9, block_size: int = 128) -> None:
         self.target_coverage = target_coverage
@@ -194,7 +223,13 @@ def estimate_memory_savings(
     causal: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """As the method of that name, for a configuration alone."""
+    """As the method of that name, for a configuration alone.
+
+    Example:
+        >>> config = tessera.PatternConfig("local_window", sparsity_ratio=0.25)
+        >>> tessera.estimate_memory_savings(1024, config)["dense_mb"]
+        4.0
+    """
     check_sizes(seq_len, num_heads, batch_size, dtype)
     pattern = PatternConfig.of(sparse_config).pattern(seq_len, causal=causal, heads=num_heads)
     share = pattern.statistics(causal=causal).density

@@ -108,7 +108,14 @@ class PatternStore(MutableMapping[Hashable, BlockPattern]):
 
 
 class SparsePatternGenerator:
-    """Patterns of one configuration, for any length. ``config``: any form that PatternConfig.of takes."""
+    """Patterns of one configuration, for any length. ``config``: any form that PatternConfig.of takes.
+
+    Example:
+        >>> generator = tessera.SparsePatternGenerator(pattern_type="local_window", sparsity_ratio=0.5,
+        ...     block_size=64)
+        >>> generator.generate_pattern(512, causal=True)
+        BlockPattern(512 x 512, block 64 x 64, 21 blocks, density 0.5833, causal)
+    """
 
     def __init__(self, config: Any = None, **fields: Any) -> None:
         self.config = PatternConfig.of(config, **fields)
