@@ -97,7 +97,8 @@ struct ForwardInfo {
 };
 
 // dtype of q, k, v, out: fp32, bf16, fp16 (fp32 accumulation), or fp64 (the plain reference kernel, slow).
-// Sq <= 16 takes the decode schedule: the same numbers within rounding, split over keys.
+// Few queries take the decode schedule, split over keys: Sq <= 5; Sq <= 8 on more than 16 keys; Sq <= 16 on more than
+// 512. The same numbers within rounding.
 ForwardInfo forward(const ForwardArgs& args, Executor& executor);
 
 // Packed sequences: sequence i is rows cu_seqlens_q[i] .. cu_seqlens_q[i + 1] of q and out, likewise k and v.

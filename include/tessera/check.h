@@ -20,8 +20,8 @@
 
 namespace tessera {
 
-// How the kernel is reached: a batch with more than 16 queries, at most 16 (decode schedule), packed sequences, a paged
-// cache, or dilated attention.
+// How the kernel is reached: a batch with more than 16 queries, at most 16 (the decode schedule where keys are more
+// than a few), packed sequences, a paged cache, or dilated attention.
 enum class CheckPath : uint8_t { panel, decode, varlen, paged, dilated };
 std::string_view name_of(CheckPath path);  // "panel", "decode", "varlen", "paged", "dilated"
 

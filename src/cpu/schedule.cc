@@ -21,7 +21,15 @@ namespace {
 
 static_assert(Scratch::kAlign <= Buffer::kAlign);
 
-constexpr int64_t kDecodeQueries = 16;  // up to here a call takes the decode schedule
+// Whether a problem takes the decode schedule: few queries, whose time is that of reading K and V. Its time goes with
+// the queries, that of a panel of queries is the same for 1 and for 16 of them; and decode has to join its partial
+// results. So where keys are few, or queries many for it, they go as a panel (64 sequences of 8 heads and 8 tokens:
+// 1,455 -> 356 us; 16 queries on 64 to 512 keys: .75 of the time). By shape alone: results must not depend on threads.
+bool takes_decode(const Problem& p) {
+  if (p.seqlen_q > 16 || p.pattern.shape.rows() != 1) return false;
+  const bool panel = p.seqlen_q > 8 ? p.seqlen_k <= 512 : p.seqlen_q > 5 && p.seqlen_k <= 16;
+  return !panel;
+}
 
 // A decode unit reads about this many bytes of K and V (long streams, little to join), but fewer where the call would
 // then have less than kDecodeUnits of them, and never less than kDecodeLeastKeys keys.
@@ -193,7 +201,7 @@ ForwardInfo forward(std::span<const Problem> problems, Isa isa, Executor& execut
   size_t panel_scratch = 0, decode_scratch = 0;
   for (const Problem& p : problems) {
     if (p.batch == 0 || p.heads == 0 || p.seqlen_q == 0) continue;
-    if (p.seqlen_q <= kDecodeQueries && p.pattern.shape.rows() == 1) {
+    if (takes_decode(p)) {
       decodes.emplace_back(p);
       decode_units.add(decodes.back().units());
       decode_scratch = std::max(decode_scratch, decode_kernels.scratch(p));

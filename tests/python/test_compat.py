@@ -651,3 +651,20 @@ def test_a_density_beside_a_preset_decides(preset, named):
         assert abs(module.density(8192) - 0.3) < 0.02
     both = tessera.get_block_sparse_preset("local", density=0.3, local_window_size=512)
     assert both.sparse_config.local_window_size == 512 and not both.sparse_config.density_decides
+
+
+def test_figures_of_a_causal_pattern_take_its_causality(tmp_path):
+    """Said once: what these functions leave open is the pattern's."""
+    p = tessera.patterns.local_window(256, block=32, density=0.4, causal=True)
+    plain = p.without_causality()
+    assert tessera.pattern_statistics(p) == tessera.pattern_statistics(plain, causal=True)
+    assert tessera.pattern_statistics(plain)["density"] < tessera.pattern_statistics(p)["density"]
+    tessera.PatternVisualizer().visualize_pattern(p, save_path=str(tmp_path / "p.png"))
+    q, k, v = torch.randn(3, 1, 256, 1, 16)
+    analyzer = tessera.PatternQualityAnalyzer()
+    said = analyzer.analyze_pattern_quality(plain, query=q, key=k, value=v, causal=True)
+    assert analyzer.analyze_pattern_quality(p, query=q, key=k, value=v) == said
+    weights = torch.softmax(torch.randn(1, 1, 256, 256).masked_fill(torch.ones(256, 256).triu(1) > 0, -1e9), -1)
+    said = analyzer.analyze_pattern_quality(plain, weights, causal=True)
+    assert analyzer.analyze_pattern_quality(p, weights) == said
+    assert tessera.estimate_memory_savings(256, "local_window", causal=True)["density"] > 0

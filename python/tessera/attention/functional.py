@@ -363,7 +363,7 @@ def decode(
     """Attention of a few new queries over a key/value cache; no gradients.
 
     Args:
-        q: ``[B, Sq, H, D]``, the newest Sq tokens (Sq <= 16 takes the schedule that splits over keys).
+        q: ``[B, Sq, H, D]``, the newest Sq tokens (few of them on many keys are split over keys).
         k_cache, v_cache: ``[B, Sk, Hkv, D]``, ``[B, Sk, Hkv, Dv]``; with ``page_table`` pages ``[pages, block_k, Hkv,
             D]`` and ``Dv`` (always in this order).
         pattern: of (Sq, Sk), Sk the capacity of the cache. A pattern made for queries at the end of the capacity is

@@ -13,7 +13,7 @@ from ..pattern.checks import check_int, check_tensor, reject
 from .generator import as_pattern
 
 
-def pattern_statistics(pattern: Any, block_size: int = 128, causal: bool = False) -> dict[str, float]:
+def pattern_statistics(pattern: Any, block_size: int = 128, causal: bool | None = None) -> dict[str, float]:
     """Figures of a BlockPattern, or of a bool tensor of blocks: density, sparsity, avg/min/max/std_row_density and
     _column_density, diagonal_density, empty_rows, kept_blocks, load_imbalance.
 
@@ -67,7 +67,7 @@ class PatternVisualizer:
         save_path: str | None = None,
         head: int = 0,
         block_size: int = 128,
-        causal: bool = False,
+        causal: bool | None = None,
     ) -> str:
         """Writes a PNG to save_path if given; returns the pattern as text."""
         pattern = as_pattern(pattern, block_size)
@@ -109,7 +109,7 @@ class PatternQualityAnalyzer:
         key: Tensor | None = None,
         value: Tensor | None = None,
         block_size: int = 128,
-        causal: bool = False,
+        causal: bool | None = None,
         **options: Any,
     ) -> PatternMetrics:
         """sparse_pattern: a BlockPattern, or a bool tensor of blocks. reference_attention: dense weights [B, H, Sq, Sk]
@@ -135,7 +135,7 @@ class PatternQualityAnalyzer:
             zero_q = torch.zeros(batch, seqlen_q, heads, 1)
             zero_k = torch.zeros(batch, seqlen_k, heads, 1)
             found = analysis.quality(zero_q, zero_k, None, pattern, attn_bias=weights.float().log(), causal=causal)
-            error = self._error_of_weights(weights, pattern, causal)
+            error = self._error_of_weights(weights, pattern, bool(causal or pattern.causal))
         return PatternMetrics(
             found.coverage, found.locality, found.efficiency, error, found.density, found.oracle_coverage
         )
@@ -232,5 +232,5 @@ def estimate_memory_savings(
     """
     check_sizes(seq_len, num_heads, batch_size, dtype)
     pattern = PatternConfig.of(sparse_config).pattern(seq_len, causal=causal, heads=num_heads)
-    share = pattern.statistics(causal=causal).density
+    share = pattern.statistics().density
     return savings(seq_len, num_heads, batch_size, cells_of(pattern, num_heads), share, dtype)
