@@ -304,7 +304,7 @@ Record demo_pictures(Context& context, const DemoSample& sample, const Record& s
   for (const DemoPattern& p : sample.patterns) {
     if (p.name.rfind("preset ", 0) != 0) continue;
     std::string title = p.name.substr(7);
-    if (p.choice.dilated()) title += fmt::format(": {:.1f} % of pairs, in", 100 * p.density);
+    if (p.choice.dilated()) title += fmt::format(", {:.1f} % of pairs", 100 * p.density);
     panels.push_back(draw_pattern(p.pattern, {.title = title, .causal = true, .size = kPanel}));
   }
   write("patterns.png",

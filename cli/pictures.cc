@@ -1,7 +1,10 @@
 #include "pictures.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
+#include <span>
+#include <vector>
 
 #include <fmt/format.h>
 #include <unistd.h>
@@ -46,7 +49,11 @@ Image draw_mass(const MassMap& mass, int64_t head, const std::string& title, int
   options.max = 1;
   options.log_scale = true;
   options.size = size;
-  return draw_heat_map(mass.head(0, head), s.rows(), s.cols(), options);
+  // Blocks without a pair (the future) have no mass that a logarithm could show, and not the colour of a little either.
+  const std::span<const float> values = mass.head(0, head);
+  std::vector<float> shown(values.begin(), values.end());
+  std::ranges::replace(shown, 0.0f, std::numeric_limits<float>::quiet_NaN());
+  return draw_heat_map(shown, s.rows(), s.cols(), options);
 }
 
 std::optional<Image> draw_quality_curves(const std::vector<CurvePoint>& points) {

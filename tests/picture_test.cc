@@ -9,6 +9,7 @@
 #include "io_files.h"
 #include "picture/canvas.h"
 #include "picture/font.h"
+#include "tessera/patterns.h"
 #include "tessera/picture.h"
 
 namespace tessera {
@@ -220,6 +221,36 @@ TEST(Lines, EdgesAndErrors) {
   expect_error([&] { draw_lines(std::vector<Series>(13)); }, "at most 12");
   expect_error([&] { draw_lines(one, {.y_min = 2.0, .y_max = 1.0}); }, "y_min");
   expect_error([&] { draw_lines(one, {.width = 10}); }, "200 to 8192");
+}
+
+// A million points are drawn column by column of pixels, in well under a second (a minute and more when every point
+// was); what is seen is what they are: a curve between -1 and 1 fills the plot from edge to edge.
+TEST(Lines, AMillionPoints) {
+  Series s{"many", {}, {}, false};
+  for (int i = 0; i < 1'000'000; ++i) {
+    s.x.push_back(i);
+    s.y.push_back(i % 2 == 0 ? -1 : 1);
+  }
+  Series few{"few", {0, 999'999, 0, 999'999}, {-1, 1, 1, -1}, false};
+  const Image image = draw_lines(std::vector<Series>{s}, {});
+  const Image of_few = draw_lines(std::vector<Series>{few}, {});
+  int coloured = 0, of_the_few = 0;
+  for (int y = 0; y < image.height; ++y) {
+    for (int x = 0; x < image.width; ++x) {
+      coloured += image.at(x, y) == of_few.at(x, y) ? 0 : 1;
+      of_the_few += of_few.at(x, y) == Rgb{} ? 0 : 1;
+    }
+  }
+  EXPECT_GT(coloured, image.width * image.height / 2);
+  EXPECT_LT(of_the_few, image.width * image.height / 2);
+}
+
+TEST(Lines, TextsOfAMillionCharacters) {
+  const std::string text(1'000'000, 'm');
+  const Series s{text, {0, 1}, {0, 1}, false};
+  const Image image = draw_lines(std::vector<Series>{s}, {.title = text, .x_label = text, .y_label = text});
+  EXPECT_GT(image.width, 0);
+  draw_pattern(make_pattern({.kind = PatternKind::dense, .seqlen_q = 64, .seqlen_k = 64}), {.title = text});
 }
 
 TEST(Ticks, RoundNumbers) {

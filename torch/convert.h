@@ -3,7 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+#include <new>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "tessera/attention.h"
@@ -13,15 +16,25 @@ namespace tessera::ops {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-// Runs f; a tessera::Error becomes a ValueError in Python (c10::ValueError in C++), OutOfMemory torch's
-// OutOfMemoryError, with the same words. (Python's own MemoryError no operator can raise: torch's binding knows its own
-// kinds only.)
+// What an operator throws where memory is short: MemoryError in Python, as of every std::bad_alloc, but with words.
+// (Out of torch's autograd engine it comes as a RuntimeError, like all that torch does not know.)
+class MemoryError : public std::bad_alloc {
+ public:
+  explicit MemoryError(const char* words) : words_(std::make_shared<const std::string>(words)) {}
+  const char* what() const noexcept override { return words_->c_str(); }
+
+ private:
+  std::shared_ptr<const std::string> words_;  // copying an exception does not throw
+};
+
+// Runs f; a tessera::Error becomes a ValueError in Python (c10::ValueError in C++), OutOfMemory a MemoryError, with the
+// same words.
 template <class F>
 auto translate_errors(F f) -> decltype(f()) {
   try {
     return f();
   } catch (const OutOfMemory& e) {
-    C10_THROW_ERROR(OutOfMemoryError, e.what());
+    throw MemoryError(e.what());
   } catch (const Error& e) {
     C10_THROW_ERROR(ValueError, e.what());
   }

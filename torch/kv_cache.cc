@@ -34,6 +34,16 @@ at::Tensor rows_of(const char* name, const at::Tensor& t) {
   return t.dim() > 0 && t.size(-1) > 1 && t.stride(-1) != 1 ? t.contiguous() : t;
 }
 
+// Methods of classes pass torch's own kinds of errors on, and no std::bad_alloc.
+template <class F>
+auto of_method(F f) -> decltype(f()) {
+  try {
+    return translate_errors(f);
+  } catch (const MemoryError& e) {
+    C10_THROW_ERROR(OutOfMemoryError, e.what());
+  }
+}
+
 class Cache : public torch::CustomClassHolder {
  public:
   Cache(int64_t batch, int64_t kv_heads, int64_t head_dim, int64_t head_dim_v, const std::string& dtype, int64_t block)
@@ -41,7 +51,7 @@ class Cache : public torch::CustomClassHolder {
             [&] { return KvCache(batch, kv_heads, head_dim, head_dim_v, dtype_of_name(dtype), narrow(block)); })) {}
 
   void append(const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& lengths) {
-    translate_errors([&] {
+    of_method([&] {
       const at::Tensor keys = rows_of("k", k), values = rows_of("v", v);
       cache_.append(view_of("k", keys), view_of("v", values), lengths, torch_threads());
     });
@@ -50,7 +60,7 @@ class Cache : public torch::CustomClassHolder {
   // pattern: its tensors by name, or what defines it, or nothing. given: options by name.
   using ByName = c10::Dict<std::string, c10::IValue>;
   Results attend(const at::Tensor& query, const ByName& pattern, const ByName& given) {
-    return translate_errors([&] {
+    return of_method([&] {
       check_rank("q", query, 4, "[B, Sq, H, D]");
       const at::Tensor q = rows_of("q", query);
       const Options options(of_names<OptionArguments>(given), q);

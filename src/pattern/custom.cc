@@ -72,6 +72,7 @@ TensorView as_rank4(std::string_view name, TensorView t, std::string_view allowe
 // Bits of n <= 64 elements, non-zero ones set.
 template <class T>
 uint64_t pack(const T* p, int64_t stride, int n) {
+  if (stride == 0) return *p == 0 ? 0 : ~uint64_t{0} >> (64 - n);  // of an expanded mask
   uint64_t word = 0;
   int k = 0;
   if constexpr (sizeof(T) == 1) {
@@ -160,6 +161,10 @@ BlockPattern pattern_from_token_mask(const TensorView& given, int block_q, int b
             const int queries = queries_in(shape, i).last, keys = keys_in(shape, j);
             uint64_t any = 0;
             for (int q = 0; q < queries; ++q) {
+              if (q > 0 && mask.strides[2] == 0) {  // as the first
+                std::copy_n(bits.begin(), words, bits.begin() + q * words);
+                continue;
+              }
               const auto* row = data + b * mask.strides[0] + h * mask.strides[1] + (i * block_q + q) * mask.strides[2] +
                                 j * block_k * mask.strides[3];
               for (int k = 0; k < keys; k += 64) {

@@ -108,12 +108,17 @@ void paste(Image& image, int x, int y, const Image& part) {
 void stroke(Image& image, double x0, double y0, double x1, double y1, double width, Rgb color, double dash,
             double phase) {
   const double dx = x1 - x0, dy = y1 - y0, length = std::hypot(dx, dy), half = width / 2;
+  // How far from the line, along a row, a pixel may still be covered.
+  const double reach = std::abs(dy) > 1e-9 ? (half + 1) * length / std::abs(dy) + 1 : image.width;
   const int left = std::max(0, static_cast<int>(std::floor(std::min(x0, x1) - half - 1)));
   const int right = std::min(image.width - 1, static_cast<int>(std::ceil(std::max(x0, x1) + half + 1)));
   const int top = std::max(0, static_cast<int>(std::floor(std::min(y0, y1) - half - 1)));
   const int bottom = std::min(image.height - 1, static_cast<int>(std::ceil(std::max(y0, y1) + half + 1)));
   for (int y = top; y <= bottom; ++y) {
-    for (int x = left; x <= right; ++x) {
+    const double middle = std::abs(dy) > 1e-9 ? x0 + (y + 0.5 - y0) * dx / dy : (x0 + x1) / 2;
+    const int first = static_cast<int>(std::clamp<double>(middle - reach, left, right + 1));
+    const int last = static_cast<int>(std::clamp<double>(middle + reach, left - 1, right));
+    for (int x = first; x <= last; ++x) {
       const double px = x + 0.5 - x0, py = y + 0.5 - y0;
       const double along = length > 0 ? std::clamp((px * dx + py * dy) / length, 0.0, length) : 0;
       if (dash > 0 && std::fmod(phase + along, 2 * dash) >= dash) continue;
@@ -148,8 +153,8 @@ void text_upwards(Image& image, int x, int y_centre, std::string_view text, Rgb 
 }
 
 std::string fitted(std::string_view text, int width) {
-  if (text_width(text, kTextScale) <= width) return std::string(text);
-  size_t kept = text.size();
+  size_t kept = std::min<size_t>(text.size(), std::max(width, 0));  // a character takes more than a pixel
+  if (kept == text.size() && text_width(text, kTextScale) <= width) return std::string(text);
   while (kept > 0 && text_width(std::string(text.substr(0, kept)) + "..", kTextScale) > width) --kept;
   return kept > 0 ? std::string(text.substr(0, kept)) + ".." : "";
 }

@@ -70,6 +70,28 @@ bool is_decade(double v) {
 // Quotients of two numbers on a log axis stay finite.
 bool drawable(double v, bool log) { return log ? v >= 1e-100 && v <= 1e100 : std::isfinite(v); }
 
+struct Point {
+  double x, y;
+};
+
+// Of neighbours in one column of pixels the first, the lowest, the highest and the last: what the line covers there.
+std::vector<Point> one_a_pixel(const std::vector<Point>& points) {
+  std::vector<Point> kept;
+  for (size_t begin = 0, end; begin < points.size(); begin = end) {
+    const double column = std::floor(points[begin].x);
+    size_t low = begin, high = begin;
+    for (end = begin; end < points.size() && std::floor(points[end].x) == column; ++end) {
+      if (points[end].y < points[low].y) low = end;
+      if (points[end].y > points[high].y) high = end;
+    }
+    std::array<size_t, 4> some{begin, std::min(low, high), std::max(low, high), end - 1};
+    for (size_t i = 0; i < some.size(); ++i) {
+      if (i == 0 || some[i] != some[i - 1]) kept.push_back(points[some[i]]);
+    }
+  }
+  return kept;
+}
+
 void check(std::span<const Series> series, const LinePicture& options) {
   if (options.width < 200 || options.width > 8192 || options.height < 200 || options.height > 8192) {
     fail("width", fmt::format("{} x {}", options.width, options.height), "200 to 8192 pixels a side");
@@ -120,7 +142,8 @@ Image draw_lines(std::span<const Series> series, const LinePicture& options) {
   const int legend_most = options.width * 2 / 5;
   for (const Series& s : series) {
     if (!s.name.empty()) {
-      legend_width = std::max(legend_width, std::min(legend_most, kSample + 8 + text_width(s.name, kTextScale)));
+      const std::string name = picture::fitted(s.name, legend_most);
+      legend_width = std::max(legend_width, std::min(legend_most, kSample + 8 + text_width(name, kTextScale)));
     }
   }
   Image image(options.width, options.height);
@@ -167,8 +190,9 @@ Image draw_lines(std::span<const Series> series, const LinePicture& options) {
     last_y = at;
   }
   picture::frame(image, plot, picture::kFrame);
-  picture::text_centred(image, plot.x + plot.width / 2, options.height - kPadding - text + 4, options.x_label);
-  picture::text_upwards(image, kPadding - 4, plot.y + plot.height / 2, options.y_label);
+  picture::text_centred(image, plot.x + plot.width / 2, options.height - kPadding - text + 4,
+                        picture::fitted(options.x_label, plot.width));
+  picture::text_upwards(image, kPadding - 4, plot.y + plot.height / 2, picture::fitted(options.y_label, plot.height));
 
   Image clipped = image;  // curves are clipped to the plot by drawing beside and copying the plot's part
   for (size_t n = 0; n < series.size(); ++n) {
@@ -176,14 +200,21 @@ Image draw_lines(std::span<const Series> series, const LinePicture& options) {
     double phase = 0;
     // Far outside the plot a stroke has nothing to draw but would take its time.
     const auto near = [&](double v) { return std::clamp(v, -4.0 * options.height, 5.0 * options.height); };
-    for (size_t i = 0; i < s.x.size(); ++i) {
-      const double px = to_x(s.x[i]), py = near(to_y(s.y[i]));
+    std::vector<Point> points;
+    points.reserve(s.x.size());
+    for (size_t i = 0; i < s.x.size(); ++i) points.push_back({to_x(s.x[i]), near(to_y(s.y[i]))});
+    points = one_a_pixel(points);
+    const Point* marked = nullptr;
+    for (size_t i = 0; i < points.size(); ++i) {
+      const Point& to = points[i];
       if (i > 0) {
-        const double from_x = to_x(s.x[i - 1]), from_y = near(to_y(s.y[i - 1]));
-        picture::stroke(clipped, from_x, from_y, px, py, kLineWidth, kColors[n], s.dashed ? kDash : 0, phase);
-        phase += std::hypot(px - from_x, py - from_y);
+        const Point& from = points[i - 1];
+        picture::stroke(clipped, from.x, from.y, to.x, to.y, kLineWidth, kColors[n], s.dashed ? kDash : 0, phase);
+        phase += std::hypot(to.x - from.x, to.y - from.y);
       }
-      if (!s.dashed) picture::disc(clipped, px, py, kMarkerRadius, kColors[n]);
+      if (s.dashed || (marked != nullptr && std::hypot(to.x - marked->x, to.y - marked->y) < 1)) continue;
+      picture::disc(clipped, to.x, to.y, kMarkerRadius, kColors[n]);
+      marked = &to;
     }
   }
   for (int py = plot.y; py < plot.bottom(); ++py) {

@@ -213,3 +213,13 @@ def test_torch_load(tmp_path, weights_only):
     loaded = torch.load(tmp_path / "x.pt", weights_only=weights_only)
     assert loaded["a"] == patterns.bigbird(256, density=0.3, causal=True) and loaded["b"] == masked
     assert loaded["c"] == config
+
+
+def test_an_expanded_token_mask_is_as_any_other():
+    """Of strides 0: a row for all queries, a column for all keys, one element for all."""
+    row, column = torch.rand(1, 200) > 0.3, torch.rand(150, 1) > 0.3
+    for mask in (row, column, torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.int32)):
+        wide = mask.expand(2, 150, 200)
+        got = BlockPattern.from_token_mask(wide, block=(16, 48))
+        assert got == BlockPattern.from_token_mask(wide.contiguous(), block=(16, 48))
+        assert torch.equal(got.to_token_mask()[0], wide.bool())

@@ -154,7 +154,10 @@ class KVCache:
         numbers = [] if lengths is None else self._numbers("lengths", lengths)
         if lengths is not None and not numbers and self.batch:
             raise ValueError(f"lengths: got 0 numbers; allowed: one a sequence, B = {self.batch}")
-        self._cache.append(k.detach(), v.detach(), numbers)
+        try:
+            self._cache.append(k.detach(), v.detach(), numbers)
+        except torch.OutOfMemoryError as e:
+            raise MemoryError(str(e)) from None
 
     @overload
     def attend(
