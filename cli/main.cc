@@ -94,7 +94,7 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   app.footer(
       "`tessera help COMMAND` tells a command's options, with examples.\n"
-      "Counts of tokens may be 64k (65,536) or 1M.\n"
+      "Counts of tokens may be 64k (65,536) or 1M (1,048,576).\n"
       "Results go to stdout, progress to stderr. Exit status: 0, 1 (failed) or 2 (usage).\n\n"
       "Example:\n"
       "  tessera demo --quick");
