@@ -1,5 +1,6 @@
 // A child of fork() while other threads are inside: it makes patterns and runs pools as if nobody had been there. Each
-// child has ten seconds. (ThreadSanitizer does not follow a fork of several threads; there these tests are left out.)
+// child has ten seconds. (Sanitizers' own locks are not released in a child of several threads: ThreadSanitizer refuses
+// it, and AddressSanitizer's allocator now and then stays locked. There these tests are left out.)
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -18,7 +19,7 @@
 namespace tessera {
 namespace {
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr bool kSkip = true;
 #else
 constexpr bool kSkip = false;

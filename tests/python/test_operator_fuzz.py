@@ -1,5 +1,6 @@
-"""Operators as anybody can call them, past Python's checks: right calls with some arguments replaced by random, extreme and
-mismatched ones. In child processes: no signal, no hang, and what is refused is refused in words that name an argument."""
+"""Operators as anybody can call them, past Python's checks: right calls with some arguments replaced by random, extreme
+and mismatched ones. In child processes: no signal, no hang, and what is refused is refused in words that name an
+argument."""
 
 from __future__ import annotations
 
