@@ -49,10 +49,14 @@ Image draw_mass(const MassMap& mass, int64_t head, const std::string& title, int
   options.max = 1;
   options.log_scale = true;
   options.size = size;
-  // Blocks without a pair (the future) have no mass that a logarithm could show, and not the colour of a little either.
+  // Blocks that no query may see (the future) are not those that have no mass: they get no colour.
   const std::span<const float> values = mass.head(0, head);
   std::vector<float> shown(values.begin(), values.end());
-  std::ranges::replace(shown, 0.0f, std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i = 0; i < s.rows(); ++i) {
+    const auto row = shown.begin() + i * s.cols();
+    std::fill(row, row + mass.first[i], std::numeric_limits<float>::quiet_NaN());
+    std::fill(row + mass.last[i], row + s.cols(), std::numeric_limits<float>::quiet_NaN());
+  }
   return draw_heat_map(shown, s.rows(), s.cols(), options);
 }
 

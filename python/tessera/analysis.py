@@ -257,7 +257,9 @@ class AttentionMass:
         values = self.values[check_index("batch", batch, batches), check_index("head", head, heads)]
         width, height = cols * self.block[1], rows * self.block[0]
         ax = axes(ax)
-        shown = values.clamp(min=1e-4).log10().masked_fill(values <= 0, float("nan"))  # nothing there: no colour
+        first, last = (x.view(-1, rows)[batch, :, None] for x in self._parts[2:4])
+        outside = (torch.arange(cols) < first) | (torch.arange(cols) >= last)  # what no query may see: no colour
+        shown = values.clamp(min=1e-4).log10().masked_fill(outside, float("nan"))
         image = ax.imshow(shown, cmap="viridis", vmin=-4, vmax=0, interpolation="nearest", extent=(0, width, height, 0))
         ax.figure.colorbar(image, ax=ax, label="log10 of the share of a row's attention")
         title = f"attention mass, head {head}"

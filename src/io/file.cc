@@ -68,14 +68,12 @@ class Unfinished {
   enum State { kFree, kChanging, kHeld };
   struct Slot {
     std::atomic<int> state{kFree};
-    char name[4096];
+    char name[4096] = {};
   };
   std::array<Slot, 16> slots_;
 };
-Unfinished& unfinished() {
-  static Unfinished all;
-  return all;
-}
+constinit Unfinished unfinished_files;  // there before a handler may ask
+Unfinished& unfinished() { return unfinished_files; }
 
 // Where this thread's WriteTogether collects.
 thread_local std::vector<AtomicFile>* together = nullptr;
